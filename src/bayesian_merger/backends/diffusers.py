@@ -1,0 +1,318 @@
+"""Images in this process with diffusers: merged tensors go straight into the live model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bayesian_merger.backends import backend
+from bayesian_merger.data import Prompt, Recipe, Sample
+from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.registry import nearest
+
+# The samplers of stable-diffusion-webui by their diffusers names and settings, after the table in
+# the diffusers documentation, "Schedulers", section on A1111 equivalents.
+_SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
+    "LMS": ("LMSDiscreteScheduler", {}),
+    "DPM2": ("KDPM2DiscreteScheduler", {}),
+    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "DPM++ 2S a": ("DPMSolverSinglestepScheduler", {}),
+    "DDIM": ("DDIMScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+}
+# Noise schedules by their switch in a diffusers scheduler.
+_SCHEDULES: Mapping[str, Mapping[str, Any]] = {
+    "Automatic": {},
+    "Karras": {"use_karras_sigmas": True},
+    "Exponential": {"use_exponential_sigmas": True},
+    "Beta": {"use_beta_sigmas": True},
+    "SGM Uniform": {"timestep_spacing": "trailing"},
+}
+_CONFIGS = Path(__file__).parent / "configs"
+
+
+@backend
+class Diffusers:
+    """Stable Diffusion pipelines of the diffusers library, in this process.
+
+    `device` is "auto" (CUDA, else Apple's MPS, else CPU) or a torch device. `batch` images are made
+    at once. `clip_skip` counts as in stable-diffusion-webui: 1 uses the text encoder's last layer,
+    2 the one before. `config` is a folder in diffusers layout (model_index.json and so on, no
+    weights) for models of another size than the architecture's; by default the one in this package.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        batch: int = 4,
+        clip_skip: int = 1,
+        config: Path | None = None,
+    ) -> None:
+        """ConfigError if diffusers is not installed or an option is out of range."""
+        if batch < 1 or clip_skip < 1:
+            raise ConfigError("backend.batch and backend.clip_skip must be 1 or more")
+        self.batch = batch
+        self._clip_skip = clip_skip
+        self._config = config
+        self._device = _device(device)
+        # Half precision is for GPUs: on a CPU it is slower and less exact.
+        self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
+        self._lib = _import_diffusers()
+        self._pipe: Any = None
+        self._live: dict[str, Tensor] = {}  # the checkpoint's name -> tensor of the pipeline
+        self._owners: dict[str, tuple[str, str]] = {}  # the same -> (part of the pipeline, name there)
+
+    def check(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Warnings for prompt syntax that diffusers does not know; ConfigError for unknown samplers."""
+        for prompt in prompts:
+            self._scheduler_class(prompt)
+            if prompt.width % 8 or prompt.height % 8:
+                raise ConfigError(f"payload {prompt.payload}: width and height must be multiples of 8")
+        said = []
+        if any(re.search(r"[(\[].+:[\d.]+[)\]]|<lora:", p.prompt + p.negative_prompt) for p in prompts):
+            said.append(
+                "a prompt uses (word:1.2) weights or <lora:...>, which this back end reads as plain text"
+            )
+        extra = sorted({key for prompt in prompts for key in prompt.extra})
+        if extra:
+            said.append(f"payload fields this back end does not use: {', '.join(extra)}")
+        return said
+
+    def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
+        """Copy `merged` into the live pipeline, which is built on the first call, and read it back."""
+        if self._pipe is None:
+            self._build(recipe.architecture, merged)
+        with torch.inference_mode():
+            for name, live in self._live.items():
+                live.copy_(merged[name].reshape(live.shape))
+            self._prove(merged)
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
+        """Images in batches of prompts with equal size, steps, CFG scale, sampler and scheduler."""
+        for _, alike in groupby(prompts, _settings):
+            group = list(alike)
+            for start in range(0, len(group), self.batch):
+                some = group[start : start + self.batch]
+                for prompt, image in zip(some, self._images(some), strict=True):
+                    yield Sample(image, prompt)
+
+    def close(self) -> None:
+        """Free the live model."""
+        self._pipe = None
+        self._live = {}
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _images(self, prompts: Sequence[Prompt]) -> list[Image.Image]:
+        first = prompts[0]
+        self._pipe.scheduler = self._scheduler(first)
+        # Noise is drawn on the CPU for each image, so a seed means the same on every device.
+        seeds = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts]
+        try:
+            latents = self._pipe(
+                [prompt.prompt for prompt in prompts],
+                negative_prompt=[prompt.negative_prompt for prompt in prompts],
+                width=first.width,
+                height=first.height,
+                num_inference_steps=first.steps,
+                guidance_scale=first.cfg_scale,
+                generator=seeds,
+                clip_skip=self._clip_skip - 1 or None,
+                output_type="latent",
+                return_dict=False,
+            )[0]
+            vae = self._pipe.vae
+            pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        except torch.cuda.OutOfMemoryError as error:
+            raise TrialError(
+                f"out of GPU memory with {len(prompts)} images at once; lower backend.batch "
+                f"or close other programs on the GPU"
+            ) from error
+        if not bool(torch.isfinite(pixels).all()):
+            raise TrialError("the model made NaN images")
+        values = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+        arrays = values.permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(array) for array in arrays]
+
+    def _build(self, architecture: str, merged: Mapping[str, Tensor]) -> None:
+        """An empty pipeline on the device, and the table from the checkpoint's names to its tensors."""
+        self._pipe = _pipeline(self._lib, self._config or _CONFIGS / architecture)
+        names = {
+            "unet": _unet_names(self._pipe.unet, merged),
+            "vae": _vae_names(self._pipe.vae, merged),
+            "text_encoder": _text_encoder_names(self._pipe.text_encoder, merged),
+        }
+        for part, table in names.items():
+            module = getattr(self._pipe, part)
+            missing = set(module.state_dict()) - set(table)
+            if missing:
+                raise TrialError(
+                    f"the checkpoint lacks {len(missing)} tensors of the {part} "
+                    f"(first: {min(missing)!r}); is backend.config for this model?"
+                )
+            module.to_empty(device=self._device)
+            # The VAE overflows in half precision, hence float32 for it.
+            # nn.Module's own `to`: the one of diffusers warns about every cast.
+            torch.nn.Module.to(module, torch.float32 if part == "vae" else self._dtype)
+            module.requires_grad_(False).eval()
+            for name, buffer in module.named_buffers():
+                if name.endswith("position_ids"):
+                    buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
+            for own, tensor in module.state_dict().items():
+                self._live[table[own]] = tensor
+                self._owners[table[own]] = (part, own)
+
+    def _prove(self, merged: Mapping[str, Tensor]) -> None:
+        """TrialError unless the modules that make images hold the merge, by a few of its tensors."""
+        state = {
+            part: getattr(self._pipe, part).state_dict() for part in ("unet", "vae", "text_encoder")
+        }
+        for name, (part, own) in list(self._owners.items())[:: max(1, len(self._owners) // 16)]:
+            held = state[part][own].cpu()
+            if not torch.equal(held, merged[name].to(held.dtype).cpu().reshape(held.shape)):
+                raise TrialError(f"the live model does not hold the merge: tensor {name!r} differs")
+
+    def _scheduler(self, prompt: Prompt) -> Any:
+        name, settings = self._scheduler_class(prompt)
+        return getattr(self._lib, name).from_config(self._pipe.scheduler.config, **settings)
+
+    def _scheduler_class(self, prompt: Prompt) -> tuple[str, dict[str, Any]]:
+        sampler, schedule = prompt.sampler_name, prompt.scheduler
+        # Up to 1.8, stable-diffusion-webui wrote the schedule at the end of the sampler's name.
+        for known in ("Karras", "Exponential"):
+            if sampler.endswith(f" {known}"):
+                sampler, schedule = sampler.removesuffix(f" {known}"), known
+        where = f"payload {prompt.payload}"
+        if sampler not in _SAMPLERS:
+            raise ConfigError(
+                f"{where}: unknown sampler {sampler!r}{nearest(sampler, _SAMPLERS)} "
+                f"(known: {', '.join(_SAMPLERS)})"
+            )
+        if schedule not in _SCHEDULES:
+            raise ConfigError(
+                f"{where}: unknown scheduler {schedule!r}{nearest(schedule, _SCHEDULES)} "
+                f"(known: {', '.join(_SCHEDULES)})"
+            )
+        name, settings = _SAMPLERS[sampler]
+        return name, {**settings, **_SCHEDULES[schedule]}
+
+
+def _settings(prompt: Prompt) -> tuple[object, ...]:
+    return (
+        prompt.width,
+        prompt.height,
+        prompt.steps,
+        prompt.cfg_scale,
+        prompt.sampler_name,
+        prompt.scheduler,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"backend.device: {name!r} cannot be used ({str(error).splitlines()[0]})"
+        ) from error
+    return device
+
+
+def _import_diffusers() -> Any:
+    try:
+        import transformers.utils.logging as quiet
+
+        # Without torchvision transformers warns about image processors that are never used here.
+        before = quiet.get_verbosity()
+        quiet.set_verbosity_error()
+        try:
+            import diffusers
+            from diffusers import StableDiffusionPipeline  # noqa: F401 - imports the lazy parts
+        finally:
+            quiet.set_verbosity(before)
+    except ImportError as error:
+        raise ConfigError(
+            f"the back end 'diffusers' needs the packages diffusers and transformers ({error}); "
+            f"install them with: pip install 'bayesian-merger[diffusers]'"
+        ) from error
+    return diffusers
+
+
+def _pipeline(diffusers: Any, folder: Path) -> Any:
+    """The pipeline that the configuration in `folder` describes, without memory for its tensors."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    needed = ["unet/config.json", "vae/config.json", "text_encoder/config.json"]
+    needed += ["scheduler/scheduler_config.json"]
+    # Without its files transformers makes an empty tokenizer and says nothing.
+    needed += [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json")]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(f"backend.config: {folder} lacks {', '.join(missing)}")
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(_json(diffusers, folder / "unet", "UNet2DConditionModel"))
+        vae = diffusers.AutoencoderKL.from_config(_json(diffusers, folder / "vae", "AutoencoderKL"))
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+    pipe = diffusers.StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        scheduler=diffusers.DDIMScheduler.from_pretrained(folder / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _json(diffusers: Any, folder: Path, kind: str) -> Any:
+    return getattr(diffusers, kind).load_config(folder)
+
+
+def _unet_names(unet: Any, merged: Mapping[str, Tensor]) -> dict[str, str]:
+    """The pipeline's name of each tensor -> the checkpoint's.
+
+    diffusers' converter only moves values, so fed with names it returns the table.
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    names = {n: n for n in merged if n.startswith("model.diffusion_model.")}
+    return dict(convert_ldm_unet_checkpoint(names, dict(unet.config)))
+
+
+def _vae_names(vae: Any, merged: Mapping[str, Tensor]) -> dict[str, str]:
+    """The same for the VAE, whose converter also drops axes: numbered tensors stand for the names."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    names = [n for n in merged if n.startswith("first_stage_model.")]
+    numbered = {n: torch.full((1, 1, 1, 1), float(i)) for i, n in enumerate(names)}
+    converted = convert_ldm_vae_checkpoint(numbered, dict(vae.config))
+    return {own: names[int(tensor.item())] for own, tensor in converted.items()}
+
+
+def _text_encoder_names(text_encoder: Any, merged: Mapping[str, Tensor]) -> dict[str, str]:
+    prefix = "cond_stage_model.transformer."
+    # Names differ by "text_model.", which transformers 5.6 dropped and some old checkpoints lack.
+    short = {n.removeprefix(prefix).removeprefix("text_model."): n for n in merged if n.startswith(prefix)}
+    own = text_encoder.state_dict()
+    return {n: short[s] for n in own if (s := n.removeprefix("text_model.")) in short}

@@ -1,0 +1,215 @@
+"""Checkpoints in and out: lazy reads, streamed atomic writes, metadata. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bayesian_merger.errors import CheckpointError
+
+# Names of the types in a safetensors header.
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and type of one tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+class Checkpoint:
+    """A checkpoint file open for reading; a tensor is read when it is asked for.
+
+    `layout` maps each tensor's name to its shape and type, in the file's order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open `path`; CheckpointError in one line if it is not a file of tensors."""
+        self.path = path
+        self._sha256 = ""
+        if not path.is_file():
+            kind = "is a folder, not a file" if path.is_dir() else "no such file"
+            raise CheckpointError(f"{path}: {kind}")
+        if path.suffix.lower() == ".safetensors":
+            self._read, self.layout, self.metadata = _open_safetensors(path)
+        elif path.suffix.lower() in (".ckpt", ".pt", ".pth"):
+            self._read, self.layout, self.metadata = _open_pickled(path)
+        else:
+            raise CheckpointError(f"{path}: not a .safetensors or .ckpt file")
+        if not self.layout:
+            raise CheckpointError(f"{path.name}: the file holds no tensors")
+
+    @property
+    def name(self) -> str:
+        """The file's name, which recipes carry."""
+        return self.path.name
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file's bytes, in hexadecimal digits; read once."""
+        if not self._sha256:
+            digest = hashlib.sha256()
+            with self.path.open("rb") as file:
+                while piece := file.read(1 << 22):
+                    digest.update(piece)
+            self._sha256 = digest.hexdigest()
+        return self._sha256
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(name)
+
+
+def _open_safetensors(
+    path: Path,
+) -> tuple[Callable[[str], Tensor], dict[str, Layout], dict[str, str]]:
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+        layout = {}
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            piece = file.get_slice(name)
+            kind = piece.get_dtype()
+            if kind not in DTYPES:
+                raise CheckpointError(
+                    f"{path.name}: tensor {name!r} has type {kind}, which cannot be merged "
+                    f"(known: {', '.join(DTYPES)}); is it a quantised checkpoint?"
+                )
+            layout[name] = Layout(tuple(piece.get_shape()), DTYPES[kind])
+        return file.get_tensor, layout, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name}: not a whole safetensors file ({error}); download or save it again"
+        ) from error
+
+
+def _open_pickled(
+    path: Path,
+) -> tuple[Callable[[str], Tensor], dict[str, Layout], dict[str, str]]:
+    way_out = "convert it to .safetensors in an environment you can throw away"
+    try:
+        data: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path.name}: refused, it is not a file of plain tensors ({first}); {way_out}"
+        ) from error
+    # A training checkpoint keeps its tensors under "state_dict", beside counters that are not read.
+    tensors = data.get("state_dict", data) if isinstance(data, dict) else data
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path.name}: refused, it holds no table of tensors; {way_out}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{path.name}: refused, entry {name!r} is {type(tensor).__name__}, not a tensor; "
+                f"{way_out}"
+            )
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(
+                f"{path.name}: tensor {name!r} has type {tensor.dtype}, which cannot be merged"
+            )
+    layout = {n: Layout(tuple(t.shape), t.dtype) for n, t in tensors.items()}
+    return tensors.__getitem__, layout, {}
+
+
+def write(
+    path: Path,
+    layout: Mapping[str, Layout],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file tensor by tensor; it appears whole or not at all.
+
+    `read` is called once for each name of `layout` and must return that shape and type. The same
+    arguments give the same bytes. CheckpointError if the disk cannot hold the file.
+    """
+    # The widest types first keep every tensor aligned, as the format's own library does.
+    names = sorted(layout, key=lambda name: (-layout[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in names:
+        entry = layout[name]
+        start, end = end, end + entry.n_bytes
+        header[name] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    require_space(path, 8 + len(head) + end)
+    try:
+        with whole_file(path) as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            for name in names:
+                tensor, entry = read(name), layout[name]
+                assert tuple(tensor.shape) == entry.shape, name
+                assert tensor.dtype == entry.dtype, name
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                file.write(memoryview(flat.view(torch.uint8).numpy()))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def require_space(path: Path, n_bytes: int) -> None:
+    """CheckpointError if the disk of `path` has no room for `n_bytes`."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise CheckpointError(
+            f"{path}: needs {_size(n_bytes)}, but only {_size(free)} are free on that disk; "
+            f"make room or choose another folder"
+        )
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` once it is complete and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"

@@ -1,0 +1,358 @@
+"""The command line: arguments, progress, exit codes; the only module that prints.
+
+Exit codes: 0 done, 1 the run could not go on, 2 bad input and nothing started, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# A thread that waits for its turn by spinning starves the others on a busy machine: without this,
+# two programs on two cores were seen to take a hundred times as long. Read once, when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from bayesian_merger import __version__, recipes, run
+from bayesian_merger import config as configuration
+from bayesian_merger.backends import backend
+from bayesian_merger.blocks import ARCHITECTURES
+from bayesian_merger.checkpoint import Checkpoint
+from bayesian_merger.data import Outcome, Result
+from bayesian_merger.errors import CheckpointError, ConfigError, MergerError, TrialError
+from bayesian_merger.methods import method
+from bayesian_merger.scorers import scorer
+
+_PACKAGE = Path(__file__).parent
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+
+def main() -> NoReturn:
+    """Run the command line; every error the user can act on is one line and an exit code."""
+    # Cut pipes and old consoles cannot show every character; a "?" is better than a stack trace.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        _commands.main(standalone_mode=False)
+        sys.exit(0)
+    except click.exceptions.Abort:
+        _interrupted()
+    except KeyboardInterrupt:
+        _interrupted()
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (ConfigError, CheckpointError) as error:
+        _complain(error, 2)
+    except MergerError as error:
+        _complain(error, 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror or error}; the same command goes on from here", 1)
+
+
+def _complain(error: object, code: int) -> NoReturn:
+    for line in str(error).splitlines():
+        _err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+    sys.exit(code)
+
+
+def _interrupted() -> NoReturn:
+    _err.print("stopped; the same command goes on from here")
+    sys.exit(130)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="bayesian-merger")
+def _commands() -> None:
+    """Find the merge of Stable Diffusion checkpoints that makes the best images."""
+
+
+def _run_options(command: Any) -> Any:
+    options = [
+        click.option("--init-points", "--init_points", type=int, help="Exploring trials."),
+        click.option("--n-iters", "--n_iters", type=int, help="Trials after the exploration."),
+        click.option("--batch-size", "--batch_size", type=int, help="Images per payload and trial."),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="SECTION.KEY=VALUE",
+            help="Any key of the configuration; may be repeated.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _load(
+    path: Path,
+    overrides: Sequence[str],
+    init_points: int | None,
+    n_iters: int | None,
+    batch_size: int | None,
+) -> configuration.Config:
+    named = {
+        "search.init_points": init_points,
+        "search.n_iters": n_iters,
+        "panel.batch_size": batch_size,
+    }
+    given = [f"{key}={value}" for key, value in named.items() if value is not None]
+    return configuration.load(path, [*overrides, *given])
+
+
+@_commands.command()
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo-run"),
+    show_default=True,
+    help="Folder of the run; the same folder goes on with it.",
+)
+@_run_options
+def demo(run_dir: Path, overrides: Sequence[str], **counts: int | None) -> None:
+    """Run the embedded example: two small checkpoints, a scorer, a better merge, a report."""
+    path = _PACKAGE / "demo" / "config.toml"
+    config = _load(path, overrides, **counts)
+    _run(config, path.parent, "demo", run_dir)
+
+
+@_commands.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=Path())
+def init(folder: Path) -> None:
+    """Write a commented configuration and example payloads into FOLDER (default: here)."""
+    source = _PACKAGE / "templates" / "init"
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    taken = [folder / p.relative_to(source) for p in files if (folder / p.relative_to(source)).exists()]
+    if taken:
+        raise ConfigError(f"{taken[0]} exists already and is left as it is; choose another folder")
+    for path in files:
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+        _out.print(f"wrote {target}", soft_wrap=True)
+    config = folder / "config.toml"
+    _out.print(f"next: edit it, then bayesian-merger check {config}", soft_wrap=True)
+
+
+@_commands.command()
+@click.argument("config_file", type=click.Path(path_type=Path))
+@click.option("--run-dir", type=click.Path(path_type=Path, file_okay=False))
+@_run_options
+def check(
+    config_file: Path, run_dir: Path | None, overrides: Sequence[str], **counts: int | None
+) -> None:
+    """Check everything CONFIG_FILE names, make one merge and one image, and say how long a run takes."""
+    config = _load(config_file, overrides, **counts)
+    setup = run.prepare(config, config_file.absolute().parent, config_file.stem)
+    folder = run_dir or _default_run_dir(config_file)
+    run.check_folder(setup, folder)
+    for warning in setup.warnings:
+        _out.print(f"note: {warning}", soft_wrap=True)
+    try:
+        tried = run.try_out(setup)
+    finally:
+        setup.backend.close()
+    shown = ", ".join(f"{name} {score:.3f}" for name, score in tried.scores.items())
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for model, letter in zip(setup.merger.models, "ABC", strict=False):
+        table.add_row(f"model {letter}", f"{model.name} ({setup.merger.architecture.title})")
+    table.add_row("search", f"{len(setup.plan.space.parameters)} weights, {config.merge.method}")
+    table.add_row("panel", f"{len(setup.panel)} images a trial from {len(_payloads(setup))} payloads")
+    table.add_row("one merge", f"{tried.merge_s:.2f} s")
+    table.add_row("one image", f"{tried.image_s:.2f} s (score: {shown})")
+    table.add_row("whole run", f"{tried.images} images, about {_duration(tried.run_s)}")
+    table.add_row("run folder", str(folder))
+    _out.print(table)
+
+
+@_commands.command(name="run")
+@click.argument("config_file", type=click.Path(path_type=Path))
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the run (default: runs/CONFIG_FILE's name, beside it); the same folder goes on.",
+)
+@_run_options
+def run_command(
+    config_file: Path, run_dir: Path | None, overrides: Sequence[str], **counts: int | None
+) -> None:
+    """Search the best merge as CONFIG_FILE says; the same command resumes a stopped run."""
+    config = _load(config_file, overrides, **counts)
+    folder = run_dir or _default_run_dir(config_file)
+    _run(config, config_file.absolute().parent, config_file.stem, folder)
+
+
+def _run(config: configuration.Config, base: Path, title: str, run_dir: Path) -> None:
+    with _out.status("opening models, scorers and the back end"):
+        setup = run.prepare(config, base, title)
+    observer = _Progress(_out)
+    try:
+        with observer:
+            outcome = run.run(setup, run_dir, observer)
+    finally:
+        setup.backend.close()
+    _summary(outcome, run_dir)
+
+
+@_commands.command()
+@click.argument("recipe_file", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--models-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the models lie, if not where the recipe says (default: the recipe's folder).",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+def merge(recipe_file: Path, output: Path, models_dir: Path | None, overwrite: bool) -> None:
+    """Rebuild the merge that RECIPE_FILE (best.toml) describes, bit for bit."""
+    recipe = recipes.read_toml(recipe_file)
+    if output.suffix.lower() != ".safetensors":
+        raise ConfigError(f"{output}: name the output .safetensors")
+    if output.is_dir() or (output.exists() and not overwrite):
+        raise ConfigError(f"{output} exists; choose another name or give --overwrite")
+    merger = recipes.open_models(recipe, models_dir or recipe_file.absolute().parent)
+    if output.exists() and any(output.samefile(model.path) for model in merger.models):
+        raise ConfigError(f"{output} is one of the models of the recipe; choose another name")
+    merger.merge(recipe).save(output)
+    _out.print(f"wrote {output} (SHA-256 {Checkpoint(output).sha256})", soft_wrap=True)
+
+
+@_commands.command()
+@click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False))
+def report(run_dir: Path) -> None:
+    """Write the report and the figures of RUN_DIR again, from its study alone."""
+    outcome = run.read_outcome(run_dir, run.open_study(run_dir))
+    run.write_outcome(outcome, run_dir)
+    _summary(outcome, run_dir)
+
+
+@_commands.command(name="list")
+@click.argument("kind", type=click.Choice(["methods", "scorers", "backends", "architectures"]))
+def list_command(kind: str) -> None:
+    """List what can be named in a configuration."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    if kind == "architectures":
+        for architecture in ARCHITECTURES.values():
+            table.add_row(architecture.name, f"{architecture.title}: {' '.join(architecture.blocks)}")
+    else:
+        registry: Any = {"methods": method, "scorers": scorer, "backends": backend}[kind]
+        for name in registry.names():
+            table.add_row(name, (registry.get(name).__doc__ or "").strip().splitlines()[0])
+    _out.print(table)
+
+
+class _Progress:
+    """The run's progress in the terminal: a live line where there is one, plain lines in a log."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("images"),
+            TextColumn("{task.fields[speed]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("baselines", total=None, speed="")
+        self._begun = time.monotonic()
+        self._made = 0
+        self._n_images = 0
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def planned(self, images: int, trials: int) -> None:
+        self._bar.update(self._task, total=images)
+        self._console.print(f"{trials} trials, {images} images in all")
+
+    def started(self, stage: str, name: str, images: int) -> None:
+        self._n_images = images
+        self._bar.update(self._task, description=f"{_STAGES[stage]} {name}")
+
+    def judged(self, images: int, made: bool) -> None:
+        if made:
+            self._made += images
+            speed = self._made / max(1e-9, time.monotonic() - self._begun)
+            self._bar.update(self._task, advance=images, speed=f"{speed:.1f}/s")
+        else:
+            # Not work of this process, so it must not count for the time left.
+            total = self._bar.tasks[0].total
+            if images and total is not None:
+                self._bar.update(self._task, total=total - images)
+
+    def finished(self, result: Result, leader: Result | None) -> None:
+        line = f"{_STAGES[result.stage]:<10} {result.name:<10} "
+        if result.value is None:
+            line += f"failed: {result.reason}"
+        else:
+            line += f"{result.value.mean:8.3f} ± {result.value.se:.3f}"
+        if leader is not None and leader.value is not None:
+            new = " (new)" if leader.number == result.number else ""
+            line += f"   best so far {leader.value.mean:.3f}, {leader.name}{new}"
+        self._console.print(line, soft_wrap=True)
+
+    def noted(self, text: str) -> None:
+        self._console.print(f"note: {text}", soft_wrap=True)
+
+
+_STAGES = {
+    "baseline": "baseline",
+    "explore": "explore",
+    "exploit": "exploit",
+    "select": "choose",
+    "heldout": "held-out",
+}
+
+
+def _summary(outcome: Outcome, run_dir: Path) -> None:
+    _out.print()
+    _out.print(outcome.verdict(), style="bold")
+    for key, gain in outcome.gain.items():
+        name = {"over_a": "A", "over_b": "B", "over_even": "the even merge"}[key]
+        _out.print(
+            f"  over {name:<15} {gain.mean:+.3f}  (95 % interval {gain.low:+.3f} to {gain.high:+.3f})"
+        )
+    _out.print(f"{outcome.images} images in {_duration(sum(outcome.seconds.values()))}")
+    _out.print(f"report: {(run_dir / 'report.html').absolute()}", soft_wrap=True)
+    if outcome.best is not None:
+        _out.print(f"recipe: {(run_dir / 'best.toml').absolute()}", soft_wrap=True)
+
+
+def _payloads(setup: run.Setup) -> set[str]:
+    return {prompt.payload for prompt in setup.panel}
+
+
+def _default_run_dir(config_file: Path) -> Path:
+    return config_file.absolute().parent / "runs" / config_file.stem
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,0 +1,221 @@
+"""One TOML file -> frozen sections; every mistake is reported at once, with its place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+)
+
+from bayesian_merger.errors import ConfigError
+from bayesian_merger.registry import nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Section(BaseModel):
+    """A table of the file; frozen, and unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _beside_config(value: Any, info: ValidationInfo) -> Any:
+    """Paths in the file are relative to the file, `~` is the user's home."""
+    if isinstance(value, str) and value:
+        folder = (info.context or {}).get("folder", Path())
+        return folder / Path(value).expanduser()
+    return value
+
+
+ConfigPath = Annotated[Path, BeforeValidator(_beside_config)]
+
+
+class Models(Section):
+    """[models]: the checkpoints."""
+
+    a: ConfigPath
+    b: ConfigPath
+    c: ConfigPath | None = None
+
+
+class Merge(Section):
+    """[merge]: how they are merged."""
+
+    method: str = "weighted_sum"
+    vae: Literal["a", "b", "base"] = "a"
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    device: str = "cpu"
+
+
+class Search(Section):
+    """[search]: what may vary, and for how long."""
+
+    optimiser: Literal["bayes", "tpe"] = "bayes"
+    init_points: NonNegativeInt = 10
+    n_iters: NonNegativeInt = 40
+    seed: int = Field(0, ge=0, lt=2**31)
+    freeze: dict[str, float] = {}
+    ranges: dict[str, tuple[float, float]] = {}
+    groups: list[list[str]] = []
+
+
+class Panel(Section):
+    """[panel]: the prompts that every trial is judged on."""
+
+    payloads: list[str] = Field(min_length=1)
+    wildcards_dir: ConfigPath | None = None
+    batch_size: PositiveInt = 1
+    defaults: dict[str, Any] = {}
+
+
+class Heldout(Section):
+    """[heldout]: the confirmation on fresh seeds at the end; images are rounded up to whole rounds."""
+
+    candidates: PositiveInt = 3
+    select_images: PositiveInt = 24
+    images: int = Field(64, ge=2)
+
+
+class Backend(BaseModel):
+    """[backend]: what makes the images; all keys but `name` are options of that back end."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = "diffusers"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Scorer(BaseModel):
+    """[scorers.NAME]: a scorer, its weight in the mean, and its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    weight: FiniteFloat = Field(1.0, gt=0)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Output(Section):
+    """[output]: what is left in the run folder."""
+
+    save_best: bool = False
+    save_imgs: bool = False
+
+
+class Config(Section):
+    """The whole file."""
+
+    models: Models
+    merge: Merge = Merge()
+    search: Search = Search()
+    panel: Panel
+    heldout: Heldout = Heldout()
+    backend: Backend = Backend()
+    scorers: dict[str, Scorer] = Field(min_length=1)
+    output: Output = Output()
+    plugins: list[ConfigPath] = []
+
+    def payload_files(self, folder: Path) -> list[Path]:
+        """The files that panel.payloads names; ConfigError for a pattern that matches none."""
+        found: list[Path] = []
+        for pattern in self.panel.payloads:
+            path = Path(pattern).expanduser()
+            base, relative = (folder, pattern) if not path.is_absolute() else (path.parent, path.name)
+            hits = sorted(p for p in base.glob(relative) if p.is_file())
+            if not hits:
+                raise ConfigError(f"panel.payloads: no file matches {pattern!r} in {base.resolve()}")
+            found += hits
+        return list(dict.fromkeys(found))
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in `path` with `overrides` ("search.n_iters=20") on top.
+
+    ConfigError with every mistake, one on a line.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; write one with `bayesian-merger init {path}`"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    except tomllib.TOMLDecodeError as error:
+        hint = "; write Windows paths with / or in 'single quotes'" if "\\" in str(error) or "escape" in str(error) else ""
+        raise ConfigError(f"{path}: not valid TOML: {error}{hint}") from error
+    for override in overrides:
+        _set(data, override)
+    try:
+        return Config.model_validate(data, context={"folder": path.absolute().parent})
+    except ValidationError as error:
+        raise ConfigError("\n".join(_mistakes(path.name, error))) from None
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = data
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {part!r} is a value, not a section")
+    table[parts[-1]] = value
+
+
+def _mistakes(name: str, error: ValidationError) -> Iterator[str]:
+    for detail in error.errors():
+        place = [str(part) for part in detail["loc"]]
+        key = ".".join(place)
+        if detail["type"] == "extra_forbidden":
+            yield f"{name}: unknown key {key!r}{nearest(place[-1], _known_keys(place[:-1]))}"
+        elif detail["type"] == "missing":
+            yield f"{name}: {key} is missing"
+        else:
+            yield f"{name}: {key}: {detail['msg']} (found {_shown(detail['input'])})"
+
+
+def _known_keys(place: Sequence[str]) -> list[str]:
+    """The keys of the section at `place`, and all sections' keys for a key outside its section."""
+    section: type[BaseModel] = Config
+    for part in place:
+        field = section.model_fields.get(part)
+        kinds = [field.annotation, *get_args(field.annotation)] if field else []
+        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), Config)
+    return list(section.model_fields)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def as_plain(config: Config) -> Mapping[str, Any]:
+    """The configuration as plain data, ready for JSON."""
+    return config.model_dump(mode="json")

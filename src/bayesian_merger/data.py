@@ -1,0 +1,212 @@
+"""The small frozen values that travel between the steps of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Weights = Mapping[str, Mapping[str, float]]
+"""Merge weights: name of the method's weight ("alpha") -> block ("IN00") -> value."""
+
+State = Literal["running", "complete", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint as a recipe knows it: by name and content; `path` only says where to look first."""
+
+    name: str
+    sha256: str
+    path: Path | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that rebuilds a merge.
+
+    `weights` covers each block of the architecture for each weight of the method. `vae` names the
+    source of the VAE: "a" copies model A's, "base" merges it with the base weight. `precision` is
+    the type of the merged tensors: "fp32", "fp16" or "bf16".
+    """
+
+    method: str
+    architecture: str
+    models: tuple[Model, ...]
+    weights: Weights
+    vae: str = "a"
+    precision: str = "fp16"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data, without the paths, so that it is the same on every machine."""
+        return {
+            "method": self.method,
+            "architecture": self.architecture,
+            "vae": self.vae,
+            "precision": self.precision,
+            "models": [{"name": m.name, "sha256": m.sha256} for m in self.models],
+            "weights": {name: dict(blocks) for name, blocks in self.weights.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The recipe that `to_dict` wrote; KeyError, TypeError or ValueError where data is not one."""
+        models = tuple(
+            Model(str(m["name"]), str(m["sha256"]), Path(m["path"]) if m.get("path") else None)
+            for m in data["models"]
+        )
+        weights = {
+            str(name): {str(block): float(weight) for block, weight in blocks.items()}
+            for name, blocks in data["weights"].items()
+        }
+        return cls(
+            method=str(data["method"]),
+            architecture=str(data["architecture"]),
+            models=models,
+            weights=weights,
+            vae=str(data.get("vae", "a")),
+            precision=str(data.get("precision", "fp16")),
+        )
+
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that two recipes share only if they rebuild the same merge."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One entry of a panel: all that is needed to make one image again.
+
+    `index` is its place in the panel, `payload` the file it came from, `weight` its share in the
+    mean (the payload's `score_weight`). `extra` holds further fields for the back end.
+    """
+
+    index: int
+    payload: str
+    prompt: str
+    seed: int
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    steps: int = 20
+    cfg_scale: float = 7.0
+    sampler_name: str = "Euler"
+    scheduler: str = "Automatic"
+    weight: float = 1.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Prompt:
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image (RGB) with the prompt and seed that made it."""
+
+    image: Image
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error over `n` images; `se` is 0 for a single image."""
+
+    mean: float
+    se: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A paired mean difference with its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One recipe judged on a panel, as it stands in the study.
+
+    `stage` is "baseline", "explore", "exploit", "select" or "heldout"; `name` is "a", "b", "even"
+    or "trial 17". `scores` holds panel index -> scorer -> score, `images` panel index -> digest of
+    the pixels. `value` is None until the trial is complete; `reason` says why it failed.
+    """
+
+    stage: str
+    name: str
+    number: int
+    state: State
+    recipe: Recipe
+    scores: Mapping[int, Mapping[str, float]]
+    images: Mapping[int, str] = field(default_factory=dict)
+    value: Estimate | None = None
+    reason: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def but(self, **changes: Any) -> Result:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run as it stands, finished or not: what the report, the plots and `result.json` are made of.
+
+    `results` are the baselines and then the search's trials in order; `selected` the best few judged
+    again on fresh seeds, from which `best` was chosen; `heldout` holds "a", "b", "even" and "best"
+    judged on seeds that no choice was made on, and `gain` the paired differences "over_a", "over_b"
+    and "over_even" there. `best` is None and `heldout` empty until they are known; during the search
+    `leader` is the trial that looks best so far. `pictures` maps "a", "b", "even", "best" to the
+    saved held-out images by panel index. `seconds` is the time spent by phase.
+    """
+
+    title: str
+    blocks: tuple[str, ...]
+    models: tuple[str, ...]
+    config: Mapping[str, Any]
+    panel: tuple[Prompt, ...]
+    heldout_panel: tuple[Prompt, ...]
+    results: tuple[Result, ...]
+    selected: tuple[Result, ...] = ()
+    leader: Result | None = None
+    best: Result | None = None
+    heldout: Mapping[str, Estimate] = field(default_factory=dict)
+    gain: Mapping[str, Interval] = field(default_factory=dict)
+    pictures: Mapping[str, Mapping[int, Path]] = field(default_factory=dict)
+    images: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    finished: bool = False
+
+    def verdict(self) -> str:
+        """One sentence: does the best merge beat A, B and the even merge, and how sure is that?"""
+        if not self.gain:
+            return "The run has not been confirmed on held-out seeds yet."
+        names = {"over_a": "A", "over_b": "B", "over_even": "the even merge"}
+        beaten = [names[key] for key, gain in self.gain.items() if gain.low > 0]
+        unsure = [names[key] for key, gain in self.gain.items() if gain.low <= 0 < gain.mean]
+        worse = [names[key] for key, gain in self.gain.items() if gain.mean <= 0]
+        if len(beaten) == len(self.gain):
+            return f"The best merge beats {_listed(beaten)} on held-out seeds."
+        parts = [
+            f"beats {_listed(beaten)}" if beaten else "",
+            f"is ahead of {_listed(unsure)} by less than the error bars" if unsure else "",
+            f"is not better than {_listed(worse)}" if worse else "",
+        ]
+        return f"The best merge {_listed([p for p in parts if p])} on held-out seeds."
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,0 +1,28 @@
+"""What can go wrong, and what it means for the run.
+
+    MergerError
+    ├── ConfigError        the configuration asks for something impossible; nothing was started
+    ├── CheckpointError    a model file cannot be read, merged or written
+    ├── RunError           the run cannot go on; what was measured is kept
+    └── TrialError         one trial has no value; it is recorded as failed and the study goes on
+"""
+
+
+class MergerError(Exception):
+    """Any error of this program; its message is one line that a user can act on."""
+
+
+class ConfigError(MergerError):
+    """The configuration or a file it names is wrong; raised before time is spent."""
+
+
+class CheckpointError(MergerError):
+    """A checkpoint cannot be read, does not fit the others, or cannot be written."""
+
+
+class RunError(MergerError):
+    """The run cannot go on (a busy folder, a back end that changes nothing, failures in a row)."""
+
+
+class TrialError(MergerError):
+    """This trial has no value. It is recorded as failed with this reason; it never becomes a number."""

@@ -1,0 +1,214 @@
+"""Payload files and wildcards -> the panel: prompts with seeds, the same for every trial.
+
+Two merges are compared on the same pictures (common random numbers), so that a difference between
+their scores is theirs. A panel is drawn from its seed alone: the same files and seed give the same
+panel on every machine.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bayesian_merger.data import Prompt
+from bayesian_merger.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_WILDCARD = re.compile(r"__([\w\-/]+?)__")
+_DEEPEST = 8  # wildcards inside wildcard lines; deeper than this is a loop
+
+
+class _Fields(BaseModel):
+    """The fields of a payload that every back end knows; all others are passed on in `extra`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    prompt: str = Field(min_length=1)
+    negative_prompt: str = ""
+    seed: int = -1
+    width: int = Field(512, ge=8, le=8192, multiple_of=8)
+    height: int = Field(512, ge=8, le=8192, multiple_of=8)
+    steps: int = Field(20, ge=1, le=1000)
+    cfg_scale: float = Field(7.0, ge=0.0, le=100.0, allow_inf_nan=False)
+    sampler_name: str = "Euler"
+    scheduler: str = "Automatic"
+    score_weight: float = Field(1.0, ge=0.0, allow_inf_nan=False)
+    batch_size: int = Field(1, ge=1, le=1000)
+    n_iter: int = Field(1, ge=1, le=1000)
+
+
+@dataclass(frozen=True)
+class Payload:
+    """One payload file as read: its name and checked fields."""
+
+    name: str
+    fields: _Fields
+
+    @property
+    def n_images(self) -> int:
+        """Images that one round over the payloads makes of this one."""
+        return self.fields.batch_size * self.fields.n_iter
+
+
+def read_payloads(paths: Sequence[Path], defaults: Mapping[str, Any]) -> tuple[Payload, ...]:
+    """The payloads of `paths`, each with `defaults` under it; ConfigError naming every bad file.
+
+    A .toml or .yaml file is one payload: its fields, or one name with a table of fields. In a .txt
+    file each line that is not empty is a prompt.
+    """
+    payloads: list[Payload] = []
+    mistakes: list[str] = []
+    for path in paths:
+        try:
+            for name, fields in _tables(path):
+                if "prompt" not in fields and not defaults.get("prompt"):
+                    raise ConfigError(f"payload {path}: no prompt; add a line prompt = \"...\"")
+                payloads.append(Payload(name, _Fields.model_validate({**defaults, **_renamed(fields)})))
+        except ConfigError as error:
+            mistakes.append(str(error))
+        except ValidationError as error:
+            for detail in error.errors():
+                key = ".".join(str(part) for part in detail["loc"])
+                mistakes.append(f"payload {path}: {key}: {detail['msg']} (found {detail['input']!r})")
+    names = [payload.name for payload in payloads]
+    for name in dict.fromkeys(n for n in names if names.count(n) > 1):
+        mistakes.append(f"two payloads are called {name!r}; rename one")
+    if payloads and not any(payload.fields.score_weight for payload in payloads):
+        mistakes.append("every payload has score_weight 0, so nothing would be judged")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return tuple(payloads)
+
+
+def read_wildcards(folder: Path | None) -> dict[str, tuple[str, ...]]:
+    """Lines of each .txt file in `folder` (and below) by its name without the suffix."""
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise ConfigError(f"panel.wildcards_dir: {folder} is not a folder")
+    wildcards = {}
+    for path in sorted(folder.rglob("*.txt")):
+        lines = (line.strip() for line in _text(path).splitlines())
+        kept = tuple(line for line in lines if line and not line.startswith("#"))
+        if kept:
+            wildcards[path.relative_to(folder).with_suffix("").as_posix()] = kept
+    return wildcards
+
+
+def draw_panel(
+    payloads: Sequence[Payload],
+    wildcards: Mapping[str, Sequence[str]],
+    *,
+    rounds: int,
+    seed: str,
+    fresh: bool = False,
+) -> tuple[Prompt, ...]:
+    """`rounds` rounds over all payloads, interleaved, with wildcards and seeds drawn from `seed`.
+
+    A payload's own seed is kept (counting up) unless `fresh` asks for new ones. ConfigError for an
+    unknown wildcard.
+    """
+    panel: list[Prompt] = []
+    for turn in range(rounds):
+        for payload in payloads:
+            fields = payload.fields
+            for image in range(payload.n_images):
+                # Each image has a stream of its own, so that adding a payload moves no other.
+                chance = random.Random(f"{seed}/{payload.name}/{turn}/{image}")
+                drawn = chance.randrange(2**32)
+                kept = fields.seed + turn * payload.n_images + image
+                panel.append(
+                    Prompt(
+                        index=len(panel),
+                        payload=payload.name,
+                        prompt=_fill(fields.prompt, wildcards, chance, payload.name),
+                        negative_prompt=_fill(
+                            fields.negative_prompt, wildcards, chance, payload.name
+                        ),
+                        seed=drawn if fresh or fields.seed < 0 else kept,
+                        width=fields.width,
+                        height=fields.height,
+                        steps=fields.steps,
+                        cfg_scale=fields.cfg_scale,
+                        sampler_name=fields.sampler_name,
+                        scheduler=fields.scheduler,
+                        weight=fields.score_weight,
+                        extra=dict(fields.model_extra or {}),
+                    )
+                )
+    return tuple(panel)
+
+
+def n_images(payloads: Sequence[Payload]) -> int:
+    """Images of one round over `payloads`."""
+    return sum(payload.n_images for payload in payloads)
+
+
+def _fill(
+    text: str, wildcards: Mapping[str, Sequence[str]], chance: random.Random, payload: str
+) -> str:
+    def draw(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in wildcards:
+            known = ", ".join(wildcards) or "none; set panel.wildcards_dir"
+            raise ConfigError(f"payload {payload}: unknown wildcard __{name}__ (known: {known})")
+        return chance.choice(wildcards[name])
+
+    for _ in range(_DEEPEST):
+        text, n_drawn = _WILDCARD.subn(draw, text)
+        if not n_drawn:
+            return text
+    raise ConfigError(f"payload {payload}: wildcards name each other in a circle ({text[:60]!r})")
+
+
+def _tables(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    text = _text(path)
+    if path.suffix.lower() == ".txt":
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+        if not prompts:
+            raise ConfigError(f"payload {path}: no prompt; write one on each line")
+        return [(f"{path.stem}-{i}", {"prompt": p}) for i, p in enumerate(prompts, start=1)]
+    try:
+        if path.suffix.lower() == ".toml":
+            data: Any = tomllib.loads(text)
+        elif path.suffix.lower() in (".yaml", ".yml"):
+            data = yaml.safe_load(text)
+        else:
+            raise ConfigError(f"payload {path}: not a .toml, .yaml or .txt file")
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"payload {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"payload {path}: no fields; add a line prompt = \"...\"")
+    # sd-webui-bayesian-merger wrote one name with the fields below it.
+    if len(data) == 1 and isinstance(only := next(iter(data.values())), dict):
+        return [(str(next(iter(data))), only)]
+    return [(path.stem, data)]
+
+
+def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Old names of fields under their present ones."""
+    renamed = dict(fields)
+    for old, new in (("cfg", "cfg_scale"), ("sampler_index", "sampler_name")):
+        if old in renamed:
+            value = renamed.pop(old)
+            renamed.setdefault(new, value)
+    return renamed
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error

@@ -1,0 +1,118 @@
+"""Merge methods, back ends and scorers by name: one decorated object in one file adds one."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from bayesian_merger.errors import ConfigError
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" with the known name nearest to `name`, or nothing if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class Registry(Generic[T]):
+    """The plugins of one kind, found in the modules of `package` when first asked for."""
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self._package = package
+        self._found: dict[str, T] = {}
+        self._discovered = False
+
+    def __call__(self, plugin: T) -> T:
+        """Register `plugin` under its lower-case name; used as a decorator."""
+        name = plugin.__name__.lower()
+        other = self._found.get(name)
+        if other is not None and other.__module__ != plugin.__module__:
+            raise ConfigError(
+                f"two {self.kind}s are called {name!r}: {other.__module__}, {plugin.__module__}"
+            )
+        self._found[name] = plugin
+        return plugin
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        if not self._discovered:
+            package = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self._package}.{module.name}")
+            self._discovered = True
+        return sorted(self._found)
+
+    def get(self, name: str) -> T:
+        """The plugin called `name`; ConfigError with the nearest known name if there is none."""
+        names = self.names()
+        if name not in self._found:
+            raise ConfigError(
+                f"unknown {self.kind} {name!r}{nearest(name, names)} (known: {', '.join(names)})"
+            )
+        return self._found[name]
+
+    def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`options` validated and converted by the annotations of the plugin's constructor.
+
+        Keyword-only parameters are not options. All mistakes are reported at once in a ConfigError.
+        """
+        plugin = self.get(name)
+        model = _options_model(name, plugin)
+        try:
+            checked = model.model_validate(dict(options))
+        except ValidationError as error:
+            mistakes = [
+                _mistake(f"{self.kind} {name}", detail, list(model.model_fields))
+                for detail in error.errors()
+            ]
+            raise ConfigError("; ".join(mistakes)) from None
+        return {key: getattr(checked, key) for key in checked.model_fields_set}
+
+    def build(self, name: str, options: Mapping[str, Any]) -> Any:
+        """The plugin called with its checked options."""
+        return self.get(name)(**self.check(name, options))
+
+
+def import_file(path: Path) -> None:
+    """Import a user's Python file, so that the plugins it decorates are registered."""
+    spec = importlib.util.spec_from_file_location(f"bayesian_merger_plugin_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ConfigError(f"plugin {path}: no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+
+
+def _options_model(name: str, plugin: Callable[..., Any]) -> type[BaseModel]:
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(plugin, eval_str=True).parameters.values():
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            required = parameter.default is inspect.Parameter.empty
+            fields[parameter.name] = (
+                parameter.annotation,
+                ... if required else parameter.default,
+            )
+    return create_model(
+        name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields
+    )
+
+
+def _mistake(where: str, detail: Any, known: list[str]) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{where}: unknown option {key!r}{nearest(key, known)} (known: {', '.join(known) or 'none'})"
+    if detail["type"] == "missing":
+        return f"{where}: option {key!r} is missing"
+    return f"{where}: option {key!r}: {detail['msg']} (found {detail['input']!r})"
