@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,16 +53,21 @@ class Layout:
 class Checkpoint:
     """A checkpoint file open for reading; a tensor is read when it is asked for.
 
-    `layout` maps each tensor's name to its shape and type, in the file's order.
+    `layout` maps each tensor's name to its shape and type.
     """
 
     def __init__(self, path: Path) -> None:
         """Open `path`; CheckpointError in one line if it is not a file of tensors."""
         self.path = path
         self._sha256 = ""
-        if not path.is_file():
-            kind = "is a folder, not a file" if path.is_dir() else "no such file"
-            raise CheckpointError(f"{path}: {kind}")
+        try:
+            if not path.is_file():
+                kind = "is a folder, not a file" if path.is_dir() else "no such file"
+                raise CheckpointError(f"{path}: {kind}")
+            # A file that may not be read is "no such file" to safetensors.
+            path.open("rb").close()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         if path.suffix.lower() == ".safetensors":
             self._read, self.layout, self.metadata = _open_safetensors(path)
         elif path.suffix.lower() in (".ckpt", ".pt", ".pth"):
@@ -97,7 +101,7 @@ def _open_safetensors(
     path: Path,
 ) -> tuple[Callable[[str], Tensor], dict[str, Layout], dict[str, str]]:
     try:
-        file = safe_open(path, framework="pt", device="cpu")
+        file: Any = safe_open(path, framework="pt", device="cpu")
         layout = {}
         for name in file.keys():  # noqa: SIM118 - not a mapping
             piece = file.get_slice(name)
@@ -121,7 +125,7 @@ def _open_pickled(
     way_out = "convert it to .safetensors in an environment you can throw away"
     try:
         data: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - on a damaged file torch may raise anything
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{path.name}: refused, it is not a file of plain tensors ({first}); {way_out}"
@@ -136,12 +140,14 @@ def _open_pickled(
                 f"{path.name}: refused, entry {name!r} is {type(tensor).__name__}, not a tensor; "
                 f"{way_out}"
             )
-        if tensor.dtype not in _NAMES:
+        if tensor.dtype not in _NAMES or tensor.layout != torch.strided or tensor.is_meta:
+            kind = "meta" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
             raise CheckpointError(
-                f"{path.name}: tensor {name!r} has type {tensor.dtype}, which cannot be merged"
+                f"{path.name}: tensor {name!r} has type {kind}, which cannot be merged"
             )
     layout = {n: Layout(tuple(t.shape), t.dtype) for n, t in tensors.items()}
-    return tensors.__getitem__, layout, {}
+    # A saved parameter asks for gradients, which nothing here needs.
+    return lambda name: tensors[name].detach(), layout, {}
 
 
 def write(
@@ -178,17 +184,20 @@ def write(
                 assert tuple(tensor.shape) == entry.shape, name
                 assert tensor.dtype == entry.dtype, name
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
+                file.write(flat.view(torch.uint8).numpy().data)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def require_space(path: Path, n_bytes: int) -> None:
-    """CheckpointError if the disk of `path` has no room for `n_bytes`."""
+    """CheckpointError if the disk of `path` has no room for `n_bytes` or cannot be reached."""
     folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
     if free < n_bytes:
         raise CheckpointError(
             f"{path}: needs {_size(n_bytes)}, but only {_size(free)} are free on that disk; "

@@ -28,7 +28,7 @@ from bayesian_merger.backends import backend
 from bayesian_merger.blocks import ARCHITECTURES
 from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.data import Outcome, Result
-from bayesian_merger.errors import CheckpointError, ConfigError, MergerError, TrialError
+from bayesian_merger.errors import CheckpointError, ConfigError, MergerError
 from bayesian_merger.methods import method
 from bayesian_merger.scorers import scorer
 
@@ -85,7 +85,9 @@ def _run_options(command: Any) -> Any:
     options = [
         click.option("--init-points", "--init_points", type=int, help="Exploring trials."),
         click.option("--n-iters", "--n_iters", type=int, help="Trials after the exploration."),
-        click.option("--batch-size", "--batch_size", type=int, help="Images per payload and trial."),
+        click.option(
+            "--batch-size", "--batch_size", type=int, help="Images per payload and trial."
+        ),
         click.option(
             "--set",
             "overrides",
@@ -137,7 +139,9 @@ def init(folder: Path) -> None:
     """Write a commented configuration and example payloads into FOLDER (default: here)."""
     source = _PACKAGE / "templates" / "init"
     files = sorted(path for path in source.rglob("*") if path.is_file())
-    taken = [folder / p.relative_to(source) for p in files if (folder / p.relative_to(source)).exists()]
+    taken = [
+        folder / p.relative_to(source) for p in files if (folder / p.relative_to(source)).exists()
+    ]
     if taken:
         raise ConfigError(f"{taken[0]} exists already and is left as it is; choose another folder")
     for path in files:
@@ -172,7 +176,9 @@ def check(
     for model, letter in zip(setup.merger.models, "ABC", strict=False):
         table.add_row(f"model {letter}", f"{model.name} ({setup.merger.architecture.title})")
     table.add_row("search", f"{len(setup.plan.space.parameters)} weights, {config.merge.method}")
-    table.add_row("panel", f"{len(setup.panel)} images a trial from {len(_payloads(setup))} payloads")
+    table.add_row(
+        "panel", f"{len(setup.panel)} images a trial from {len(_payloads(setup))} payloads"
+    )
     table.add_row("one merge", f"{tried.merge_s:.2f} s")
     table.add_row("one image", f"{tried.image_s:.2f} s (score: {shown})")
     table.add_row("whole run", f"{tried.images} images, about {_duration(tried.run_s)}")
@@ -248,7 +254,9 @@ def list_command(kind: str) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     if kind == "architectures":
         for architecture in ARCHITECTURES.values():
-            table.add_row(architecture.name, f"{architecture.title}: {' '.join(architecture.blocks)}")
+            table.add_row(
+                architecture.name, f"{architecture.title}: {' '.join(architecture.blocks)}"
+            )
     else:
         registry: Any = {"methods": method, "scorers": scorer, "backends": backend}[kind]
         for name in registry.names():

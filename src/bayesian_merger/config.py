@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -19,13 +18,9 @@ from pydantic import (
     ValidationInfo,
 )
 
+from bayesian_merger import toml
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.registry import nearest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 class Section(BaseModel):
@@ -127,9 +122,9 @@ class Config(Section):
 
     models: Models
     merge: Merge = Merge()
-    search: Search = Search()
+    search: Search = Field(default_factory=lambda: Search.model_validate({}))
     panel: Panel
-    heldout: Heldout = Heldout()
+    heldout: Heldout = Field(default_factory=lambda: Heldout.model_validate({}))
     backend: Backend = Backend()
     scorers: dict[str, Scorer] = Field(min_length=1)
     output: Output = Output()
@@ -140,10 +135,14 @@ class Config(Section):
         found: list[Path] = []
         for pattern in self.panel.payloads:
             path = Path(pattern).expanduser()
-            base, relative = (folder, pattern) if not path.is_absolute() else (path.parent, path.name)
+            base, relative = (
+                (folder, pattern) if not path.is_absolute() else (path.parent, path.name)
+            )
             hits = sorted(p for p in base.glob(relative) if p.is_file())
             if not hits:
-                raise ConfigError(f"panel.payloads: no file matches {pattern!r} in {base.resolve()}")
+                raise ConfigError(
+                    f"panel.payloads: no file matches {pattern!r} in {base.resolve()}"
+                )
             found += hits
         return list(dict.fromkeys(found))
 
@@ -154,15 +153,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     ConfigError with every mistake, one on a line.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        data = toml.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file; write one with `bayesian-merger init {path}`"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
-    except tomllib.TOMLDecodeError as error:
-        hint = "; write Windows paths with / or in 'single quotes'" if "\\" in str(error) or "escape" in str(error) else ""
+    except toml.TOMLDecodeError as error:
+        hint = (
+            "; write Windows paths with / or in 'single quotes'"
+            if "\\" in str(error) or "escape" in str(error)
+            else ""
+        )
         raise ConfigError(f"{path}: not valid TOML: {error}{hint}") from error
     for override in overrides:
         _set(data, override)
@@ -178,8 +181,8 @@ def _set(data: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise ConfigError(f"--set {override}: write it as section.key=value")
     try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value: Any = toml.loads(f"value = {text}")["value"]
+    except toml.TOMLDecodeError:
         value = text
     table = data
     for part in parts[:-1]:
@@ -207,7 +210,9 @@ def _known_keys(place: Sequence[str]) -> list[str]:
     for part in place:
         field = section.model_fields.get(part)
         kinds = [field.annotation, *get_args(field.annotation)] if field else []
-        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), Config)
+        section = next(
+            (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), Config
+        )
     return list(section.model_fields)
 
 

@@ -1,10 +1,10 @@
 """What can go wrong, and what it means for the run.
 
-    MergerError
-    ├── ConfigError        the configuration asks for something impossible; nothing was started
-    ├── CheckpointError    a model file cannot be read, merged or written
-    ├── RunError           the run cannot go on; what was measured is kept
-    └── TrialError         one trial has no value; it is recorded as failed and the study goes on
+MergerError
+├── ConfigError        the configuration asks for something impossible; nothing was started
+├── CheckpointError    a model file cannot be read, merged or written
+├── RunError           the run cannot go on; what was measured is kept
+└── TrialError         one trial has no value; it is recorded as failed and the study goes on
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -111,7 +112,9 @@ class Merged(Mapping[str, Tensor]):
         except TrialError as error:
             raise CheckpointError(f"{path.name} was not written: {error}") from error
         if Checkpoint(path).layout != self.layout:
-            raise CheckpointError(f"{path}: the file on the disk is not what was written; save again")
+            raise CheckpointError(
+                f"{path}: the file on the disk is not what was written; save again"
+            )
 
     def require_space(self, path: Path) -> None:
         """CheckpointError if `path` has no room for the merge."""
@@ -120,7 +123,9 @@ class Merged(Mapping[str, Tensor]):
     def _is_merged(self, name: str) -> bool:
         component = self.places[name].component
         wanted = component in ("unet", "te") or (component == "vae" and self.recipe.vae == "base")
-        floating = all(name in m.layout and m.layout[name].dtype.is_floating_point for m in self._models)
+        floating = all(
+            name in m.layout and m.layout[name].dtype.is_floating_point for m in self._models
+        )
         return wanted and floating
 
     def _copies_from_b(self, name: str) -> bool:
@@ -145,7 +150,9 @@ class Merged(Mapping[str, Tensor]):
         )
 
 
-def even_weights(method: str, architecture: Architecture, value: float) -> dict[str, dict[str, float]]:
+def even_weights(
+    method: str, architecture: Architecture, value: float
+) -> dict[str, dict[str, float]]:
     """Every weight of `method` at `value` in every block."""
     return {
         weight: dict.fromkeys(architecture.blocks, value)
@@ -175,6 +182,14 @@ def check_recipe(recipe: Recipe) -> None:
         missing = [block for block in blocks if block not in given]
         if missing:
             raise ConfigError(f"recipe: no {weight} for block {missing[0]}")
+    for weight, given in recipe.weights.items():
+        if weight not in methods.weights(method):
+            raise ConfigError(f"recipe: {recipe.method} has no weight {weight!r}")
+        for block, value in given.items():
+            if block not in blocks:
+                raise ConfigError(f"recipe: {recipe.architecture} has no block {block!r}")
+            if not math.isfinite(value):
+                raise ConfigError(f"recipe: {weight} of block {block} is {value}")
 
 
 def _is_position_ids(name: str) -> bool:
@@ -182,7 +197,9 @@ def _is_position_ids(name: str) -> bool:
 
 
 def _require_same_shapes(a: Checkpoint, other: Checkpoint, letter: str) -> None:
-    different = [n for n in a.layout if n in other.layout and a.layout[n].shape != other.layout[n].shape]
+    different = [
+        n for n in a.layout if n in other.layout and a.layout[n].shape != other.layout[n].shape
+    ]
     if different:
         name = different[0]
         raise CheckpointError(

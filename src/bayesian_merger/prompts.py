@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bayesian_merger import toml
 from bayesian_merger.data import Prompt
 from bayesian_merger.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _WILDCARD = re.compile(r"__([\w\-/]+?)__")
 _DEEPEST = 8  # wildcards inside wildcard lines; deeper than this is a loop
@@ -74,14 +69,18 @@ def read_payloads(paths: Sequence[Path], defaults: Mapping[str, Any]) -> tuple[P
         try:
             for name, fields in _tables(path):
                 if "prompt" not in fields and not defaults.get("prompt"):
-                    raise ConfigError(f"payload {path}: no prompt; add a line prompt = \"...\"")
-                payloads.append(Payload(name, _Fields.model_validate({**defaults, **_renamed(fields)})))
+                    raise ConfigError(f'payload {path}: no prompt; add a line prompt = "..."')
+                payloads.append(
+                    Payload(name, _Fields.model_validate({**defaults, **_renamed(fields)}))
+                )
         except ConfigError as error:
             mistakes.append(str(error))
         except ValidationError as error:
             for detail in error.errors():
                 key = ".".join(str(part) for part in detail["loc"])
-                mistakes.append(f"payload {path}: {key}: {detail['msg']} (found {detail['input']!r})")
+                mistakes.append(
+                    f"payload {path}: {key}: {detail['msg']} (found {detail['input']!r})"
+                )
     names = [payload.name for payload in payloads]
     for name in dict.fromkeys(n for n in names if names.count(n) > 1):
         mistakes.append(f"two payloads are called {name!r}; rename one")
@@ -182,15 +181,15 @@ def _tables(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
         return [(f"{path.stem}-{i}", {"prompt": p}) for i, p in enumerate(prompts, start=1)]
     try:
         if path.suffix.lower() == ".toml":
-            data: Any = tomllib.loads(text)
+            data: Any = toml.loads(text)
         elif path.suffix.lower() in (".yaml", ".yml"):
             data = yaml.safe_load(text)
         else:
             raise ConfigError(f"payload {path}: not a .toml, .yaml or .txt file")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+    except (toml.TOMLDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"payload {path}: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"payload {path}: no fields; add a line prompt = \"...\"")
+        raise ConfigError(f'payload {path}: no fields; add a line prompt = "..."')
     # sd-webui-bayesian-merger wrote one name with the fields below it.
     if len(data) == 1 and isinstance(only := next(iter(data.values())), dict):
         return [(str(next(iter(data))), only)]

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from bayesian_merger import toml
 from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.data import Recipe
 from bayesian_merger.errors import CheckpointError, ConfigError
 from bayesian_merger.merge import Merger, check_recipe
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def to_toml(recipe: Recipe, paths: Mapping[str, Path | None]) -> str:
@@ -27,7 +22,12 @@ def to_toml(recipe: Recipe, paths: Mapping[str, Path | None]) -> str:
         f"precision = {_quoted(recipe.precision)}",
     ]
     for model in recipe.models:
-        lines += ["", "[[models]]", f"name = {_quoted(model.name)}", f"sha256 = {_quoted(model.sha256)}"]
+        lines += [
+            "",
+            "[[models]]",
+            f"name = {_quoted(model.name)}",
+            f"sha256 = {_quoted(model.sha256)}",
+        ]
         if path := paths.get(model.sha256):
             lines.append(f"path = {_quoted(path.as_posix())}")
     for name, blocks in recipe.weights.items():
@@ -40,12 +40,12 @@ def to_toml(recipe: Recipe, paths: Mapping[str, Path | None]) -> str:
 def read_toml(path: Path) -> Recipe:
     """The recipe in a TOML file; ConfigError in one line if it is not one."""
     try:
-        recipe = Recipe.from_dict(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+        recipe = Recipe.from_dict(toml.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, toml.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not a recipe ({' '.join(str(error).split())})") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ConfigError(
             f"{path}: not a recipe ({type(error).__name__}: {error}); expected method, architecture, "
             f"[[models]] with name and sha256, and [weights.alpha]"
@@ -81,4 +81,5 @@ def open_models(recipe: Recipe, folder: Path, device: str = "cpu") -> Merger:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    # JSON's strings are TOML's, but for the control character DEL.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -20,7 +20,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" with the known name nearest to `name`, or nothing if none is near."""
+    """The text "; did you mean 'x'?" with the known name nearest to `name`, or nothing if none is near."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -38,7 +38,7 @@ class Registry(Generic[T]):
         """Register `plugin` under its lower-case name; used as a decorator."""
         name = plugin.__name__.lower()
         other = self._found.get(name)
-        if other is not None and other.__module__ != plugin.__module__:
+        if other is not None and inspect.getfile(other) != inspect.getfile(plugin):
             raise ConfigError(
                 f"two {self.kind}s are called {name!r}: {other.__module__}, {plugin.__module__}"
             )
@@ -92,7 +92,10 @@ def import_file(path: Path) -> None:
         raise ConfigError(f"plugin {path}: no such Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - a user's file may raise anything
+        raise ConfigError(f"plugin {path}: {type(error).__name__}: {error}") from error
 
 
 def _options_model(name: str, plugin: Callable[..., Any]) -> type[BaseModel]:
@@ -112,7 +115,8 @@ def _options_model(name: str, plugin: Callable[..., Any]) -> type[BaseModel]:
 def _mistake(where: str, detail: Any, known: list[str]) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"{where}: unknown option {key!r}{nearest(key, known)} (known: {', '.join(known) or 'none'})"
+        options = ", ".join(known) or "none"
+        return f"{where}: unknown option {key!r}{nearest(key, known)} (known: {options})"
     if detail["type"] == "missing":
         return f"{where}: option {key!r} is missing"
     return f"{where}: option {key!r}: {detail['msg']} (found {detail['input']!r})"

@@ -1,4 +1,7 @@
-"""One trial, and the loop around it: config -> space -> ask -> merge -> generate -> score -> tell -> report."""
+"""One trial, and the loop around it.
+
+config -> space -> ask -> merge -> generate -> score -> tell -> report
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +29,7 @@ from bayesian_merger.merge import Merger, even_weights
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import Scorer, scorer
-from bayesian_merger.study import Plan, Stage, Study, Trial
+from bayesian_merger.study import Plan, Study, Trial
 from bayesian_merger.values import Yardstick
 
 BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
@@ -90,10 +94,7 @@ class Setup:
         """Model A, model B, or the merge with every weight at one half."""
         method = self.config.merge.method if name == "even" else "weighted_sum"
         weights = even_weights(method, self.merger.architecture, BASELINES[name])
-        recipe = self.recipe(weights)
-        return Recipe(
-            method, recipe.architecture, recipe.models, weights, recipe.vae, recipe.precision
-        )
+        return replace(self.recipe(weights), method=method)
 
     def n_images(self) -> int:
         """Images of the whole run."""
@@ -109,7 +110,9 @@ class Setup:
         """What must not change between two starts of one run."""
         plain = configuration.as_plain(self.config)
         options = {k: v for k, v in plain["backend"].items() if k not in ("device", "batch")}
-        search = {k: plain["search"][k] for k in ("optimiser", "seed", "freeze", "ranges", "groups")}
+        search = {
+            k: plain["search"][k] for k in ("optimiser", "seed", "freeze", "ranges", "groups")
+        }
         merge = {k: plain["merge"][k] for k in ("method", "vae", "precision")}
         panels = {
             "panel": self.panel,
@@ -125,9 +128,7 @@ class Setup:
             "search": search,
             "backend": options,
             "scorers": plain["scorers"],
-            **{
-                name: {str(p.index): p.to_dict() for p in panel} for name, panel in panels.items()
-            },
+            **{name: {str(p.index): p.to_dict() for p in panel} for name, panel in panels.items()},
         }
 
 
@@ -146,20 +147,22 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
             return None
 
     for plugin in config.plugins:
-        attempt(lambda plugin=plugin: import_file(plugin))  # type: ignore[misc]
+        attempt(partial(import_file, plugin))
     merger = attempt(lambda: _open_models(config))
     plan = attempt(lambda: _plan(config, merger)) if merger else None
     panels = attempt(lambda: _panels(config, folder))
     weights = {name: chosen.weight for name, chosen in config.scorers.items()}
     scorers = {
-        name: attempt(lambda n=name, o=chosen.options: scorer.build(n, o))  # type: ignore[misc]
+        name: attempt(partial(scorer.build, name, chosen.options))
         for name, chosen in config.scorers.items()
     }
     engine = attempt(lambda: backend.build(config.backend.name, config.backend.options))
     warnings = attempt(lambda: engine.check(panels[0])) if engine and panels else None
     if mistakes or not (merger and plan and panels and engine):
         raise ConfigError("\n".join(mistakes))
-    return Setup(config, title, merger, plan, *panels, engine, scorers, weights, tuple(warnings or ()))
+    return Setup(
+        config, title, merger, plan, *panels, engine, scorers, weights, tuple(warnings or ())
+    )
 
 
 def judge(
@@ -243,6 +246,8 @@ def run(setup: Setup, folder: Path, observer: Observer) -> Outcome:
     RunError if it cannot go on, ConfigError if the folder belongs to another configuration.
     """
     with _locked(folder):
+        for stale in folder.rglob(".*.part"):  # a killed process leaves what it was writing
+            stale.unlink()
         check_folder(setup, folder)
         study = open_study(folder, create=True)
         study.begin(setup.identity(), _about(setup))
@@ -281,7 +286,7 @@ def _baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> 
 def _search(
     study: Study, setup: Setup, yardstick: Yardstick, folder: Path, observer: Observer
 ) -> None:
-    """Ask, judge, tell, until the trials are spent; a failed trial has no value and the search goes on."""
+    """Ask, judge, tell, until the trials are spent; a failed trial only has no value."""
     failures = 0
     reported = -math.inf
     while _n_finished(study) < _n_trials(setup.config):
@@ -289,7 +294,9 @@ def _search(
         trial = study.ask(setup.plan, setup.recipe)
         trial.spend(ask=time.monotonic() - start)
         observer.started(trial.stage, trial.name, len(setup.panel))
-        keep = _pictures(folder, trial.stage, trial.name) if setup.config.output.save_imgs else None
+        keep = (
+            _pictures(folder, trial.stage, trial.name) if setup.config.output.save_imgs else None
+        )
         before = leader(study.searched())
         try:
             judge(trial, setup.panel, setup, observer, keep)
@@ -297,7 +304,9 @@ def _search(
             trial.fail(str(error))
             failures += 1
             if failures >= _FAILURES_IN_A_ROW:
-                raise RunError(f"{failures} trials in a row failed, the last with: {error}") from error
+                raise RunError(
+                    f"{failures} trials in a row failed, the last with: {error}"
+                ) from error
         else:
             failures = 0
             others = [*study.judged("baseline"), *study.searched()]
@@ -325,7 +334,9 @@ def _confirm(
         raise RunError("no trial was completed, so there is no merge to confirm")
     complete.sort(key=_mean, reverse=True)
     chosen = {r.recipe.digest(): r for r in reversed(complete)}
-    candidates = sorted(chosen.values(), key=_mean, reverse=True)[: setup.config.heldout.candidates]
+    candidates = sorted(chosen.values(), key=_mean, reverse=True)[
+        : setup.config.heldout.candidates
+    ]
     selected = []
     for candidate in candidates:
         trial = study.book("select", candidate.name, candidate.recipe)
@@ -405,7 +416,8 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         raise ConfigError(f"{folder}: the run has not begun yet")
     baselines, searched = study.judged("baseline"), study.searched()
     panels = {
-        name: tuple(Prompt.from_dict(p) for p in about[name]) for name in ("panel", "heldout_panel")
+        name: tuple(Prompt.from_dict(p) for p in about[name])
+        for name in ("panel", "heldout_panel")
     }
     selected = [r for r in study.judged("select") if r.state == "complete"]
     best = max(selected, key=_mean) if selected else None
@@ -596,7 +608,9 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(f"{folder}: another process is running here; wait for it or stop it") from None
+        raise RunError(
+            f"{folder}: another process is running here; wait for it or stop it"
+        ) from None
     try:
         yield
     finally:

@@ -88,7 +88,9 @@ def build(
             book.mistake(f"search: {name} is both frozen and given a range; keep one of them")
     for name, (low, high) in spans.items():
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            book.mistake(f"search.ranges: {name} = [{low}, {high}] is upside down; put the low end first")
+            book.mistake(
+                f"search.ranges: {name} = [{low}, {high}] is upside down; put the low end first"
+            )
     parameters = []
     taken: dict[str, int] = {}
     for number, group in enumerate(groups, start=1):
@@ -96,7 +98,9 @@ def build(
         members = list(dict.fromkeys(members))
         for member in members:
             if member in frozen:
-                book.mistake(f"search.groups: {member} of group {number} is frozen; take it out of one")
+                book.mistake(
+                    f"search.groups: {member} of group {number} is frozen; take it out of one"
+                )
             if member in taken:
                 book.mistake(f"search.groups: {member} is in groups {taken[member]} and {number}")
             taken[member] = number
@@ -120,11 +124,16 @@ class _Names:
     """Finds weights by any of their names and collects the mistakes."""
 
     def __init__(
-        self, names: Mapping[str, tuple[str, str]], weights: Sequence[str], architecture: Architecture
+        self,
+        names: Mapping[str, tuple[str, str]],
+        weights: Sequence[str],
+        architecture: Architecture,
     ) -> None:
         self.mistakes: list[str] = []
         self._canonical = list(names)
-        self._aliases: dict[str, str] = {block: f"{block}_{weights[0]}" for block in architecture.blocks}
+        self._aliases: dict[str, str] = {
+            block: f"{block}_{weights[0]}" for block in architecture.blocks
+        }
         for weight in weights:
             for alias, block in short_names(weight, architecture).items():
                 self._aliases[alias] = f"{block}_{weight}"
@@ -153,6 +162,8 @@ class _Names:
         for pattern, value in given.items():
             for name in self.find(where, pattern):
                 if name in found and found[name] != value:
-                    self.mistake(f"search.{where}: {name} is given twice, the second time as {pattern!r}")
+                    self.mistake(
+                        f"search.{where}: {name} is given twice, the second time as {pattern!r}"
+                    )
                 found[name] = value
         return found

@@ -156,7 +156,8 @@ class Study:
     @property
     def about(self) -> Mapping[str, Any]:
         """What `begin` stored; empty for a study that never began."""
-        return self._search.user_attrs.get("about", {})
+        about: Mapping[str, Any] = self._search.user_attrs.get("about", {})
+        return about
 
     def observe(self, result: Result, plan: Plan) -> None:
         """Hand a judged baseline to the optimiser, where the search space holds it."""

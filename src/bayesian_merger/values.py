@@ -25,7 +25,9 @@ class Yardstick:
     scale: Mapping[str, tuple[float, float]]
 
     @classmethod
-    def from_baselines(cls, weights: Mapping[str, float], baselines: Sequence[Result]) -> Yardstick:
+    def from_baselines(
+        cls, weights: Mapping[str, float], baselines: Sequence[Result]
+    ) -> Yardstick:
         """The yardstick that the baselines' scores give; RunError if they have none."""
         scale = {}
         for name in weights:

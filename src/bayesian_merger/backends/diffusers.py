@@ -72,16 +72,22 @@ class Diffusers:
         self._lib = _import_diffusers()
         self._pipe: Any = None
         self._live: dict[str, Tensor] = {}  # the checkpoint's name -> tensor of the pipeline
-        self._owners: dict[str, tuple[str, str]] = {}  # the same -> (part of the pipeline, name there)
+        self._owners: dict[
+            str, tuple[str, str]
+        ] = {}  # the same -> (part of the pipeline, name there)
 
     def check(self, prompts: Sequence[Prompt]) -> list[str]:
         """Warnings for prompt syntax that diffusers does not know; ConfigError for unknown samplers."""
         for prompt in prompts:
             self._scheduler_class(prompt)
             if prompt.width % 8 or prompt.height % 8:
-                raise ConfigError(f"payload {prompt.payload}: width and height must be multiples of 8")
+                raise ConfigError(
+                    f"payload {prompt.payload}: width and height must be multiples of 8"
+                )
         said = []
-        if any(re.search(r"[(\[].+:[\d.]+[)\]]|<lora:", p.prompt + p.negative_prompt) for p in prompts):
+        if any(
+            re.search(r"[(\[].+:[\d.]+[)\]]|<lora:", p.prompt + p.negative_prompt) for p in prompts
+        ):
             said.append(
                 "a prompt uses (word:1.2) weights or <lora:...>, which this back end reads as plain text"
             )
@@ -178,12 +184,15 @@ class Diffusers:
     def _prove(self, merged: Mapping[str, Tensor]) -> None:
         """TrialError unless the modules that make images hold the merge, by a few of its tensors."""
         state = {
-            part: getattr(self._pipe, part).state_dict() for part in ("unet", "vae", "text_encoder")
+            part: getattr(self._pipe, part).state_dict()
+            for part in ("unet", "vae", "text_encoder")
         }
         for name, (part, own) in list(self._owners.items())[:: max(1, len(self._owners) // 16)]:
             held = state[part][own].cpu()
             if not torch.equal(held, merged[name].to(held.dtype).cpu().reshape(held.shape)):
-                raise TrialError(f"the live model does not hold the merge: tensor {name!r} differs")
+                raise TrialError(
+                    f"the live model does not hold the merge: tensor {name!r} differs"
+                )
 
     def _scheduler(self, prompt: Prompt) -> Any:
         name, settings = self._scheduler_class(prompt)
@@ -263,13 +272,19 @@ def _pipeline(diffusers: Any, folder: Path) -> Any:
     needed = ["unet/config.json", "vae/config.json", "text_encoder/config.json"]
     needed += ["scheduler/scheduler_config.json"]
     # Without its files transformers makes an empty tokenizer and says nothing.
-    needed += [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json")]
+    needed += [
+        f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json")
+    ]
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise ConfigError(f"backend.config: {folder} lacks {', '.join(missing)}")
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config(_json(diffusers, folder / "unet", "UNet2DConditionModel"))
-        vae = diffusers.AutoencoderKL.from_config(_json(diffusers, folder / "vae", "AutoencoderKL"))
+        unet = diffusers.UNet2DConditionModel.from_config(
+            _json(diffusers, folder / "unet", "UNet2DConditionModel")
+        )
+        vae = diffusers.AutoencoderKL.from_config(
+            _json(diffusers, folder / "vae", "AutoencoderKL")
+        )
         text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
     pipe = diffusers.StableDiffusionPipeline(
         unet=unet,
@@ -313,6 +328,10 @@ def _vae_names(vae: Any, merged: Mapping[str, Tensor]) -> dict[str, str]:
 def _text_encoder_names(text_encoder: Any, merged: Mapping[str, Tensor]) -> dict[str, str]:
     prefix = "cond_stage_model.transformer."
     # Names differ by "text_model.", which transformers 5.6 dropped and some old checkpoints lack.
-    short = {n.removeprefix(prefix).removeprefix("text_model."): n for n in merged if n.startswith(prefix)}
+    short = {
+        n.removeprefix(prefix).removeprefix("text_model."): n
+        for n in merged
+        if n.startswith(prefix)
+    }
     own = text_encoder.state_dict()
     return {n: short[s] for n in own if (s := n.removeprefix("text_model.")) in short}

@@ -1,0 +1,388 @@
+"""Results -> figures, pure: no pyplot state, no global settings.
+
+The only module that knows matplotlib.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib import colormaps, font_manager
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from bayesian_merger.checkpoint import whole_file
+from bayesian_merger.data import Estimate, Outcome, Result
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class _Theme:
+    """The colours of a figure. A is orange and B purple, as at the ends of the map of weights."""
+
+    paper: str
+    ink: str
+    soft: str
+    line: str
+    trial: str
+    best: str
+    a: str
+    b: str
+    even: str
+
+    def of(self, name: str) -> str:
+        """The colour of "a", "b", "even" or "best", and the text's for any other name."""
+        return str(getattr(self, name)) if name in ("a", "b", "even", "best") else self.ink
+
+
+_LIGHT = _Theme(
+    paper="#ffffff",
+    ink="#1c1b1a",
+    soft="#6b6863",
+    line="#dedbd5",
+    trial="#3d6b8f",
+    best="#00786b",
+    a="#b35806",
+    b="#6a3d9a",
+    even="#6b6863",
+)
+_DARK = _Theme(
+    paper="#1b1b1a",
+    ink="#eceae6",
+    soft="#a5a19a",
+    line="#3a3936",
+    trial="#8fb8d8",
+    best="#4fc7b5",
+    a="#f0a35c",
+    b="#bfaee3",
+    even="#a5a19a",
+)
+
+# ColorBrewer's PuOr can be read with every common colour blindness: orange 0, white 0.5, purple 1.
+_MAP = colormaps["PuOr"]
+_FONT = "DejaVu Sans"  # comes with matplotlib, hence one figure on every machine
+_LABELS = {"a": "A", "b": "B", "even": "even"}
+_LEGEND = ("exploration", "exploitation", "best so far", "leading", "chosen", "failed", "stopped")
+
+# Sizes of the drawing of the network, in inches.
+_BOX, _PITCH, _STAGGER, _GAP, _MIDDLE = (1.3, 0.34), 0.4, 0.26, 0.12, 1.4
+
+
+def png(figure: Figure, dpi: int = 150) -> bytes:
+    """The figure as a PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG that appears whole."""
+    with whole_file(path) as file:
+        file.write(png(figure))
+
+
+def convergence(outcome: Outcome, *, dark: bool = False) -> Figure:
+    """The value of each trial with its standard error, the running best, the baselines as lines.
+
+    Trials without a value are marked at the bottom edge, the chosen trial (or, before the end, the
+    leading one) by a star.
+    """
+    theme = _DARK if dark else _LIGHT
+    figure = Figure(figsize=(8.4, 4.6), facecolor=theme.paper)
+    axes = figure.add_axes((0.085, 0.125, 0.775, 0.745), facecolor=theme.paper)
+    trials = [r for r in outcome.results if r.stage != "baseline"]
+    baselines = {r.name: r.value for r in outcome.results if r.stage == "baseline" and r.value}
+    measured = {n: (r, r.value) for n, r in enumerate(trials, start=1) if r.value}
+    lost = {n: r.state for n, r in enumerate(trials, start=1) if r.state in ("failed", "stopped")}
+
+    axes.set_xlim(0.25, max(len(trials), 1) + 0.75)
+    values = [*baselines.values(), *(value for _, value in measured.values())]
+    axes.set_ylim(*_limits(values, room_below=bool(lost)))
+    _draw_frame(axes, theme)
+    if not values:
+        axes.set_yticks([])
+    _draw_baselines(axes, baselines, theme)
+    _draw_trials(axes, measured, len(trials), theme)
+    for state, marker in (("failed", "x"), ("stopped", "v")):
+        some = [n for n, found in lost.items() if found == state]
+        if some:
+            # At the bottom edge: these trials have no value.
+            edge = axes.get_xaxis_transform()
+            style: dict[str, Any] = {"color": theme.soft, "ms": 6, "mew": 1.6, "label": state}
+            axes.plot(some, [0.03] * len(some), marker, transform=edge, gid=state, **style)
+    marked = outcome.best or outcome.leader
+    for n, (result, value) in measured.items():
+        if marked is not None and result.name == marked.name:
+            label = f"{'chosen' if outcome.best else 'leading'}: {_drawable(result.name)}"
+            star: dict[str, Any] = {"ms": 16, "mec": theme.paper, "color": theme.best}
+            axes.plot(n, value.mean, "*", label=label, gid="best", zorder=4, **star)
+    if not measured:
+        style = _text(theme.soft, 11, ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no trial is complete yet", **style)
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: _LEGEND.index(labels[i].split(":")[0]))
+    axes.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.01),
+        ncols=6,
+        frameon=False,
+        borderpad=0,
+        columnspacing=1.4,
+        handlelength=1.4,
+        handletextpad=0.5,
+        labelcolor=theme.ink,
+        prop={"family": _FONT, "size": 9},
+    )
+    return figure
+
+
+def unet(
+    weights: Mapping[str, float],
+    *,
+    blocks: Sequence[str],
+    title: str = "",
+    names: tuple[str, str] = ("A", "B"),
+    dark: bool = False,
+) -> Figure:
+    """The network as a U, each block coloured by its weight and with the weight written in it.
+
+    IN blocks go down on the left, OUT blocks up on the right, each beside the IN block that feeds
+    it; `base` lies on top. A weight below 0 or above 1 keeps its number and is hatched.
+    """
+    theme = _DARK if dark else _LIGHT
+    places, width, height = _layout(blocks)
+    above, below, side = 0.55 if title else 0.2, 1.0, 0.25
+    across, up = width + 2 * side, height + above + below
+    figure = Figure(figsize=(across, up), facecolor=theme.paper)
+    axes = figure.add_axes(
+        (side / across, below / up, width / across, height / up),
+        xlim=(0, width),
+        ylim=(height, 0),
+    )
+    axes.set_axis_off()
+    if title:
+        style = _text(theme.ink, 12, ha="center", va="center")
+        figure.text(0.5, 1 - 0.28 / up, _drawable(title), **style)
+    # The skip connections of the U-Net: IN00 feeds OUT11, IN01 feeds OUT10, ...
+    ins, _, outs = _arms(blocks)
+    for one, other in zip(ins, reversed(outs), strict=False):
+        left, right, y = places[one][0] + _BOX[0], places[other][0], places[one][1] + _BOX[1] / 2
+        axes.plot([left, right], [y, y], color=theme.line, lw=0.9, zorder=0)
+    for block in blocks:
+        _draw_block(axes, block, weights[block], places[block], theme)
+
+    bar = figure.add_axes((0.5 - 1 / across, 0.5 / up, 2 / across, 0.14 / up))
+    scale = ScalarMappable(Normalize(0, 1), _MAP)
+    drawn = figure.colorbar(
+        scale, cax=bar, orientation="horizontal", ticks=[0, 0.5, 1], format="%g"
+    )
+    drawn.outline.set(edgecolor=theme.soft, linewidth=0.7)
+    bar.tick_params(colors=theme.soft, labelsize=8.5, length=3, labelfontfamily=_FONT)
+    for x, name, ha in ((-0.03, names[0], "right"), (1.03, names[1], "left")):
+        label = _drawable(_shortened(name.removesuffix(".safetensors").removesuffix(".ckpt"), 22))
+        style = _text(theme.ink, 9.5, ha=ha, va="center", transform=bar.transAxes)
+        bar.text(x, 0.45, label, **style)
+    if any(_is_outside(weights[block]) for block in blocks):
+        note = "hatched: below 0 or above 1"
+        style = _text(theme.soft, 8.5, ha="center", va="center")
+        figure.text(0.5, 0.13 / up, note, **style)
+    return figure
+
+
+def contact_sheet(pictures: Mapping[str, Sequence[Image]], *, dark: bool = False) -> Figure:
+    """A labelled row of pictures for each name; one column holds the same prompt and seed."""
+    theme = _DARK if dark else _LIGHT
+    n_columns = max((len(row) for row in pictures.values()), default=0)
+    tile, pitch, left, edge = 0.96, 1.02, 0.8, 0.1
+    across, up = left + n_columns * pitch + edge, len(pictures) * pitch + 2 * edge
+    figure = Figure(figsize=(across, up), facecolor=theme.paper)
+    for row, (name, images) in enumerate(pictures.items()):
+        y = up - edge - (row + 1) * pitch + (pitch - tile) / 2
+        style = _text(theme.of(name.lower()), 12, ha="right", va="center", weight="bold")
+        figure.text((left - 0.14) / across, (y + tile / 2) / up, _drawable(name), **style)
+        for column, image in enumerate(images):
+            x = left + column * pitch
+            axes = figure.add_axes((x / across, y / up, tile / across, tile / up))
+            axes.set_axis_off()
+            axes.imshow(image, interpolation="nearest" if image.width < 200 else "antialiased")
+    return figure
+
+
+def _draw_frame(axes: Axes, theme: _Theme) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("trial", **_text(theme.ink, 10))
+    axes.set_ylabel("value ± standard error", **_text(theme.ink, 10))
+    axes.tick_params(colors=theme.soft, labelsize=9, length=3, labelfontfamily=_FONT)
+    axes.grid(axis="y", color=theme.line, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.spines["bottom"].set(visible=True, color=theme.line)
+
+
+def _draw_baselines(axes: Axes, baselines: Mapping[str, Estimate], theme: _Theme) -> None:
+    """A line across for each baseline, its name and value at the right edge."""
+    low, high = axes.get_ylim()
+    heights = {name: (value.mean - low) / (high - low) for name, value in baselines.items()}
+    for name, height in _apart(heights, 0.06).items():
+        mean, colour = baselines[name].mean, theme.of(name)
+        style = (0, (5, 3)) if name == "even" else "-"
+        axes.axhline(mean, color=colour, lw=1.3, ls=style, zorder=1, gid=name)
+        label = f"{_LABELS.get(name, name)}  {mean:.4g}"
+        text = _text(colour, 10, va="center", weight="bold", transform=axes.transAxes)
+        axes.text(1.012, height, label, **text)
+
+
+def _draw_trials(
+    axes: Axes, measured: Mapping[int, tuple[Result, Estimate]], n_trials: int, theme: _Theme
+) -> None:
+    """The values with their error bars, by stage, and the best of them so far."""
+    if measured:
+        best = list(accumulate((value.mean for _, value in measured.values()), max))
+        line: dict[str, Any] = {"color": theme.best, "lw": 1.6, "gid": "running best"}
+        x, y = [*measured, n_trials], [*best, best[-1]]
+        axes.step(x, y, where="post", zorder=2, label="best so far", **line)
+    for stage, label in (("explore", "exploration"), ("exploit", "exploitation")):
+        some = {n: value for n, (result, value) in measured.items() if result.stage == stage}
+        if some:
+            axes.errorbar(
+                list(some),
+                [value.mean for value in some.values()],
+                yerr=[value.se for value in some.values()],
+                fmt="o" if stage == "explore" else "D",
+                ms=5.5 if stage == "explore" else 4.5,
+                mfc=theme.paper if stage == "explore" else theme.trial,
+                color=theme.trial,
+                elinewidth=0.8,
+                label=label,
+                zorder=3,
+            )
+
+
+def _draw_block(
+    axes: Axes, block: str, weight: float, place: tuple[float, float, float], theme: _Theme
+) -> None:
+    """A box in the weight's colour with the block's name and weight in readable contrast."""
+    x, y, width = place
+    outside = _is_outside(weight)
+    # The map takes integers for places in its table, hence float.
+    fill = to_hex(_MAP(float(min(max(weight, 0), 1))))
+    ink = "#000000" if _luminance(fill) > 0.179 else "#ffffff"
+    size = ((x, y), width, _BOX[1])
+    edge: dict[str, Any] = {"edgecolor": theme.soft, "lw": 0.7, "clip_on": False}
+    axes.add_patch(Rectangle(*size, facecolor=fill, gid=block, **edge))
+    if outside:
+        hatch: dict[str, Any] = {"hatch": "////", "alpha": 0.45, "gid": f"{block} outside"}
+        axes.add_patch(Rectangle(*size, fill=False, edgecolor=ink, lw=0, **hatch))
+    # The hatching must not cross the text.
+    patch = {"facecolor": fill, "edgecolor": "none", "pad": 1.5} if outside else None
+    middle, inset = y + _BOX[1] / 2, 0.1
+    style: dict[str, Any] = {"va": "center_baseline", "bbox": patch}
+    axes.text(x + inset, middle, _drawable(block), **_text(ink, 9, **style))
+    style |= {"ha": "right", "weight": "bold", "gid": f"{block} weight"}
+    axes.text(x + width - inset, middle, _shown(weight), **_text(ink, 10.5, **style))
+
+
+def _arms(blocks: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """The blocks of the U's left arm, its bottom and its right arm, in the network's order."""
+    ins = [block for block in blocks if block.startswith("IN")]
+    outs = [block for block in blocks if block.startswith("OUT")]
+    rest = [block for block in blocks if block not in ("base", *ins, *outs)]
+    return ins, rest, outs
+
+
+def _layout(blocks: Sequence[str]) -> tuple[dict[str, tuple[float, float, float]], float, float]:
+    """Block -> (left, top, width) with y downwards, and the width and height of the drawing."""
+    ins, bottom, outs = _arms(blocks)
+    n_rows = max(len(ins), len(outs))
+    # Three blocks work at one resolution; each resolution is set in further from the side.
+    lowest = max(0, n_rows - 1) // 3
+    width = 2 * (_BOX[0] + lowest * _STAGGER) + _MIDDLE
+    first = _BOX[1] + 2 * _GAP if "base" in blocks else 0.0
+    tops = [first + row * _PITCH + row // 3 * _GAP for row in range(n_rows + 1)]
+    places = {"base": (0.0, 0.0, width)} if "base" in blocks else {}
+    for row, block in enumerate(ins):
+        places[block] = (row // 3 * _STAGGER, tops[row], _BOX[0])
+    for row, block in enumerate(reversed(outs)):
+        places[block] = (width - _BOX[0] - row // 3 * _STAGGER, tops[row], _BOX[0])
+    for place, block in enumerate(bottom):
+        places[block] = ((width - _BOX[0]) / 2, tops[-1] + place * _PITCH, _BOX[0])
+    return places, width, max(top for _, top, _ in places.values()) + _BOX[1]
+
+
+def _limits(values: Sequence[Estimate], *, room_below: bool) -> tuple[float, float]:
+    """Limits that hold every error bar, with room for marks at the bottom edge if wanted."""
+    low = min((value.mean - value.se for value in values), default=0.0)
+    high = max((value.mean + value.se for value in values), default=1.0)
+    reach = high - low or max(1.0, abs(high))
+    return low - (0.12 if room_below else 0.05) * reach, high + 0.05 * reach
+
+
+def _apart(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
+    """The places nearest to the `wanted` ones, in their order, that are at least `gap` apart."""
+    groups: list[tuple[list[str], float]] = []
+    for name in sorted(wanted, key=lambda name: wanted[name]):
+        names, centre = [name], wanted[name]
+        while groups:
+            others, beside = groups[-1]
+            if centre - beside >= gap * (len(others) + len(names)) / 2:
+                break
+            groups.pop()
+            names = others + names
+            centre = sum(wanted[n] for n in names) / len(names)
+        groups.append((names, centre))
+    return {
+        name: centre + (place - (len(names) - 1) / 2) * gap
+        for names, centre in groups
+        for place, name in enumerate(names)
+    }
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of "#rrggbb" by WCAG 2.2; black and white contrast alike at 0.179."""
+    shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (
+        s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _is_outside(weight: float) -> bool:
+    return not 0.0 <= weight <= 1.0
+
+
+def _shown(weight: float) -> str:
+    """Two decimals; more where two would hide that the weight is outside [0, 1]."""
+    text = f"{weight + 0.0:.2f}"  # of a negative zero too, without its sign
+    if _is_outside(weight) and not _is_outside(float(text)):
+        return f"{weight:.4g}"
+    return text
+
+
+def _shortened(text: str, length: int) -> str:
+    """`text` without its middle where it is longer than `length`: names differ at both ends."""
+    head, tail = (length - 1) // 2, length // 2
+    return text if len(text) <= length else f"{text[:head]}…{text[-tail:]}"
+
+
+def _drawable(text: str) -> str:
+    """`text` on one line, with a box for each character that the font lacks."""
+    known = font_manager.get_font(font_manager.findfont(_FONT)).get_charmap()
+    return "".join(c if ord(c) in known else "\N{WHITE SQUARE}" for c in " ".join(text.split()))
+
+
+def _text(colour: str, size: float, **more: Any) -> dict[str, Any]:
+    """How text is set; names may hold dollar signs, which are not formulas."""
+    return {"color": colour, "size": size, "family": _FONT, "parse_math": False, **more}

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import pickle
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import toy_plugin
+from safetensors.torch import save_file
+from test_run import folder as folder
+
+from bayesian_merger import cli
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bayesian-merger", *map(str, arguments)])
+        # Consoles are made at import, before pytest's capture.
+        monkeypatch.setattr(cli._out, "file", sys.stdout)
+        monkeypatch.setattr(cli._err, "file", sys.stderr)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        code = stop.value.code
+        assert isinstance(code, int)
+        return code, out, err
+
+    return call
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "one.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def text_file(folder: Path) -> None:
+    (folder / "one.safetensors").write_text("<html>login required</html>")
+
+
+def empty_file(folder: Path) -> None:
+    (folder / "one.safetensors").write_bytes(b"")
+
+
+def lying_header(folder: Path) -> None:
+    (folder / "one.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+
+
+class Payload:
+    """Unpickled, it would leave a file behind."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, ("unpickled", "w")
+
+
+def pickled_code(folder: Path) -> None:
+    (folder / "one.ckpt").write_bytes(pickle.dumps({"state_dict": Payload()}))
+    configure(folder, 'b = "one.safetensors"', 'b = "one.ckpt"')
+
+
+def pickled_object(folder: Path) -> None:
+    torch.save({"state_dict": {"weight": "not a tensor"}}, folder / "one.ckpt")
+    configure(folder, 'b = "one.safetensors"', 'b = "one.ckpt"')
+
+
+def other_architecture(folder: Path) -> None:
+    save_file({"conditioner.embedders.0.x": torch.zeros(2)}, folder / "one.safetensors")
+
+
+def other_shapes(folder: Path) -> None:
+    tensors = {name: torch.zeros(2, 3) for name in toy_plugin.TENSORS.values()}
+    save_file(tensors, folder / "one.safetensors")
+
+
+def no_prompt(folder: Path) -> None:
+    (folder / "portrait.toml").write_text('negative_prompt = "blurry"\n')
+
+
+def configure(folder: Path, old: str, new: str) -> None:
+    path = folder / "config.toml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def edited(old: str, new: str) -> Callable[[Path], None]:
+    return lambda folder: configure(folder, old, new)
+
+
+BAD = {
+    "missing file": (lambda f: (f / "one.safetensors").unlink(), "no such file"),
+    "truncated file": (truncated, "not a whole safetensors file"),
+    "text file": (text_file, "not a whole safetensors file"),
+    "empty file": (empty_file, "not a whole safetensors file"),
+    "lying header": (lying_header, "not a whole safetensors file"),
+    "pickled code": (pickled_code, "refused"),
+    "pickled object": (pickled_object, "entry 'weight' is str, not a tensor"),
+    "other architecture": (other_architecture, "this is SDXL"),
+    "other shapes": (other_shapes, "another shape than in model A"),
+    "same file twice": (edited('b = "one.s', 'b = "zero.s'), "are the same file"),
+    "third model missing": (
+        edited("[search]", '[merge]\nmethod = "add_difference"\n[search]'),
+        "merges 3 models",
+    ),
+    "unknown key": (edited("init_points", "init_point"), "'init_points'?"),
+    "unknown section": (edited("[output]", "[ouput]"), "'output'?"),
+    "wrong type": (edited("init_points = 4", 'init_points = "four"'), "search.init_points"),
+    "broken TOML": (edited("[panel]", "[panel"), "not valid TOML"),
+    "payload without prompt": (no_prompt, "no prompt"),
+    "no payload": (edited('"*e.toml", "portrait.toml"', '"nothing*.toml"'), "no file matches"),
+    "unknown wildcard": (edited('"wild"', '"."'), "unknown wildcard __place__"),
+    "range upside down": (
+        edited("init_points = 4", "ranges = { IN00 = [0.5, 0.4] }\ninit_points = 4"),
+        "upside down",
+    ),
+    "unknown weight": (
+        edited("init_points = 4", "freeze = { IN12 = 0.5 }\ninit_points = 4"),
+        "'IN12' names no weight",
+    ),
+    "frozen and ranged": (
+        edited("init_points = 4", "freeze = {M00 = 0.5}\nranges = {M00 = [0.1, 0.2]}\ninit_points = 4"),
+        "both frozen and given a range",
+    ),
+    "nothing to search": (
+        edited("init_points = 4", 'freeze = { "*" = 0.5 }\ninit_points = 4'),
+        "nothing to search",
+    ),
+    "unknown scorer": (edited("likeness", "likenes"), "'likeness'?"),
+    "unknown scorer option": (edited("[scorers.likeness]", "[scorers.likeness]\nsharp = 1"), "'sharpness'?"),
+    "unknown method": (edited("[search]", '[merge]\nmethod = "weighted"\n[search]'), "'weighted_sum'?"),
+    "unknown back end": (edited('"stripes"', '"stripe"'), "'stripes'?"),
+    "broken plugin": (lambda f: configure(f, "plugins = [", 'plugins = ["portrait.toml", '), "plugin"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("verb", ["run", "check"])
+def test_bad_input_is_one_line_and_exit_code_2_before_anything_is_made(
+    folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch, name: str, verb: str
+) -> None:
+    spoil, said = BAD[name]
+    spoil(folder)
+    monkeypatch.chdir(folder)
+    code, out, err = command(verb, folder / "config.toml", "--run-dir", folder / "run")
+    assert code == 2, err
+    assert said in err.replace("\n", " ")
+    assert len(err.strip().splitlines()) == 1, err
+    assert "Traceback" not in out + err
+    assert not (folder / "run").exists()
+    assert not (folder / "unpickled").exists()
+
+
+def test_all_mistakes_are_told_at_once(folder: Path, command: Command) -> None:
+    (folder / "one.safetensors").unlink()
+    no_prompt(folder)
+    configure(folder, "likeness", "likenes")
+    code, _, err = command("check", folder / "config.toml")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 3
+
+
+def test_full_disk_is_found_before_the_first_image(
+    folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    code, _, err = command("run", folder / "config.toml", "--run-dir", folder / "run")
+    assert code == 2
+    assert "only 0.00 MB are free" in err
+    assert not (folder / "run" / "study.db").exists()
+
+
+def test_check_makes_one_merge_and_one_batch_and_leaves_nothing(
+    folder: Path, command: Command
+) -> None:
+    code, out, err = command("check", folder / "config.toml")
+    assert code == 0, err
+    assert "26 weights" in out
+    assert "100 images" in out
+    assert not (folder / "runs").exists()
+
+
+def test_run_takes_the_names_of_the_original(folder: Path, command: Command) -> None:
+    code, out, _ = command(
+        "run", folder / "config.toml", "--init_points", 2, "--n_iters", 1, "--batch_size", 1
+    )  # fmt: skip
+    assert code == 0
+    assert "3 trials" in out
+    run_dir = folder / "runs" / "config"
+    for name in (
+        "report.html",
+        "result.json",
+        "best.toml",
+        "best.log",
+        "convergence.png",
+        "unet.png",
+    ):
+        assert (run_dir / name).is_file()
+    code, out, _ = command("report", run_dir)
+    assert code == 0
+    assert str(run_dir / "report.html") in out.replace("\n", "")
+
+
+def test_merge_replays_a_recipe_and_never_overwrites(folder: Path, command: Command) -> None:
+    command("run", folder / "config.toml", "--init-points", 1, "--n-iters", 0)
+    run_dir = folder / "runs" / "config"
+    best, again = run_dir / "best.safetensors", folder / "again.safetensors"
+    assert command("merge", run_dir / "best.toml", "-o", again)[0] == 0
+    assert again.read_bytes() == best.read_bytes()
+    code, _, err = command("merge", run_dir / "best.toml", "-o", again)
+    assert (code, "exists" in err) == (2, True)
+    code, _, err = command(
+        "merge", run_dir / "best.toml", "-o", folder / "zero.safetensors", "--overwrite"
+    )
+    assert (code, "one of the models" in err) == (2, True)
+
+
+def test_init_writes_a_configuration_that_check_reads(tmp_path: Path, command: Command) -> None:
+    assert command("init", tmp_path / "new")[0] == 0
+    code, _, err = command("check", tmp_path / "new" / "config.toml")
+    assert code == 2
+    lines = err.strip().splitlines()
+    assert len(lines) == 1
+    assert "first.safetensors: no such file" in lines[0]
+    code, _, err = command("init", tmp_path / "new")
+    assert (code, "exists already" in err) == (2, True)
+
+
+def test_report_of_a_folder_without_a_run_is_refused(tmp_path: Path, command: Command) -> None:
+    code, _, err = command("report", tmp_path)
+    assert code == 2
+    assert "not a run folder" in err
+
+
+@pytest.mark.parametrize("kind", ["methods", "scorers", "backends", "architectures"])
+def test_list_names_what_there_is(command: Command, kind: str) -> None:
+    known = {
+        "methods": "weighted_sum",
+        "scorers": "exposure",
+        "backends": "diffusers",
+        "architectures": "sd1",
+    }
+    code, out, _ = command("list", kind)
+    assert code == 0
+    assert known[kind] in out
+
+
+def test_unknown_command_exits_with_2(command: Command) -> None:
+    assert command("runn")[0] == 2

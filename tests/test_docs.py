@@ -1,0 +1,44 @@
+"""What the documentation shows works."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bayesian_merger import config
+from bayesian_merger.data import Prompt, Sample
+from bayesian_merger.registry import import_file
+from bayesian_merger.scorers import scorer
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_scorer_of_the_extending_page_scores(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "extending.md").read_text()
+    section = page.split("## A scorer")[1].split("The class's name")[0]
+    (tmp_path / "warmth.py").write_text(textwrap.dedent(section))
+    import_file(tmp_path / "warmth.py")
+    judge = scorer.build("warmth", {"strength": 2.0})
+    red = Sample(Image.new("RGB", (8, 8), (200, 0, 50)), Prompt(0, "p", "red", 1))
+    assert judge([red]) == [300.0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+def test_configuration_page_names_every_key() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    for name, field in config.Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, config.Section):
+            for key in section.model_fields:
+                assert f"`{name}.{key}`" in page, f"{name}.{key}"

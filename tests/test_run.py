@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import toy_plugin
+
+from bayesian_merger import config as configuration
+from bayesian_merger import recipes, run
+from bayesian_merger.data import Outcome, Result
+from bayesian_merger.errors import ConfigError, RunError
+
+
+class Silent:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.lines: list[str] = []
+
+    def planned(self, images: int, trials: int) -> None:
+        self.total = images
+
+    def started(self, stage: str, name: str, images: int) -> None:
+        self.lines.append(f"{stage} {name}")
+
+    def judged(self, images: int, made: bool) -> None:
+        self.made += images * made
+
+    def finished(self, result: Result, leader: Result | None) -> None:
+        pass
+
+    def noted(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with two models, two payloads and a configuration."""
+    toy_plugin.write_model(tmp_path / "zero.safetensors", 0.0)
+    toy_plugin.write_model(tmp_path / "one.safetensors", 1.0)
+    (tmp_path / "portrait.toml").write_text('prompt = "a portrait"\n')
+    (tmp_path / "landscape.toml").write_text('prompt = "a __place__"\n')
+    (tmp_path / "wild").mkdir()
+    (tmp_path / "wild" / "place.txt").write_text("lake\nvalley\n")
+    plugin = Path(toy_plugin.__file__).as_posix()
+    (tmp_path / "config.toml").write_text(
+        f"""
+        plugins = ["{plugin}"]
+        [models]
+        a = "zero.safetensors"
+        b = "one.safetensors"
+        [search]
+        init_points = 4
+        n_iters = 3
+        [panel]
+        payloads = ["*e.toml", "portrait.toml"]
+        wildcards_dir = "wild"
+        batch_size = 3
+        [heldout]
+        images = 8
+        select_images = 4
+        candidates = 2
+        [backend]
+        name = "stripes"
+        [scorers.likeness]
+        [output]
+        save_best = true
+        """
+    )
+    return tmp_path
+
+
+def start(folder: Path, *overrides: str, into: str = "run") -> Outcome:
+    config = configuration.load(folder / "config.toml", overrides)
+    setup = run.prepare(config, folder, "toy")
+    return run.run(setup, folder / into, Silent())
+
+
+def measured(outcome: Outcome) -> list[tuple[str, Mapping[int, Mapping[str, float]], object]]:
+    return [(r.name, r.scores, r.recipe.weights) for r in (*outcome.results, *outcome.selected)]
+
+
+def test_run_finds_a_merge_that_beats_its_parents_and_says_how_sure_that_is(folder: Path) -> None:
+    outcome = start(folder, "search.init_points=6", "search.n_iters=8")
+    assert outcome.finished
+    assert all(gain.low > 0 for gain in outcome.gain.values()), outcome.gain
+    assert "beats A, B and the even merge" in outcome.verdict()
+    assert outcome.heldout["best"].n == 8
+
+
+def test_result_json_counts_images_and_trials(folder: Path) -> None:
+    outcome = start(folder)
+    result = json.loads((folder / "run" / "result.json").read_text())
+    assert result["trials"] == {"complete": 10, "stopped": 0, "failed": 0}
+    assert result["images"] == 10 * 6 + 2 * 4 + 4 * 8 == outcome.images
+    assert set(result["gain"]) == {"over_a", "over_b", "over_even"}
+    assert result["best"]["method"] == "weighted_sum"
+
+
+def test_best_toml_rebuilds_best_safetensors_byte_for_byte(folder: Path) -> None:
+    start(folder)
+    recipe = recipes.read_toml(folder / "run" / "best.toml")
+    recipes.open_models(recipe, folder).merge(recipe).save(folder / "again.safetensors")
+    best = (folder / "run" / "best.safetensors").read_bytes()
+    assert (folder / "again.safetensors").read_bytes() == best
+
+
+def test_same_seed_gives_the_same_result_twice_and_another_seed_another(folder: Path) -> None:
+    first = start(folder, into="one")
+    assert measured(start(folder, into="two")) == measured(first)
+    assert measured(start(folder, "search.seed=1", into="three")) != measured(first)
+
+
+@pytest.mark.parametrize("at", [1, 7, 19, 40, 59, 61, 75])
+def test_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
+    folder: Path, at: int
+) -> None:
+    whole = start(folder, into="whole")
+    with pytest.raises(KeyboardInterrupt):
+        start(folder, "backend.fault=stop", f"backend.at={at}", into="cut")
+    # `fault` is part of the back end's options, so it is set back where the run remembers them.
+    observer = Silent()
+    config = configuration.load(folder / "config.toml", ["backend.fault=stop", "backend.at=0"])
+    setup = run.prepare(config, folder, "toy")
+    with pytest.raises(ConfigError, match=r"backend\.at was .*, is 0"):
+        run.run(setup, folder / "cut", observer)
+    config = configuration.load(folder / "config.toml", ["backend.fault=stop", f"backend.at={at}"])
+    setup = run.prepare(config, folder, "toy")
+    setup.backend._at = -1  # type: ignore[attr-defined]
+    resumed = run.run(setup, folder / "cut", observer)
+    assert measured(resumed) == measured(whole)
+    assert resumed.images == whole.images
+    # At most the batch that was being made is made again; nothing else is.
+    assert observer.made >= whole.images - at
+    assert resumed.heldout == whole.heldout
+
+
+def test_finished_run_makes_no_further_image(folder: Path) -> None:
+    start(folder)
+    observer = Silent()
+    config = configuration.load(folder / "config.toml")
+    run.run(run.prepare(config, folder, "toy"), folder / "run", observer)
+    assert observer.made == 0
+
+
+def test_more_iterations_extend_a_finished_run(folder: Path) -> None:
+    before = start(folder)
+    after = start(folder, "search.n_iters=5")
+    assert [r.scores for r in after.results[:10]] == [r.scores for r in before.results]
+    assert len(after.results) == 12
+
+
+def test_failed_trial_has_no_value_and_the_search_goes_on(folder: Path) -> None:
+    outcome = start(folder, "backend.fault=weak")
+    failed = [r for r in outcome.results if r.state == "failed"]
+    assert failed
+    assert all(r.value is None and r.reason == "out of memory" for r in failed)
+    assert outcome.finished
+    assert outcome.best is not None
+    assert outcome.best.recipe.weights["alpha"]["IN00"] <= 0.5
+
+
+def test_three_failures_in_a_row_stop_the_run_with_the_reason(folder: Path) -> None:
+    with pytest.raises(RunError, match="3 trials in a row failed.*the server went away"):
+        start(folder, "backend.fault=dead")
+
+
+def test_back_end_that_ignores_the_merge_stops_the_run_before_the_search(folder: Path) -> None:
+    with pytest.raises(RunError, match="all their images are the same"):
+        start(folder, "backend.fault=frozen")
+    outcome = run.read_outcome(folder / "run", run.open_study(folder / "run"))
+    assert not [r for r in outcome.results if r.stage != "baseline"]
+
+
+def test_run_that_finds_nothing_better_says_so(folder: Path) -> None:
+    # With the sign turned, the parents are as far from the target as any merge can be.
+    outcome = start(folder, "scorers.likeness.sign=-1.0", "search.n_iters=2")
+    assert outcome.gain["over_a"].mean < 0
+    assert "is not better than" in outcome.verdict()
+
+
+def test_negative_scores_are_scores_like_others(folder: Path) -> None:
+    outcome = start(folder, "search.n_iters=2")
+    assert outcome.leader is not None
+    assert outcome.leader.value is not None
+    assert outcome.leader.value.mean < 0
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("search.seed=5", "search.seed was 0, is 5"),
+        ("merge.precision=fp32", "merge.precision was 'fp16', is 'fp32'"),
+        ("scorers.likeness.sharpness=5.0", "scorers.likeness.sharpness was not set, is 5.0"),
+        ("search.freeze.IN00=0.5", "search.freeze.IN00 was not set, is 0.5"),
+    ],
+)
+def test_folder_of_another_configuration_is_refused_with_what_differs(
+    folder: Path, override: str, named: str
+) -> None:
+    start(folder, "search.n_iters=1")
+    before = (folder / "run" / "result.json").read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        start(folder, override, "search.n_iters=1")
+    assert named in str(caught.value)
+    assert (folder / "run" / "result.json").read_bytes() == before
+
+
+def test_frozen_weights_stay_and_ranges_hold(folder: Path) -> None:
+    outcome = start(folder, "search.freeze.base=0.25", 'search.ranges={"OUT*" = [0.4, 0.6]}')
+    searched = [r for r in outcome.results if r.stage != "baseline"]
+    assert all(r.recipe.weights["alpha"]["base"] == 0.25 for r in searched)
+    for result in searched:
+        outs = [v for b, v in result.recipe.weights["alpha"].items() if b.startswith("OUT")]
+        assert all(0.4 <= value <= 0.6 for value in outs)
+    assert outcome.results[0].recipe.weights["alpha"]["base"] == 0.0
+
+
+def test_three_models_are_searched_with_add_difference(folder: Path) -> None:
+    toy_plugin.write_model(folder / "half.safetensors", 0.5)
+    outcome = start(folder, "models.c=half.safetensors", "merge.method=add_difference")
+    assert outcome.finished
+    assert {r.name: r.recipe.method for r in outcome.results[:3]} == {
+        "a": "weighted_sum",
+        "even": "add_difference",
+        "b": "weighted_sum",
+    }
+
+
+def test_tpe_runs_too(folder: Path) -> None:
+    assert start(folder, "search.optimiser=tpe").finished
+
+
+def command(folder: Path) -> list[str]:
+    run_dir = str(folder / "killed")
+    config = str(folder / "config.toml")
+    slow = "backend.delay_s=0.01"
+    return [
+        sys.executable,
+        "-m",
+        "bayesian_merger",
+        "run",
+        config,
+        "--run-dir",
+        run_dir,
+        "--set",
+        slow,
+    ]
+
+
+def kill_and_finish(folder: Path, times: int) -> None:
+    """Kill the run at random moments, then let it end, and compare it with one left alone."""
+    chance = random.Random(times)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(times):
+        process = subprocess.Popen(
+            command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
+        database = folder / "killed" / "study.db"
+        while not database.exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(chance.uniform(0.0, 2.5))
+        process.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+        process.wait()
+    done = subprocess.run(
+        command(folder), capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    killed = run.read_outcome(folder / "killed", run.open_study(folder / "killed"))
+    whole = start(folder, "backend.delay_s=0.01", into="whole")
+    assert measured(killed) == measured(whole)
+    assert killed.images == whole.images
+    assert killed.heldout == whole.heldout
+    assert not list((folder / "killed").rglob(".*.part"))
+
+
+def test_killed_run_is_finished_by_the_same_command(folder: Path) -> None:
+    kill_and_finish(folder, times=2)
+
+
+@pytest.mark.slow
+def test_run_killed_ten_times_loses_and_doubles_nothing(folder: Path) -> None:
+    kill_and_finish(folder, times=10)
+
+
+def test_second_process_in_the_folder_is_turned_away(folder: Path) -> None:
+    process = subprocess.Popen(
+        [*command(folder), "--set", "backend.delay_s=0.2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not (folder / "killed" / "study.db").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        second = subprocess.run(command(folder), capture_output=True, text=True, check=False)
+    finally:
+        process.kill()
+        process.wait()
+    assert second.returncode == 1
+    assert "another process is running here" in second.stderr

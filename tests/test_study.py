@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+
+from bayesian_merger import space
+from bayesian_merger.blocks import SD1
+from bayesian_merger.data import Estimate, Model, Recipe, Weights
+from bayesian_merger.errors import ConfigError, RunError
+from bayesian_merger.study import Optimiser, Plan, Study
+
+MODELS = (Model("a.safetensors", "aa"), Model("b.safetensors", "bb"))
+
+
+def recipe(weights: Weights) -> Recipe:
+    return Recipe("weighted_sum", "sd1", MODELS, weights)
+
+
+def even(value: float) -> Recipe:
+    return recipe({"alpha": dict.fromkeys(SD1.blocks, value)})
+
+
+def plan(
+    optimiser: Optimiser = "bayes", init_points: int = 2, freeze: dict[str, float] | None = None
+) -> Plan:
+    found = space.build(["alpha"], SD1, freeze=freeze or {}, ranges={}, groups=[])
+    return Plan(found, optimiser, init_points, seed=3)
+
+
+def value_of(weights: Weights) -> float:
+    return -sum((w - 0.3) ** 2 for w in weights["alpha"].values())
+
+
+def proposals(study: Study, how: Plan, n: int) -> list[Weights]:
+    asked = []
+    for _ in range(n):
+        trial = study.ask(how, recipe)
+        asked.append(trial.recipe.weights)
+        trial.complete(Estimate(value_of(trial.recipe.weights), 0.1, 4))
+    return asked
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+@pytest.mark.parametrize("optimiser", ["bayes", "tpe"])
+def test_reopened_study_proposes_what_an_open_one_would_have(
+    tmp_path: Path, optimiser: Optimiser
+) -> None:
+    open_all_along = Study(f"sqlite:///{tmp_path / 'one.db'}")
+    expected = proposals(open_all_along, plan(optimiser), 6)
+    found = [
+        proposals(Study(f"sqlite:///{tmp_path / 'two.db'}"), plan(optimiser), 1)[0]
+        for _ in range(6)
+    ]
+    assert found == expected
+
+
+def test_interrupted_trial_comes_back_with_its_scores(url: str) -> None:
+    trial = Study(url).ask(plan(), recipe)
+    trial.record(0, {"taste": 1.5}, "aaaa")
+    trial.spend(generate=2.0)
+    again = Study(url).ask(plan(), recipe)
+    assert again.recipe == trial.recipe
+    assert again.scores == {0: {"taste": 1.5}}
+    again.spend(generate=1.0)
+    assert again.result().seconds == {"generate": 3.0}
+
+
+def test_score_that_stands_is_not_replaced(url: str) -> None:
+    trial = Study(url).ask(plan(), recipe)
+    trial.record(0, {"taste": 1.5}, "aaaa")
+    trial.record(0, {"taste": 9.9}, "bbbb")
+    (result,) = Study(url).searched()
+    assert result.scores == {0: {"taste": 1.5}}
+    assert result.images == {0: "aaaa"}
+
+
+def test_proposal_that_was_cut_off_before_its_recipe_is_asked_for_again(url: str) -> None:
+    study = Study(url)
+    proposals(study, plan(), 3)
+    cut = optuna.load_study(storage=url, study_name="search")
+    cut.ask(plan().distributions)
+    expected = Study(url.replace("study.db", "other.db"))
+    whole = proposals(expected, plan(), 4)
+    assert proposals(Study(url), plan(), 1)[0] == whole[3]
+    assert [r.name for r in Study(url).searched()] == ["trial 1", "trial 2", "trial 3", "trial 4"]
+
+
+def test_exploration_covers_each_axis_evenly(url: str) -> None:
+    points = proposals(Study(url), plan(init_points=8), 8)
+    table = np.array([list(weights["alpha"].values()) for weights in points])
+    # Each eighth of each axis holds one point of the first eight of a Sobol sequence.
+    assert (np.sort(np.floor(table * 8), axis=0) == np.arange(8)[:, None]).all()
+
+
+def test_failed_trial_is_not_told_as_a_number(url: str) -> None:
+    study = Study(url)
+    study.ask(plan(), recipe).fail("the server went away")
+    (result,) = Study(url).searched()
+    assert (result.state, result.value, result.reason) == ("failed", None, "the server went away")
+    stored = optuna.load_study(storage=url, study_name="search").trials
+    assert [t.state.name for t in stored] == ["FAIL"]
+    assert stored[0].values is None
+
+
+def test_baseline_is_observed_once_and_only_inside_the_space(url: str) -> None:
+    study = Study(url)
+    trial = study.book("baseline", "even", even(0.5))
+    trial.complete(Estimate(1.0, 0.1, 4))
+    study.observe(trial.result(), plan())
+    study.observe(trial.result(), plan())
+    stored = optuna.load_study(storage=url, study_name="search").trials
+    assert [t.values for t in stored] == [[1.0]]
+    frozen = Study(url.replace("study.db", "frozen.db"))
+    frozen.observe(trial.result(), plan(freeze={"IN00": 0.1}))
+    stored = optuna.load_study(storage=url.replace("study.db", "frozen.db"), study_name="search")
+    assert not stored.trials
+
+
+def test_booked_recipe_is_found_again_unless_it_failed(url: str) -> None:
+    first = Study(url).book("select", "trial 4", even(0.2))
+    first.record(0, {"taste": 2.0}, "aaaa")
+    assert Study(url).book("select", "trial 4", even(0.2)).scores == {0: {"taste": 2.0}}
+    assert Study(url).book("heldout", "trial 4", even(0.2)).scores == {}
+    Study(url).book("select", "trial 4", even(0.2)).fail("NaN images")
+    assert Study(url).book("select", "trial 4", even(0.2)).scores == {}
+
+
+def test_study_of_another_run_is_refused_with_what_differs(url: str) -> None:
+    study = Study(url)
+    study.begin({"search": {"seed": 0}, "models": {"a": "aa"}}, {})
+    with pytest.raises(ConfigError, match=r"search\.seed was 0, is 1"):
+        Study(url).begin({"search": {"seed": 1}, "models": {"a": "aa"}}, {})
+
+
+def test_file_that_is_no_study_is_told_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    path.write_bytes(b"this is not a database at all" * 100)
+    with pytest.raises(RunError, match="cannot be opened") as caught:
+        Study(f"sqlite:///{path}")
+    assert len(str(caught.value).splitlines()) == 1

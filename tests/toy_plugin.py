@@ -1,0 +1,102 @@
+"""A back end and a scorer whose best merge is known, as a user would bring them: one plugin file.
+
+Checkpoint A holds 0 and B holds 1 in every block, so that the merged value of a block is its weight.
+The back end paints the 26 values as grey stripes, with noise from the seed; the scorer compares the
+stripes with a target.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bayesian_merger.backends import backend
+from bayesian_merger.blocks import SD1
+from bayesian_merger.data import Prompt, Recipe, Sample
+from bayesian_merger.errors import TrialError
+from bayesian_merger.scorers import scorer
+
+UNET = "model.diffusion_model"
+TENSORS = {
+    "base": "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+    **{f"IN{i:02}": f"{UNET}.input_blocks.{i}.0.weight" for i in range(12)},
+    "M00": f"{UNET}.middle_block.0.weight",
+    **{f"OUT{i:02}": f"{UNET}.output_blocks.{i}.0.weight" for i in range(12)},
+}
+TARGET = {block: 0.8 if i % 2 else 0.2 for i, block in enumerate(SD1.blocks)}
+
+
+def write_model(path: Path, value: float) -> Path:
+    """A checkpoint with `value` in every block."""
+    save_file({name: torch.full((2, 2), value) for name in TENSORS.values()}, path)
+    return path
+
+
+@backend
+class Stripes:
+    """Paints the merged value of each block.
+
+    `fault`: "frozen" ignores the merge, "weak" fails where IN00 is above 0.5, "dead" fails on every
+    search trial, "stop" interrupts the process at image number `at`.
+    """
+
+    def __init__(
+        self,
+        batch: int = 4,
+        noise: float = 0.05,
+        delay_s: float = 0.0,
+        fault: str = "",
+        at: int = 0,
+    ) -> None:
+        self.batch = batch
+        self._noise, self._delay_s, self._fault, self._at = noise, delay_s, fault, at
+        self._values = np.zeros(len(TENSORS))
+        self._made = 0
+
+    def check(self, prompts: Sequence[Prompt]) -> list[str]:
+        return []
+
+    def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
+        values = np.array([float(merged[name].float().mean()) for name in TENSORS.values()])
+        searched = len(set(recipe.weights["alpha"].values())) > 1
+        if self._fault == "dead" and searched:
+            raise TrialError("the server went away")
+        if self._fault == "weak" and values[1] > 0.5 and searched:
+            raise TrialError("out of memory")
+        if self._fault != "frozen":
+            self._values = values
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
+        for prompt in prompts:
+            time.sleep(self._delay_s)
+            self._made += 1
+            if self._fault == "stop" and self._made == self._at:
+                raise KeyboardInterrupt
+            noise = np.random.default_rng(prompt.seed).normal(0, self._noise, len(self._values))
+            grey = np.clip((self._values + noise) * 128 + 64, 0, 255).astype(np.uint8)
+            rows = np.repeat(np.repeat(grey[None, :], 16, 0), 2, 1)
+            yield Sample(Image.fromarray(np.stack([rows] * 3, -1)), prompt)
+
+    def close(self) -> None:
+        pass
+
+
+@scorer
+class Likeness:
+    """Minus the mean distance of the painted stripes from the target, at most 0; negative always."""
+
+    def __init__(self, sharpness: float = 10.0, sign: float = 1.0) -> None:
+        self._sharpness, self._sign = sharpness, sign
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        target = np.array([TARGET[block] for block in TENSORS])
+        rows = [np.asarray(s.image, float)[0, ::2, 0] for s in samples]
+        distances = [float(np.mean(np.abs((row - 64) / 128 - target))) for row in rows]
+        return [-self._sign * self._sharpness * distance for distance in distances]
