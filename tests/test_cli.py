@@ -30,7 +30,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         with pytest.raises(SystemExit) as stop:
             cli.main()
         out, err = capsys.readouterr()
-        code = stop.value.code
+        code: object = stop.value.code
         assert isinstance(code, int)
         return code, out, err
 
@@ -134,10 +134,13 @@ BAD = {
         "nothing to search",
     ),
     "unknown scorer": (edited("likeness", "likenes"), "'likeness'?"),
-    "unknown scorer option": (edited("[scorers.likeness]", "[scorers.likeness]\nsharp = 1"), "'sharpness'?"),
+    "unknown scorer option": (
+        edited("[scorers.likeness]", "[scorers.likeness]\nsharp = 1"),
+        "'sharpness'?",
+    ),
     "unknown method": (edited("[search]", '[merge]\nmethod = "weighted"\n[search]'), "'weighted_sum'?"),
     "unknown back end": (edited('"stripes"', '"stripe"'), "'stripes'?"),
-    "broken plugin": (lambda f: configure(f, "plugins = [", 'plugins = ["portrait.toml", '), "plugin"),
+    "broken plugin": (edited("plugins = [", 'plugins = ["portrait.toml", '), "plugin"),
 }  # fmt: skip
 
 

@@ -14,7 +14,8 @@ import pytest
 import toy_plugin
 
 from bayesian_merger import config as configuration
-from bayesian_merger import recipes, run
+from bayesian_merger import outcome as outcomes
+from bayesian_merger import recipes, run, setup
 from bayesian_merger.data import Outcome, Result
 from bayesian_merger.errors import ConfigError, RunError
 
@@ -81,8 +82,8 @@ def folder(tmp_path: Path) -> Path:
 
 def start(folder: Path, *overrides: str, into: str = "run") -> Outcome:
     config = configuration.load(folder / "config.toml", overrides)
-    setup = run.prepare(config, folder, "toy")
-    return run.run(setup, folder / into, Silent())
+    ready = setup.prepare(config, folder, "toy")
+    return run.run(ready, folder / into, Silent())
 
 
 def measured(outcome: Outcome) -> list[tuple[str, Mapping[int, Mapping[str, float]], object]]:
@@ -130,13 +131,13 @@ def test_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
     # `fault` is part of the back end's options, so it is set back where the run remembers them.
     observer = Silent()
     config = configuration.load(folder / "config.toml", ["backend.fault=stop", "backend.at=0"])
-    setup = run.prepare(config, folder, "toy")
+    ready = setup.prepare(config, folder, "toy")
     with pytest.raises(ConfigError, match=r"backend\.at was .*, is 0"):
-        run.run(setup, folder / "cut", observer)
+        run.run(ready, folder / "cut", observer)
     config = configuration.load(folder / "config.toml", ["backend.fault=stop", f"backend.at={at}"])
-    setup = run.prepare(config, folder, "toy")
-    setup.backend._at = -1  # type: ignore[attr-defined]
-    resumed = run.run(setup, folder / "cut", observer)
+    ready = setup.prepare(config, folder, "toy")
+    ready.backend._at = -1  # type: ignore[attr-defined]
+    resumed = run.run(ready, folder / "cut", observer)
     assert measured(resumed) == measured(whole)
     assert resumed.images == whole.images
     # At most the batch that was being made is made again; nothing else is.
@@ -148,7 +149,7 @@ def test_finished_run_makes_no_further_image(folder: Path) -> None:
     start(folder)
     observer = Silent()
     config = configuration.load(folder / "config.toml")
-    run.run(run.prepare(config, folder, "toy"), folder / "run", observer)
+    run.run(setup.prepare(config, folder, "toy"), folder / "run", observer)
     assert observer.made == 0
 
 
@@ -170,20 +171,20 @@ def test_failed_trial_has_no_value_and_the_search_goes_on(folder: Path) -> None:
 
 
 def test_three_failures_in_a_row_stop_the_run_with_the_reason(folder: Path) -> None:
-    with pytest.raises(RunError, match="3 trials in a row failed.*the server went away"):
+    with pytest.raises(RunError, match=r"3 trials in a row failed.*the server went away"):
         start(folder, "backend.fault=dead")
 
 
 def test_back_end_that_ignores_the_merge_stops_the_run_before_the_search(folder: Path) -> None:
     with pytest.raises(RunError, match="all their images are the same"):
         start(folder, "backend.fault=frozen")
-    outcome = run.read_outcome(folder / "run", run.open_study(folder / "run"))
+    outcome = outcomes.read_outcome(folder / "run", outcomes.open_study(folder / "run"))
     assert not [r for r in outcome.results if r.stage != "baseline"]
 
 
 def test_run_that_finds_nothing_better_says_so(folder: Path) -> None:
     # With the sign turned, the parents are as far from the target as any merge can be.
-    outcome = start(folder, "scorers.likeness.sign=-1.0", "search.n_iters=2")
+    outcome = start(folder, "scorers.likeness.sign=-1.0", "search.n_iters=0")
     assert outcome.gain["over_a"].mean < 0
     assert "is not better than" in outcome.verdict()
 
@@ -275,7 +276,7 @@ def kill_and_finish(folder: Path, times: int) -> None:
         command(folder), capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
-    killed = run.read_outcome(folder / "killed", run.open_study(folder / "killed"))
+    killed = outcomes.read_outcome(folder / "killed", outcomes.open_study(folder / "killed"))
     whole = start(folder, "backend.delay_s=0.01", into="whole")
     assert measured(killed) == measured(whole)
     assert killed.images == whole.images

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from bayesian_merger import __version__, recipes, run
 from bayesian_merger import config as configuration
+from bayesian_merger import outcome as outcomes
 from bayesian_merger.backends import backend
 from bayesian_merger.blocks import ARCHITECTURES
 from bayesian_merger.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ from bayesian_merger.data import Outcome, Result
 from bayesian_merger.errors import CheckpointError, ConfigError, MergerError
 from bayesian_merger.methods import method
 from bayesian_merger.scorers import scorer
+from bayesian_merger.setup import Setup, prepare
 
 _PACKAGE = Path(__file__).parent
 _out = Console(highlight=False)
@@ -162,7 +164,7 @@ def check(
 ) -> None:
     """Check everything CONFIG_FILE names, make one merge and one image, and say how long a run takes."""
     config = _load(config_file, overrides, **counts)
-    setup = run.prepare(config, config_file.absolute().parent, config_file.stem)
+    setup = prepare(config, config_file.absolute().parent, config_file.stem)
     folder = run_dir or _default_run_dir(config_file)
     run.check_folder(setup, folder)
     for warning in setup.warnings:
@@ -205,7 +207,7 @@ def run_command(
 
 def _run(config: configuration.Config, base: Path, title: str, run_dir: Path) -> None:
     with _out.status("opening models, scorers and the back end"):
-        setup = run.prepare(config, base, title)
+        setup = prepare(config, base, title)
     observer = _Progress(_out)
     try:
         with observer:
@@ -242,9 +244,9 @@ def merge(recipe_file: Path, output: Path, models_dir: Path | None, overwrite: b
 @click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False))
 def report(run_dir: Path) -> None:
     """Write the report and the figures of RUN_DIR again, from its study alone."""
-    outcome = run.read_outcome(run_dir, run.open_study(run_dir))
-    run.write_outcome(outcome, run_dir)
-    _summary(outcome, run_dir)
+    found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir))
+    outcomes.write_outcome(found, run_dir)
+    _summary(found, run_dir)
 
 
 @_commands.command(name="list")
@@ -350,7 +352,7 @@ def _summary(outcome: Outcome, run_dir: Path) -> None:
         _out.print(f"recipe: {(run_dir / 'best.toml').absolute()}", soft_wrap=True)
 
 
-def _payloads(setup: run.Setup) -> set[str]:
+def _payloads(setup: Setup) -> set[str]:
     return {prompt.payload for prompt in setup.panel}
 
 

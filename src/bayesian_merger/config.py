@@ -33,7 +33,10 @@ def _beside_config(value: Any, info: ValidationInfo) -> Any:
     """Paths in the file are relative to the file, `~` is the user's home."""
     if isinstance(value, str) and value:
         folder = (info.context or {}).get("folder", Path())
-        return folder / Path(value).expanduser()
+        try:
+            return folder / Path(value).expanduser()
+        except RuntimeError as error:  # ~ of an unknown user
+            raise ValueError(str(error)) from error
     return value
 
 
@@ -134,11 +137,16 @@ class Config(Section):
         """The files that panel.payloads names; ConfigError for a pattern that matches none."""
         found: list[Path] = []
         for pattern in self.panel.payloads:
-            path = Path(pattern).expanduser()
-            base, relative = (
-                (folder, pattern) if not path.is_absolute() else (path.parent, path.name)
-            )
-            hits = sorted(p for p in base.glob(relative) if p.is_file())
+            try:
+                path = Path(pattern).expanduser()
+                base, relative = (
+                    (folder, pattern) if not path.is_absolute() else (path.parent, path.name)
+                )
+                hits = sorted(p for p in base.glob(relative) if p.is_file())
+            except (ValueError, IndexError, RuntimeError) as error:  # as pathlib likes
+                raise ConfigError(
+                    f"panel.payloads: {pattern!r} is neither a file nor a pattern ({error})"
+                ) from error
             if not hits:
                 raise ConfigError(
                     f"panel.payloads: no file matches {pattern!r} in {base.resolve()}"
@@ -163,7 +171,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     except toml.TOMLDecodeError as error:
         hint = (
             "; write Windows paths with / or in 'single quotes'"
-            if "\\" in str(error) or "escape" in str(error)
+            if any(sign in str(error) for sign in ("\\", "escape", "hex value"))
             else ""
         )
         raise ConfigError(f"{path}: not valid TOML: {error}{hint}") from error
@@ -205,7 +213,7 @@ def _mistakes(name: str, error: ValidationError) -> Iterator[str]:
 
 
 def _known_keys(place: Sequence[str]) -> list[str]:
-    """The keys of the section at `place`, and all sections' keys for a key outside its section."""
+    """The keys of the section at `place`."""
     section: type[BaseModel] = Config
     for part in place:
         field = section.model_fields.get(part)

@@ -32,7 +32,7 @@ class _Fields(BaseModel):
 
     prompt: str = Field(min_length=1)
     negative_prompt: str = ""
-    seed: int = -1
+    seed: int = Field(-1, lt=2**63)
     width: int = Field(512, ge=8, le=8192, multiple_of=8)
     height: int = Field(512, ge=8, le=8192, multiple_of=8)
     steps: int = Field(20, ge=1, le=1000)
@@ -71,7 +71,9 @@ def read_payloads(paths: Sequence[Path], defaults: Mapping[str, Any]) -> tuple[P
                 if "prompt" not in fields and not defaults.get("prompt"):
                     raise ConfigError(f'payload {path}: no prompt; add a line prompt = "..."')
                 payloads.append(
-                    Payload(name, _Fields.model_validate({**defaults, **_renamed(fields)}))
+                    Payload(
+                        name, _Fields.model_validate({**_renamed(defaults), **_renamed(fields)})
+                    )
                 )
         except ConfigError as error:
             mistakes.append(str(error))
@@ -186,7 +188,7 @@ def _tables(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
             data = yaml.safe_load(text)
         else:
             raise ConfigError(f"payload {path}: not a .toml, .yaml or .txt file")
-    except (toml.TOMLDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # PyYAML: a ValueError for a day 32
         raise ConfigError(f"payload {path}: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f'payload {path}: no fields; add a line prompt = "..."')

@@ -20,7 +20,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The text "; did you mean 'x'?" with the known name nearest to `name`, or nothing if none is near."""
+    """The text "; did you mean 'x'?" with the nearest known name, or nothing if none is near."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -94,7 +94,7 @@ def import_file(path: Path) -> None:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - a user's file may raise anything
+    except Exception as error:
         raise ConfigError(f"plugin {path}: {type(error).__name__}: {error}") from error
 
 
@@ -103,8 +103,9 @@ def _options_model(name: str, plugin: Callable[..., Any]) -> type[BaseModel]:
     for parameter in inspect.signature(plugin, eval_str=True).parameters.values():
         if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
             required = parameter.default is inspect.Parameter.empty
+            untyped = parameter.annotation is inspect.Parameter.empty
             fields[parameter.name] = (
-                parameter.annotation,
+                Any if untyped else parameter.annotation,
                 ... if required else parameter.default,
             )
     return create_model(

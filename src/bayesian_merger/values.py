@@ -34,8 +34,9 @@ class Yardstick:
             scores = [s[name] for result in baselines for s in result.scores.values()]
             if not scores:
                 raise RunError("no baseline could be judged, so no merge can be compared to it")
-            spread = float(np.std(scores))
-            scale[name] = (float(np.mean(scores)), spread if spread > 0 else 1.0)
+            # Of equal scores the computed spread is not always 0, but rounding.
+            spread = float(np.std(scores)) if max(scores) > min(scores) else 1.0
+            scale[name] = (float(np.mean(scores)), spread)
         return cls(weights, scale)
 
     def value(self, scores: Mapping[str, float]) -> float:

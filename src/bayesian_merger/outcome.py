@@ -1,0 +1,134 @@
+"""A run folder: its study -> the outcome, and the files that people read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from bayesian_merger import plots, report
+from bayesian_merger.checkpoint import whole_file
+from bayesian_merger.data import Model, Outcome, Prompt, Recipe, Result, Sample
+from bayesian_merger.errors import ConfigError
+from bayesian_merger.recipes import to_toml
+from bayesian_merger.setup import BASELINES
+from bayesian_merger.study import Study
+from bayesian_merger.values import Yardstick
+
+
+def open_study(folder: Path, *, create: bool = False) -> Study:
+    """The study in the run folder; ConfigError if there is none and `create` is not set."""
+    path = folder / "study.db"
+    if not create and not path.is_file():
+        raise ConfigError(f"{folder}: not a run folder (it has no study.db)")
+    folder.mkdir(parents=True, exist_ok=True)
+    return Study(f"sqlite:///{path.absolute().as_posix()}")
+
+
+def read_outcome(folder: Path, study: Study) -> Outcome:
+    """The run in `folder` as it stands, from the study alone."""
+    about = study.about
+    if not about:
+        raise ConfigError(f"{folder}: the run has not begun yet")
+    baselines, searched = study.judged("baseline"), study.searched()
+    panels = {
+        name: tuple(Prompt.from_dict(p) for p in about[name])
+        for name in ("panel", "heldout_panel")
+    }
+    selected = [r for r in study.judged("select") if r.state == "complete"]
+    best = max(selected, key=mean) if selected else None
+    confirmed = [r for r in study.judged("heldout") if r.state == "complete"]
+    judged = {r.name: r for r in confirmed if r.name in BASELINES}
+    for result in confirmed:
+        if best is not None and result.recipe.digest() == best.recipe.digest():
+            judged["best"] = result
+    finished = len(judged) == len(BASELINES) + 1
+    gain = {}
+    if finished:
+        yardstick = Yardstick.from_baselines(about["weights"], baselines)
+        gain = {
+            f"over_{name}": yardstick.difference(
+                judged["best"], judged[name], panels["heldout_panel"]
+            )
+            for name in sorted(BASELINES)
+        }
+    everything = [*baselines, *searched, *study.judged("select"), *study.judged("heldout")]
+    seconds: dict[str, float] = {}
+    for result in everything:
+        for phase, spent in result.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+    stage = "heldout" if finished else "baseline"
+    names = {name: name for name in BASELINES}
+    if finished:
+        names["best"] = judged["best"].name
+    return Outcome(
+        title=about["title"],
+        blocks=tuple(about["blocks"]),
+        models=tuple(about["models"]),
+        config=about["config"],
+        panel=panels["panel"],
+        heldout_panel=panels["heldout_panel"],
+        results=(*baselines, *searched),
+        selected=tuple(selected),
+        leader=leader(searched),
+        best=best if finished else None,
+        heldout={name: r.value for name, r in sorted(judged.items()) if r.value and finished},
+        gain=gain,
+        pictures={key: _saved(pictures_of(folder, stage, name)) for key, name in names.items()},
+        images=sum(len(result.scores) for result in everything),
+        seconds=seconds,
+        finished=finished,
+    )
+
+
+def write_outcome(outcome: Outcome, folder: Path, models: Sequence[Model] = ()) -> None:
+    """result.json, report.html, the figures and the best recipe so far, each written whole."""
+    _write(folder / "result.json", json.dumps(report.result_json(outcome), indent=2) + "\n")
+    plots.save(plots.convergence(outcome), folder / "convergence.png")
+    found = outcome.best or outcome.leader
+    if found is not None:
+        weights = next(iter(found.recipe.weights.values()))
+        names = (outcome.models[0], outcome.models[1])
+        plots.save(plots.unet(weights, blocks=outcome.blocks, names=names), folder / "unet.png")
+        if models:
+            write_recipe(found.recipe, folder, models)
+    _write(folder / "report.html", report.html(outcome))
+
+
+def write_recipe(recipe: Recipe, folder: Path, models: Sequence[Model]) -> None:
+    """best.toml, which rebuilds the merge, and best.log, the weights as people paste them."""
+    with whole_file(folder / "best.toml") as file:
+        file.write(to_toml(recipe, {m.sha256: m.path for m in models}).encode())
+    _write(folder / "best.log", report.best_log(recipe))
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def leader(results: Sequence[Result]) -> Result | None:
+    """The complete trial with the highest value, or None."""
+    complete = [r for r in results if r.state == "complete" and r.value]
+    return max(complete, key=mean) if complete else None
+
+
+def mean(result: Result) -> float:
+    """The value of a result that has one."""
+    assert result.value is not None
+    return result.value.mean
+
+
+def pictures_of(folder: Path, stage: str, name: str) -> Path:
+    """Where the images of one judged recipe are kept."""
+    return folder / "images" / stage / name.replace(" ", "-")
+
+
+def _saved(folder: Path) -> dict[int, Path]:
+    return {int(path.stem): path for path in sorted(folder.glob("*.png")) if path.stem.isdigit()}
+
+
+def save_image(sample: Sample, path: Path) -> None:
+    """Write an image as PNG."""
+    with whole_file(path) as file:
+        sample.image.save(file, format="PNG")

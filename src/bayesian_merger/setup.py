@@ -1,0 +1,199 @@
+"""A configuration -> everything that a run needs, opened and checked before time is spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bayesian_merger import config as configuration
+from bayesian_merger import methods, prompts, space
+from bayesian_merger.backends import Backend, backend
+from bayesian_merger.checkpoint import Checkpoint
+from bayesian_merger.config import Config
+from bayesian_merger.data import Prompt, Recipe, Weights
+from bayesian_merger.errors import ConfigError, MergerError
+from bayesian_merger.merge import Merger, even_weights
+from bayesian_merger.registry import import_file
+from bayesian_merger.scorers import Scorer, scorer
+from bayesian_merger.study import Plan
+
+BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs, opened and checked."""
+
+    config: Config
+    title: str
+    merger: Merger
+    plan: Plan
+    panel: tuple[Prompt, ...]
+    select_panel: tuple[Prompt, ...]
+    heldout_panel: tuple[Prompt, ...]
+    backend: Backend
+    scorers: Mapping[str, Scorer]
+    weights: Mapping[str, float]
+    warnings: tuple[str, ...]
+
+    def recipe(self, weights: Weights) -> Recipe:
+        """The recipe of the configured method with `weights`."""
+        merge = self.config.merge
+        return Recipe(
+            method=merge.method,
+            architecture=self.merger.architecture.name,
+            models=self.merger.references(),
+            weights=weights,
+            vae=merge.vae,
+            precision=merge.precision,
+        )
+
+    def baseline(self, name: str) -> Recipe:
+        """Model A, model B, or the merge with every weight at one half."""
+        method = self.config.merge.method if name == "even" else "weighted_sum"
+        weights = even_weights(method, self.merger.architecture, BASELINES[name])
+        return replace(self.recipe(weights), method=method)
+
+    def n_images(self) -> int:
+        """Images of the whole run."""
+        candidates = min(self.config.heldout.candidates, self.n_trials)
+        return (
+            len(self.panel) * (len(BASELINES) + self.n_trials)
+            + len(self.select_panel) * candidates
+            + len(self.heldout_panel) * (len(BASELINES) + 1)
+        )
+
+    @property
+    def n_trials(self) -> int:
+        """Trials of the search."""
+        return self.config.search.init_points + self.config.search.n_iters
+
+    def about(self) -> dict[str, Any]:
+        """What a report of the run needs to know beside its trials."""
+        return {
+            "title": self.title,
+            "blocks": self.merger.architecture.blocks,
+            "models": [Path(model.name).stem for model in self.merger.references()],
+            "config": configuration.as_plain(self.config),
+            "weights": dict(self.weights),
+            "panel": [p.to_dict() for p in self.panel],
+            "heldout_panel": [p.to_dict() for p in self.heldout_panel],
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between two starts of one run."""
+        plain = configuration.as_plain(self.config)
+        options = {k: v for k, v in plain["backend"].items() if k not in ("device", "batch")}
+        search = {
+            k: plain["search"][k] for k in ("optimiser", "seed", "freeze", "ranges", "groups")
+        }
+        merge = {k: plain["merge"][k] for k in ("method", "vae", "precision")}
+        panels = {
+            "panel": self.panel,
+            "select_panel": self.select_panel,
+            "heldout_panel": self.heldout_panel,
+        }
+        return {
+            "models": {
+                letter: model.sha256
+                for letter, model in zip("abc", self.merger.references(), strict=False)
+            },
+            "merge": merge,
+            "search": search,
+            "backend": options,
+            "scorers": plain["scorers"],
+            **{name: {str(p.index): p.to_dict() for p in panel} for name, panel in panels.items()},
+        }
+
+
+def prepare(config: Config, folder: Path, title: str) -> Setup:
+    """`config` with everything it names opened and checked; paths of payloads are below `folder`.
+
+    ConfigError with every mistake found, one on a line; nothing is written.
+    """
+    mistakes: list[str] = []
+
+    def attempt(step: Callable[[], _T]) -> _T | None:
+        try:
+            return step()
+        except MergerError as error:
+            mistakes.append(str(error))
+            return None
+
+    for plugin in config.plugins:
+        attempt(partial(import_file, plugin))
+    merger = attempt(lambda: _open_models(config))
+    plan = attempt(lambda: _plan(config, merger)) if merger else None
+    panels = attempt(lambda: _panels(config, folder))
+    weights = {name: chosen.weight for name, chosen in config.scorers.items()}
+    scorers: dict[str, Scorer | None] = {
+        name: attempt(partial(scorer.build, name, chosen.options))
+        for name, chosen in config.scorers.items()
+    }
+    engine = attempt(lambda: backend.build(config.backend.name, config.backend.options))
+    warnings = attempt(lambda: engine.check(panels[0])) if engine and panels else None
+    if mistakes or not (merger and plan and panels and engine):
+        raise ConfigError("\n".join(mistakes))
+    built = {name: found for name, found in scorers.items() if found is not None}
+    return Setup(
+        config, title, merger, plan, *panels, engine, built, weights, tuple(warnings or ())
+    )
+
+
+def _open_models(config: Config) -> Merger:
+    chosen = config.models
+    method = methods.method.get(config.merge.method)
+    paths = [path for path in (chosen.a, chosen.b, chosen.c) if path is not None]
+    needed = methods.n_models(method)
+    if len(paths) < needed:
+        raise ConfigError(
+            f"merge.method {config.merge.method!r} merges {needed} models; name the third as models.c"
+        )
+    merger = Merger([Checkpoint(path) for path in paths[:needed]], config.merge.device)
+    first, second, *_ = merger.references()
+    if first.sha256 == second.sha256:
+        raise ConfigError(f"models.a and models.b are the same file ({first.name}, {second.name})")
+    return merger
+
+
+def _plan(config: Config, merger: Merger) -> Plan:
+    search = config.search
+    if search.init_points + search.n_iters < 1:
+        raise ConfigError("search.init_points and search.n_iters are both 0, so there is no trial")
+    found = space.build(
+        list(methods.weights(methods.method.get(config.merge.method))),
+        merger.architecture,
+        freeze=search.freeze,
+        ranges=search.ranges,
+        groups=search.groups,
+    )
+    return Plan(found, search.optimiser, search.init_points, search.seed)
+
+
+def _panels(
+    config: Config, folder: Path
+) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """The panel of the search and the two of the confirmation, whose seeds the search never sees."""
+    payloads = prompts.read_payloads(config.payload_files(folder), config.panel.defaults)
+    wildcards = prompts.read_wildcards(config.panel.wildcards_dir)
+    per_round = prompts.n_images(payloads)
+    seed = config.search.seed
+
+    def fresh(name: str, images: int) -> tuple[Prompt, ...]:
+        rounds = math.ceil(images / per_round)
+        return prompts.draw_panel(
+            payloads, wildcards, rounds=rounds, seed=f"{seed}/{name}", fresh=True
+        )
+
+    return (
+        prompts.draw_panel(
+            payloads, wildcards, rounds=config.panel.batch_size, seed=f"{seed}/panel"
+        ),
+        fresh("select", config.heldout.select_images),
+        fresh("heldout", config.heldout.images),
+    )

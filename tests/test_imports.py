@@ -1,0 +1,156 @@
+"""Imports point one way: STYLE.md and DESIGN.md as a test."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import bayesian_merger
+
+PACKAGE = Path(bayesian_merger.__file__).parent
+PLUGINS = ("methods", "backends", "scorers")
+LAYERS = (
+    ("data", "errors", "toml"),
+    ("checkpoint", "registry"),
+    ("blocks", "plots", *PLUGINS),
+    ("config", "space", "study", "merge", "recipes", "prompts", "report", "values"),
+    ("run",),
+    ("cli",),
+    ("__main__",),
+)
+# The steps of the path: these may import each other, but not in a circle.
+MIDDLE = 3
+# Each large dependency has one home.
+HOMES = {
+    "optuna": {"study"},
+    "sqlalchemy": {"study"},
+    "matplotlib": {"plots"},
+    "pydantic": {"config", "registry", "prompts"},
+    "yaml": {"prompts"},
+    "jinja2": {"report"},
+    "safetensors": {"checkpoint"},
+    "filelock": {"run"},
+    "click": {"cli"},
+    "rich": {"cli"},
+    "diffusers": {"backends"},
+    "transformers": {"backends"},
+}
+
+
+def modules() -> dict[str, Path]:
+    """Module's name without the package ("backends.diffusers") -> file; the package itself is ""."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = modules()
+every_module = pytest.mark.parametrize("module", MODULES)
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def imports(module: str, *, at_import: bool = False) -> Iterator[str]:
+    """What `module` imports, anywhere in it or only when it is imported itself."""
+    found = tree(module)
+    inside = {
+        node
+        for function in ast.walk(found)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(found):
+        if at_import and node in inside:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports by dots"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                is_module = whole.removeprefix("bayesian_merger.") in MODULES
+                yield whole if is_module else str(node.module)
+
+
+def ours(module: str) -> set[str]:
+    """Those of our modules that `module` imports."""
+    names = {name for name in imports(module) if name.split(".")[0] == "bayesian_merger"}
+    return {name.removeprefix("bayesian_merger").removeprefix(".") for name in names}
+
+
+def top(module: str) -> str:
+    return module.split(".")[0]
+
+
+def layer(module: str) -> int:
+    found = [number for number, names in enumerate(LAYERS) if top(module) in names]
+    assert found, (
+        f"{module} has no layer yet: say in LAYERS of {Path(__file__).name} where it lies"
+    )
+    return found[0]
+
+
+@every_module
+def test_module_imports_only_from_lower_layers(module: str) -> None:
+    if not module:
+        assert not ours(module)
+        return
+    for other in ours(module):
+        if not other:  # __version__
+            assert module == "cli"
+        elif top(other) == top(module):
+            assert top(module) in PLUGINS
+        elif layer(module) == layer(other) == MIDDLE:
+            pass
+        else:
+            assert layer(other) < layer(module), f"{module} imports {other}"
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    graph = {module: ours(module) - {"", module} for module in MODULES}
+    assert tuple(graphlib.TopologicalSorter(graph).static_order())
+
+
+@every_module
+def test_plugin_knows_neither_the_config_nor_the_study_nor_another_plugin(module: str) -> None:
+    if top(module) not in PLUGINS:
+        return
+    allowed = {"data", "errors", "registry", "checkpoint", "toml", top(module)}
+    if top(module) != "backends":
+        allowed -= {"checkpoint", "toml"}
+    assert ours(module) <= allowed
+
+
+@every_module
+def test_large_dependency_has_one_home(module: str) -> None:
+    for name in imports(module):
+        homes = HOMES.get(top(name))
+        assert homes is None or top(module) in homes, f"{module} imports {name}"
+
+
+@every_module
+def test_only_the_command_line_prints(module: str) -> None:
+    calls = [node for node in ast.walk(tree(module)) if isinstance(node, ast.Call)]
+    printed = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+    assert module == "cli" or not printed
+
+
+@every_module
+def test_listing_plugins_imports_no_heavy_library(module: str) -> None:
+    if top(module) in PLUGINS:
+        heavy = {"diffusers", "transformers", "httpx", "open_clip", "onnxruntime"}
+        assert not heavy & {top(name) for name in imports(module, at_import=True)}
+
+
+def test_every_module_of_the_layers_exists_or_is_planned() -> None:
+    named = {name for names in LAYERS for name in names}
+    planned = {"report"}
+    assert named - planned <= {top(module) for module in MODULES}

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import ttest_rel
+
+from bayesian_merger.data import Prompt, Recipe, Result
+from bayesian_merger.errors import RunError
+from bayesian_merger.values import Yardstick, weighted_mean
+
+ONE = Yardstick({"taste": 1.0}, {"taste": (5.0, 2.0)})
+
+
+def panel(weights: Sequence[float]) -> tuple[Prompt, ...]:
+    return tuple(Prompt(i, "p", "x", seed=i, weight=w) for i, w in enumerate(weights))
+
+
+def result(**scores: Sequence[float] | Mapping[int, float]) -> Result:
+    """A result whose images have these scores, in the panel's order or by its index."""
+    tables = {n: s if isinstance(s, Mapping) else dict(enumerate(s)) for n, s in scores.items()}
+    images = dict.fromkeys(index for table in tables.values() for index in table)
+    return Result(
+        "explore",
+        "trial 1",
+        0,
+        "running",
+        Recipe("weighted_sum", "sd1", (), {}),
+        {i: {name: table[i] for name, table in tables.items()} for i in images},
+    )
+
+
+# The mean and its standard error
+
+
+def test_weighted_mean_by_hand() -> None:
+    found = weighted_mean([1.0, 2.0, 4.0], [1.0, 1.0, 2.0])
+    assert found.mean == 2.75
+    assert found.se == pytest.approx(math.sqrt(3 / 2 * (1.75**2 + 0.75**2 + 2.5**2) / 16))
+    assert found.n == 3
+
+
+def test_equal_weights_give_the_usual_standard_error() -> None:
+    values = np.random.default_rng(0).normal(7, 2, 50)
+    for weight in (1.0, 0.3):
+        found = weighted_mean(list(values), [weight] * 50)
+        assert found.mean == pytest.approx(values.mean())
+        assert found.se == pytest.approx(values.std(ddof=1) / math.sqrt(50))
+
+
+def test_values_of_no_weight_count_for_nothing() -> None:
+    found = weighted_mean([1.0, 1e9, 2.0, 4.0], [1.0, 0.0, 1.0, 2.0])
+    assert found == weighted_mean([1.0, 2.0, 4.0], [1.0, 1.0, 2.0])
+
+
+def test_single_value_has_no_standard_error() -> None:
+    assert weighted_mean([-3.0], [0.5]).mean == -3.0
+    assert (weighted_mean([-3.0], [0.5]).se, weighted_mean([-3.0], [0.5]).n) == (0.0, 1)
+
+
+def test_standard_error_is_the_spread_of_the_mean_over_many_panels() -> None:
+    chance = np.random.default_rng(1)
+    weights = [0.5] * 20 + [1.0] * 20 + [2.0] * 20
+    found = [weighted_mean(list(chance.normal(0, 3, 60)), weights) for _ in range(2000)]
+    spread = np.std([f.mean for f in found])
+    assert np.sqrt(np.mean([f.se**2 for f in found])) == pytest.approx(spread, rel=0.05)
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    pairs=st.lists(st.tuples(st.floats(-100, 100), st.floats(0.01, 10)), min_size=2, max_size=20),
+    shift=st.floats(-100, 100),
+    factor=st.floats(0.1, 10),
+)
+def test_mean_moves_with_its_values_and_only_the_weights_ratio_counts(
+    pairs: list[tuple[float, float]], shift: float, factor: float
+) -> None:
+    values, weights = zip(*pairs, strict=True)
+    found = weighted_mean(values, weights)
+    moved = weighted_mean([v * factor + shift for v in values], [w * factor for w in weights])
+    assert min(values) - 1e-9 <= found.mean <= max(values) + 1e-9
+    assert moved.mean == pytest.approx(found.mean * factor + shift, abs=1e-8)
+    assert moved.se == pytest.approx(found.se * factor, abs=1e-8)
+
+
+# The value of a result
+
+
+def test_with_one_scorer_the_value_is_its_score() -> None:
+    assert ONE.value({"taste": 6.5}) == 6.5
+    assert ONE.estimate(result(taste=[6.0, 8.0]), panel([1, 1])).mean == 7.0
+
+
+def test_payload_s_weight_is_its_share_in_the_mean() -> None:
+    assert ONE.estimate(result(taste=[6.0, 8.0]), panel([3, 1])).mean == 6.5
+
+
+def test_negative_scores_are_scores_like_others() -> None:
+    found = ONE.estimate(result(taste=[-3.0, -1.0]), panel([1, 1]))
+    assert (found.mean, found.n) == (-2.0, 2)
+    assert found.se == pytest.approx(1.0)
+
+
+def test_estimate_counts_only_the_images_that_are_there() -> None:
+    found = ONE.estimate(result(taste={3: 4.0, 1: 2.0}), panel([1, 1, 1, 3]))
+    assert (found.mean, found.n) == (3.5, 2)
+
+
+def test_several_scorers_are_normalised_by_the_baselines_before_they_are_averaged() -> None:
+    baselines = [
+        result(taste=[4.0, 6.0], sharpness=[100.0, 300.0]),
+        result(taste=[4.0, 6.0], sharpness=[100.0, 300.0]),
+    ]
+    yardstick = Yardstick.from_baselines({"taste": 3.0, "sharpness": 1.0}, baselines)
+    assert yardstick.scale == {"taste": (5.0, 1.0), "sharpness": (200.0, 100.0)}
+    assert yardstick.value({"taste": 5.0, "sharpness": 200.0}) == 0.0
+    # (3 x 2 spreads - 1 x 1 spread) / 4
+    assert yardstick.value({"taste": 7.0, "sharpness": 100.0}) == 1.25
+
+
+def test_unit_of_a_scorer_does_not_matter_beside_another() -> None:
+    chance = np.random.default_rng(2)
+    taste, sharpness = chance.normal(5, 1, 12), chance.normal(0.5, 0.1, 12)
+    yardsticks = [
+        Yardstick.from_baselines(
+            {"taste": 1.0, "sharpness": 2.0},
+            [result(taste=list(taste), sharpness=list(factor * sharpness))],
+        )
+        for factor in (1, 1000)
+    ]
+    assert yardsticks[0].value({"taste": 6.0, "sharpness": 0.4}) == pytest.approx(
+        yardsticks[1].value({"taste": 6.0, "sharpness": 400.0})
+    )
+
+
+@pytest.mark.parametrize("score", [0.1, 0.7, 0.0, -3.3, 1e9])
+def test_scorer_that_gives_all_baselines_the_same_score_is_only_shifted(score: float) -> None:
+    baselines = [result(taste=[4.0, 6.0, 5.0], flat=[score] * 3)]
+    yardstick = Yardstick.from_baselines({"taste": 1.0, "flat": 1.0}, baselines)
+    assert yardstick.scale["flat"] == (pytest.approx(score), 1.0)
+    assert yardstick.value({"taste": 5.0, "flat": score + 1}) == pytest.approx(0.5)
+
+
+def test_baselines_without_scores_are_no_yardstick() -> None:
+    with pytest.raises(RunError, match="no baseline could be judged"):
+        Yardstick.from_baselines({"taste": 1.0}, [result(taste=[])])
+
+
+# Differences
+
+
+@pytest.mark.parametrize("n", [2, 3, 30])
+def test_paired_interval_is_that_of_the_paired_t_test(n: int) -> None:
+    chance = np.random.default_rng(n)
+    shared = chance.normal(0, 10, n)
+    mine, theirs = shared + chance.normal(1, 1, n), shared + chance.normal(0, 1, n)
+    expected = ttest_rel(mine, theirs).confidence_interval(0.95)
+    found = ONE.difference(result(taste=list(mine)), result(taste=list(theirs)), panel([1] * n))
+    assert found.mean == pytest.approx(float(np.mean(mine - theirs)))
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_difference_pairs_by_image_and_leaves_out_what_one_lacks() -> None:
+    mine, theirs = result(taste={0: 5.0, 1: 9.0, 2: 7.0}), result(taste={2: 6.0, 1: 6.0, 3: 0.0})
+    found = ONE.difference(mine, theirs, panel([1, 1, 1, 1]))
+    assert found.mean == 2.0
+    back = ONE.difference(theirs, mine, panel([1, 1, 1, 1]))
+    assert (back.mean, back.low, back.high) == pytest.approx((-2.0, -found.high, -found.low))
+
+
+def test_difference_of_a_result_with_itself_is_nothing() -> None:
+    mine = result(taste=[1.0, 5.0, -2.0])
+    found = ONE.difference(mine, mine, panel([1, 2, 3]))
+    assert (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
+
+
+def test_difference_of_single_images_proves_nothing() -> None:
+    found = ONE.difference(result(taste=[9.0]), result(taste=[1.0]), panel([1]))
+    assert (found.mean, found.low, found.high) == (8.0, -math.inf, math.inf)
+
+
+def test_paired_interval_holds_the_truth_in_95_of_100_runs() -> None:
+    chance = np.random.default_rng(3)
+    images = panel([1.0] * 8)
+    hits = 0
+    for _ in range(2000):
+        theirs = chance.normal(0, 5, 8)
+        mine = theirs + chance.normal(0.5, 1, 8)
+        found = ONE.difference(result(taste=list(mine)), result(taste=list(theirs)), images)
+        hits += found.low <= 0.5 <= found.high
+    assert hits / 2000 == pytest.approx(0.95, abs=0.015)
