@@ -241,7 +241,7 @@ def test_file_of_something_else_is_refused_with_its_first_tensor() -> None:
 
 def test_sdxl_unet_alone_fits_no_block_of_sd15() -> None:
     names = [*toy.toy_tensors(0), UNET + "label_emb.0.0.weight"]
-    with pytest.raises(CheckpointError, match="label_emb.*another architecture"):
+    with pytest.raises(CheckpointError, match=r"label_emb.*another architecture"):
         detect(names).places(names)
 
 

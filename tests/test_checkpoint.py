@@ -241,7 +241,7 @@ def test_folder_without_permission_is_told(mode: int, below: str) -> None:
         Path(folder).chmod(0o755)
         locked.chmod(mode)
         try:
-            with nobody(), pytest.raises(CheckpointError, match="(?i)permission denied") as no:
+            with nobody(), pytest.raises(CheckpointError, match=r"(?i)permission denied") as no:
                 write_tensors(locked / below, {"t": torch.ones(2)})
         finally:
             locked.chmod(0o755)
@@ -259,7 +259,7 @@ def test_file_that_may_not_be_read_is_told(suffix: str, locked: str) -> None:
         path.chmod(0o000)
         try:
             with nobody():
-                refused(path, "(?i)permission denied")
+                refused(path, r"(?i)permission denied")
         finally:
             Path(folder).chmod(0o755)
 

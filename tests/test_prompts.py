@@ -12,7 +12,7 @@ from bayesian_merger.prompts import Payload, draw_panel, n_images, read_payloads
 
 
 def read(
-    tmp_path: Path, defaults: Mapping[str, Any] | None = None, **files: str
+    tmp_path: Path, defaults: Mapping[str, Any] | None = None, /, **files: str
 ) -> tuple[Payload, ...]:
     """Payloads written as name__suffix="content"."""
     paths = []
@@ -27,7 +27,9 @@ def drawn(payloads: tuple[Payload, ...], **options: Any) -> tuple[Prompt, ...]:
     return draw_panel(payloads, **{"wildcards": {}, "rounds": 1, "seed": "0", **options})
 
 
-def mistakes(tmp_path: Path, defaults: Mapping[str, Any] | None = None, **files: str) -> list[str]:
+def mistakes(
+    tmp_path: Path, defaults: Mapping[str, Any] | None = None, /, **files: str
+) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, defaults, **files)
     return str(caught.value).splitlines()
@@ -74,7 +76,7 @@ def test_payload_of_the_original_is_one_name_with_the_fields_below_it(tmp_path: 
 
 @pytest.mark.parametrize("suffix", ["yaml", "yml", "YAML"])
 def test_yaml_payload_may_have_its_fields_at_the_top(tmp_path: Path, suffix: str) -> None:
-    (payload,) = read(tmp_path, **{f"lake__{suffix}": "prompt: a lake\nsteps: 5\n"})
+    (payload,) = read(tmp_path, None, **{f"lake__{suffix}": "prompt: a lake\nsteps: 5\n"})
     assert (payload.name, payload.fields.steps) == ("lake", 5)
 
 
@@ -197,7 +199,7 @@ def test_field_out_of_range_is_a_mistake_of_its_file(
 def test_malformed_payload_is_a_mistake_of_one_line_with_its_file(
     tmp_path: Path, name: str, content: str
 ) -> None:
-    (only,) = mistakes(tmp_path, **{name: content})
+    (only,) = mistakes(tmp_path, None, **{name: content})
     assert str(tmp_path / name.replace("__", ".")) in only
 
 
@@ -334,8 +336,8 @@ def test_added_payload_moves_no_other_prompt_or_seed(tmp_path: Path) -> None:
     old = {"b__toml": 'prompt = "__n__"', "d__toml": 'prompt = "y"\nnegative_prompt = "__n__"'}
     new = {"a__toml": 'prompt = "__n__ __n__"\nbatch_size = 3', "c__toml": "prompt = 'z'"}
     options = {"wildcards": {"n": [str(i) for i in range(100)]}, "rounds": 3}
-    before = drawn(read(tmp_path, **old), **options)
-    both = drawn(read(tmp_path, **dict(sorted({**old, **new}.items()))), **options)
+    before = drawn(read(tmp_path, None, **old), **options)
+    both = drawn(read(tmp_path, None, **dict(sorted({**old, **new}.items()))), **options)
     assert keys(tuple(p for p in both if p.payload in "bd")) == keys(before)
 
 

@@ -141,7 +141,7 @@ def test_unit_of_a_scorer_does_not_matter_beside_another() -> None:
 def test_scorer_that_gives_all_baselines_the_same_score_is_only_shifted(score: float) -> None:
     baselines = [result(taste=[4.0, 6.0, 5.0], flat=[score] * 3)]
     yardstick = Yardstick.from_baselines({"taste": 1.0, "flat": 1.0}, baselines)
-    assert yardstick.scale["flat"] == (pytest.approx(score), 1.0)
+    assert yardstick.scale["flat"] == pytest.approx((score, 1.0))
     assert yardstick.value({"taste": 5.0, "flat": score + 1}) == pytest.approx(0.5)
 
 

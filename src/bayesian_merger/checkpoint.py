@@ -125,7 +125,7 @@ def _open_pickled(
     way_out = "convert it to .safetensors in an environment you can throw away"
     try:
         data: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
+    except Exception as error:  # a damaged file makes torch raise anything
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{path.name}: refused, it is not a file of plain tensors ({first}); {way_out}"

@@ -94,8 +94,9 @@ def import_file(path: Path) -> None:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"plugin {path}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"plugin {path}: {type(error).__name__}: {reason}") from error
 
 
 def _options_model(name: str, plugin: Callable[..., Any]) -> type[BaseModel]:

@@ -69,6 +69,8 @@ class Diffusers:
         self._device = _device(device)
         # Half precision is for GPUs: on a CPU it is slower and less exact.
         self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
+        if config is not None:
+            _require_files(config)
         self._lib = _import_diffusers()
         self._pipe: Any = None
         self._live: dict[str, Tensor] = {}  # the checkpoint's name -> tensor of the pipeline
@@ -269,21 +271,12 @@ def _pipeline(diffusers: Any, folder: Path) -> Any:
     """The pipeline that the configuration in `folder` describes, without memory for its tensors."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    needed = ["unet/config.json", "vae/config.json", "text_encoder/config.json"]
-    needed += ["scheduler/scheduler_config.json"]
-    # Without its files transformers makes an empty tokenizer and says nothing.
-    needed += [
-        f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json")
-    ]
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        raise ConfigError(f"backend.config: {folder} lacks {', '.join(missing)}")
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(
-            _json(diffusers, folder / "unet", "UNet2DConditionModel")
+            diffusers.UNet2DConditionModel.load_config(folder / "unet")
         )
         vae = diffusers.AutoencoderKL.from_config(
-            _json(diffusers, folder / "vae", "AutoencoderKL")
+            diffusers.AutoencoderKL.load_config(folder / "vae")
         )
         text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
     pipe = diffusers.StableDiffusionPipeline(
@@ -300,8 +293,16 @@ def _pipeline(diffusers: Any, folder: Path) -> Any:
     return pipe
 
 
-def _json(diffusers: Any, folder: Path, kind: str) -> Any:
-    return getattr(diffusers, kind).load_config(folder)
+def _require_files(folder: Path) -> None:
+    needed = ["unet/config.json", "vae/config.json", "text_encoder/config.json"]
+    needed += ["scheduler/scheduler_config.json"]
+    # Without its files transformers makes an empty tokenizer and says nothing.
+    needed += [
+        f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json")
+    ]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(f"backend.config: {folder} lacks {', '.join(missing)}")
 
 
 def _unet_names(unet: Any, merged: Mapping[str, Tensor]) -> dict[str, str]:

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import bayesian_merger
+from bayesian_merger.backends import diffusers as module
+from bayesian_merger.backends.diffusers import Diffusers
+from bayesian_merger.checkpoint import Checkpoint
+from bayesian_merger.data import Prompt, Recipe
+from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.merge import Merged, Merger, even_weights
+
+DEMO = Path(bayesian_merger.__file__).parent / "demo"
+CAPTIONS = [
+    "a plain red circle on a white background",
+    "a striped blue star on a pink background",
+    "a dotted green heart on a black background",
+]
+
+
+def prompts(
+    sampler: str = "DPM++ 2M", scheduler: str = "Automatic", steps: int = 4
+) -> list[Prompt]:
+    return [
+        Prompt(i, "p", caption, 100 + i, "", 64, 64, steps, 3.0, sampler, scheduler)
+        for i, caption in enumerate(CAPTIONS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def merger() -> Merger:
+    return Merger([Checkpoint(DEMO / "crisp.safetensors"), Checkpoint(DEMO / "vivid.safetensors")])
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Diffusers]:
+    back_end = Diffusers(device="cpu", batch=2, config=DEMO / "config")
+    yield back_end
+    back_end.close()
+
+
+def even(merger: Merger, alpha: float) -> tuple[Recipe, Merged]:
+    weights = even_weights("weighted_sum", merger.architecture, alpha)
+    recipe = Recipe("weighted_sum", "sd1", merger.references(), weights, precision="fp32")
+    return recipe, merger.merge(recipe)
+
+
+def pictures(back_end: Diffusers, wanted: list[Prompt]) -> np.ndarray:
+    return np.stack([np.asarray(sample.image) for sample in back_end.generate(wanted)])
+
+
+def test_merge_at_zero_makes_the_pictures_that_diffusers_makes_of_model_a(
+    merger: Merger, live: Diffusers
+) -> None:
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_single_file(
+        str(DEMO / "crisp.safetensors"), config=str(DEMO / "config"), local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    wanted = prompts()
+    expected = pipe(
+        [p.prompt for p in wanted],
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        width=64,
+        height=64,
+        generator=[torch.Generator().manual_seed(p.seed) for p in wanted],
+        output_type="np",
+    ).images
+    live.load(*even(merger, 0.0))
+    made = pictures(live, wanted) / 255
+    # Rounding to 8 bits and other batches leave less than one step.
+    assert np.abs(made - expected).max() <= 1.01 / 255
+
+
+def test_pictures_repeat_exactly_and_other_weights_make_others(
+    merger: Merger, live: Diffusers
+) -> None:
+    live.load(*even(merger, 0.0))
+    first = pictures(live, prompts())
+    live.load(*even(merger, 1.0))
+    second = pictures(live, prompts())
+    live.load(*even(merger, 0.0))
+    assert (pictures(live, prompts()) == first).all()
+    assert all((a != b).any() for a, b in zip(first, second, strict=True))
+
+
+def test_samples_come_in_order_with_their_prompts(merger: Merger, live: Diffusers) -> None:
+    live.load(*even(merger, 0.5))
+    wanted = [*prompts(), *prompts(sampler="Euler")]
+    assert [sample.prompt for sample in live.generate(wanted)] == wanted
+
+
+class Fickle(Mapping[str, Tensor]):
+    """Tensors that are others each time they are read, as if the live model had not kept them."""
+
+    def __init__(self, merged: Mapping[str, Tensor]) -> None:
+        self._merged = merged
+        self._reads = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._reads += 1
+        return self._merged[name] + self._reads
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._merged)
+
+    def __len__(self) -> int:
+        return len(self._merged)
+
+
+def test_live_model_that_does_not_hold_the_merge_fails_the_trial(
+    merger: Merger, live: Diffusers
+) -> None:
+    recipe, merged = even(merger, 0.5)
+    with pytest.raises(TrialError, match="does not hold the merge"):
+        live.load(recipe, Fickle(merged))
+
+
+def test_checkpoint_without_some_tensors_fails_with_their_name(merger: Merger) -> None:
+    recipe, merged = even(merger, 0.5)
+    some = {n: t for n, t in merged.items() if "output_blocks.3.1" not in n}
+    with pytest.raises(TrialError, match="lacks .* tensors of the unet"):
+        Diffusers(device="cpu", config=DEMO / "config").load(recipe, some)
+
+
+def test_nan_images_fail_the_trial(merger: Merger) -> None:
+    back_end = Diffusers(device="cpu", config=DEMO / "config")
+    recipe, merged = even(merger, 0.5)
+    broken = dict(merged) | {
+        "first_stage_model.decoder.conv_out.bias": torch.full((3,), float("inf")),
+    }
+    back_end.load(recipe, broken)
+    with pytest.raises(TrialError, match="NaN"):
+        list(back_end.generate(prompts()[:1]))
+
+
+@pytest.mark.parametrize("sampler", module._SAMPLERS)
+def test_every_sampler_makes_pictures(merger: Merger, live: Diffusers, sampler: str) -> None:
+    live.load(*even(merger, 0.0))
+    made = pictures(live, prompts(sampler, steps=6)[:1])
+    assert made.std() > 5
+
+
+@pytest.mark.parametrize("scheduler", module._SCHEDULES)
+def test_every_schedule_makes_pictures(merger: Merger, live: Diffusers, scheduler: str) -> None:
+    live.load(*even(merger, 0.0))
+    assert pictures(live, prompts("DPM++ 2M", scheduler, steps=6)[:1]).std() > 5
+
+
+def test_old_name_of_a_karras_sampler_means_the_same(merger: Merger, live: Diffusers) -> None:
+    live.load(*even(merger, 0.0))
+    old = pictures(live, prompts("DPM++ 2M Karras"))
+    assert (old == pictures(live, prompts("DPM++ 2M", "Karras"))).all()
+    assert (old != pictures(live, prompts("DPM++ 2M"))).any()
+
+
+def test_unknown_sampler_is_refused_with_the_nearest(live: Diffusers) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'DPM\\+\\+ 2M'"):
+        live.check(prompts("DPM+ 2M"))
+    with pytest.raises(ConfigError, match="did you mean 'Karras'"):
+        live.check(prompts(scheduler="Karas"))
+
+
+def test_prompt_syntax_that_is_read_as_plain_text_is_told(live: Diffusers) -> None:
+    weighted = Prompt(0, "p", "a (red:1.3) circle", 1, extra={"hr_scale": 2})
+    said = live.check([weighted])
+    assert "(word:1.2)" in said[0]
+    assert "hr_scale" in said[1]
+
+
+def test_folder_without_a_tokenizer_is_refused(tmp_path: Path, merger: Merger) -> None:
+    with pytest.raises(ConfigError, match=r"lacks .*tokenizer/vocab\.json"):
+        Diffusers(device="cpu", config=tmp_path)
+
+
+def test_bundled_configuration_is_that_of_sd15() -> None:
+    pipe = module._pipeline(module._import_diffusers(), module._CONFIGS / "sd1")
+    sizes = [
+        sum(p.numel() for p in m.parameters()) for m in (pipe.unet, pipe.vae, pipe.text_encoder)
+    ]
+    # Parameters of runwayml/stable-diffusion-v1-5: U-Net, VAE, CLIP ViT-L/14 text encoder.
+    assert sizes == [859_520_964, 83_653_863, 123_060_480]
+    assert pipe.tokenizer("a photo of a cat")["input_ids"] == [
+        49406,
+        320,
+        1125,
+        539,
+        320,
+        2368,
+        49407,
+    ]

@@ -1,0 +1,63 @@
+"""The suite that every scorer passes; a new file is covered on arrival."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bayesian_merger.data import Prompt, Sample
+from bayesian_merger.errors import ConfigError
+from bayesian_merger.scorers import scorer
+
+
+def samples() -> list[Sample]:
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    images = [
+        Image.fromarray(noise),
+        Image.new("RGB", (64, 64), (255, 0, 0)),
+        Image.new("RGB", (8, 16), "black"),
+    ]
+    return [Sample(image, Prompt(i, "p", "a red circle", i)) for i, image in enumerate(images)]
+
+
+@pytest.mark.parametrize("name", scorer.names())
+def test_scorer_gives_one_finite_number_for_each_sample_and_the_same_again(name: str) -> None:
+    judge = scorer.build(name, {})
+    scores = judge(samples())
+    assert [type(score) for score in scores] == [float] * 3
+    assert all(math.isfinite(score) for score in scores)
+    assert judge(samples()) == scores
+    assert judge([]) == []
+
+
+@pytest.mark.parametrize("name", scorer.names())
+def test_score_of_a_sample_does_not_depend_on_its_company(name: str) -> None:
+    judge = scorer.build(name, {})
+    alone = [judge([sample])[0] for sample in samples()]
+    assert judge(samples()) == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", scorer.names())
+def test_scorer_refuses_unknown_options(name: str) -> None:
+    with pytest.raises(ConfigError, match="unknown option 'colour'"):
+        scorer.check(name, {"colour": 1})
+
+
+def test_exposure_is_best_at_its_target() -> None:
+    grey = Sample(Image.new("RGB", (4, 4), (51, 51, 51)), Prompt(0, "p", "x", 0))
+    assert scorer.build("exposure", {"target": 0.2})([grey]) == [1.0]
+    assert scorer.build("exposure", {"target": 1.0})([grey]) == pytest.approx([0.2])
+
+
+def test_contrast_is_0_for_a_flat_image_and_1_for_black_and_white() -> None:
+    board = np.zeros((4, 4, 3), np.uint8)
+    board[:2] = 255
+    flat, sharp = Image.new("RGB", (4, 4), "grey"), Image.fromarray(board)
+    prompt = Prompt(0, "p", "x", 0)
+    assert scorer.build("contrast", {})([Sample(flat, prompt), Sample(sharp, prompt)]) == [
+        0.0,
+        1.0,
+    ]
