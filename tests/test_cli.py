@@ -30,7 +30,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         with pytest.raises(SystemExit) as stop:
             cli.main()
         out, err = capsys.readouterr()
-        code: object = stop.value.code
+        code = stop.value.code
         assert isinstance(code, int)
         return code, out, err
 
@@ -95,7 +95,7 @@ def edited(old: str, new: str) -> Callable[[Path], None]:
     return lambda folder: configure(folder, old, new)
 
 
-BAD = {
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing file": (lambda f: (f / "one.safetensors").unlink(), "no such file"),
     "truncated file": (truncated, "not a whole safetensors file"),
     "text file": (text_file, "not a whole safetensors file"),

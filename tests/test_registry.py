@@ -238,3 +238,12 @@ def test_plugin_file_that_is_no_python_file_is_a_mistake(tmp_path: Path) -> None
     for name in ("no.py", "notes.txt", "folder.py"):
         with pytest.raises(ConfigError, match="no such Python file"):
             import_file(tmp_path / name)
+
+
+def test_relative_path_among_the_options_is_below_the_folder_of_the_configuration(
+    toys: Registry[Any], tmp_path: Path
+) -> None:
+    built = toys.build("server", {"url": "http://x", "folder": "a/b"}, tmp_path)
+    assert built.seen[1] == tmp_path / "a" / "b"
+    built = toys.build("server", {"url": "http://x", "folder": str(tmp_path / "c")}, Path("other"))
+    assert built.seen[1] == tmp_path / "c"

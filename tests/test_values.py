@@ -172,6 +172,16 @@ def test_difference_pairs_by_image_and_leaves_out_what_one_lacks() -> None:
     assert (back.mean, back.low, back.high) == pytest.approx((-2.0, -found.high, -found.low))
 
 
+def test_difference_weighs_its_images_like_the_mean_does() -> None:
+    mine, theirs, images = result(taste=[5.0, 9.0, 1.0]), result(taste=[4.0, 6.0, 1.0]), [3, 1, 0]
+    found = ONE.difference(mine, theirs, panel(images))
+    assert found.mean == 1.5
+    assert (
+        found.mean
+        == ONE.estimate(mine, panel(images)).mean - ONE.estimate(theirs, panel(images)).mean
+    )
+
+
 def test_difference_of_a_result_with_itself_is_nothing() -> None:
     mine = result(taste=[1.0, 5.0, -2.0])
     found = ONE.difference(mine, mine, panel([1, 2, 3]))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -124,7 +125,7 @@ def _open_pickled(
 ) -> tuple[Callable[[str], Tensor], dict[str, Layout], dict[str, str]]:
     way_out = "convert it to .safetensors in an environment you can throw away"
     try:
-        data: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        data: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # a damaged file makes torch raise anything
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

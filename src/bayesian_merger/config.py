@@ -22,6 +22,8 @@ from bayesian_merger import toml
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.registry import nearest
 
+_WINDOWS_HINT = "write Windows paths with / or in 'single quotes'"
+
 
 class Section(BaseModel):
     """A table of the file; frozen, and unknown keys are mistakes."""
@@ -32,6 +34,8 @@ class Section(BaseModel):
 def _beside_config(value: Any, info: ValidationInfo) -> Any:
     """Paths in the file are relative to the file, `~` is the user's home."""
     if isinstance(value, str) and value:
+        if any(ord(character) < 32 for character in value):
+            raise ValueError(f"a backslash became a control character; {_WINDOWS_HINT}")
         folder = (info.context or {}).get("folder", Path())
         try:
             return folder / Path(value).expanduser()
@@ -170,7 +174,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     except toml.TOMLDecodeError as error:
         hint = (
-            "; write Windows paths with / or in 'single quotes'"
+            f"; {_WINDOWS_HINT}"
             if any(sign in str(error) for sign in ("\\", "escape", "hex value"))
             else ""
         )

@@ -169,8 +169,9 @@ class Outcome:
     again on fresh seeds, from which `best` was chosen; `heldout` holds "a", "b", "even" and "best"
     judged on seeds that no choice was made on, and `gain` the paired differences "over_a", "over_b"
     and "over_even" there. `best` is None and `heldout` empty until they are known; during the search
-    `leader` is the trial that looks best so far. `pictures` maps "a", "b", "even", "best" to the
-    saved held-out images by panel index. `seconds` is the time spent by phase.
+    `leader` is the trial that looks best so far. `pictures` maps "a", "b", "even", "best" to saved
+    images by panel index: held-out ones once the run is finished, before that the baselines' own.
+    `seconds` is the time spent by phase.
     """
 
     title: str

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from bayesian_merger.errors import ConfigError
 
+_HERE = Path()
 T = TypeVar("T", bound=Callable[..., Any])
 
 
@@ -80,9 +81,11 @@ class Registry(Generic[T]):
             raise ConfigError("; ".join(mistakes)) from None
         return {key: getattr(checked, key) for key in checked.model_fields_set}
 
-    def build(self, name: str, options: Mapping[str, Any]) -> Any:
-        """The plugin called with its checked options."""
-        return self.get(name)(**self.check(name, options))
+    def build(self, name: str, options: Mapping[str, Any], folder: Path = _HERE) -> Any:
+        """The plugin called with its checked options; relative paths among them are below `folder`."""
+        checked = self.check(name, options)
+        paths = {k: folder / v.expanduser() for k, v in checked.items() if isinstance(v, Path)}
+        return self.get(name)(**{**checked, **paths})
 
 
 def import_file(path: Path) -> None:

@@ -112,7 +112,7 @@ class Setup:
 
 
 def prepare(config: Config, folder: Path, title: str) -> Setup:
-    """`config` with everything it names opened and checked; paths of payloads are below `folder`.
+    """`config` with everything it names opened and checked; relative paths are below `folder`.
 
     ConfigError with every mistake found, one on a line; nothing is written.
     """
@@ -132,10 +132,10 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
     panels = attempt(lambda: _panels(config, folder))
     weights = {name: chosen.weight for name, chosen in config.scorers.items()}
     scorers: dict[str, Scorer | None] = {
-        name: attempt(partial(scorer.build, name, chosen.options))
+        name: attempt(partial(scorer.build, name, chosen.options, folder))
         for name, chosen in config.scorers.items()
     }
-    engine = attempt(lambda: backend.build(config.backend.name, config.backend.options))
+    engine = attempt(lambda: backend.build(config.backend.name, config.backend.options, folder))
     warnings = attempt(lambda: engine.check(panels[0])) if engine and panels else None
     if mistakes or not (merger and plan and panels and engine):
         raise ConfigError("\n".join(mistakes))

@@ -128,7 +128,7 @@ def test_live_model_that_does_not_hold_the_merge_fails_the_trial(
 def test_checkpoint_without_some_tensors_fails_with_their_name(merger: Merger) -> None:
     recipe, merged = even(merger, 0.5)
     some = {n: t for n, t in merged.items() if "output_blocks.3.1" not in n}
-    with pytest.raises(TrialError, match="lacks .* tensors of the unet"):
+    with pytest.raises(TrialError, match=r"lacks .* tensors of the unet"):
         Diffusers(device="cpu", config=DEMO / "config").load(recipe, some)
 
 
@@ -163,8 +163,22 @@ def test_old_name_of_a_karras_sampler_means_the_same(merger: Merger, live: Diffu
     assert (old != pictures(live, prompts("DPM++ 2M"))).any()
 
 
+def test_scheduler_of_one_payload_does_not_leak_into_the_next(
+    merger: Merger, live: Diffusers
+) -> None:
+    live.load(*even(merger, 0.0))
+    alone = pictures(live, prompts("Euler"))
+    after = pictures(live, [*prompts("DPM++ 2M", "Karras"), *prompts("Euler")])[3:]
+    assert (after == alone).all()
+
+
+def test_scheduler_that_a_sampler_does_not_have_is_refused(live: Diffusers) -> None:
+    with pytest.raises(ConfigError, match="'Euler a' has no scheduler 'Karras'"):
+        live.check(prompts("Euler a", "Karras"))
+
+
 def test_unknown_sampler_is_refused_with_the_nearest(live: Diffusers) -> None:
-    with pytest.raises(ConfigError, match="did you mean 'DPM\\+\\+ 2M'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'DPM\+\+ 2M'"):
         live.check(prompts("DPM+ 2M"))
     with pytest.raises(ConfigError, match="did you mean 'Karras'"):
         live.check(prompts(scheduler="Karas"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -28,7 +29,6 @@ _SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
     "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
     "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "DPM++ 2S a": ("DPMSolverSinglestepScheduler", {}),
     "DDIM": ("DDIMScheduler", {}),
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
@@ -73,6 +73,7 @@ class Diffusers:
             _require_files(config)
         self._lib = _import_diffusers()
         self._pipe: Any = None
+        self._schedule: Any = None  # the model's own noise schedule, whatever sampler is in use
         self._live: dict[str, Tensor] = {}  # the checkpoint's name -> tensor of the pipeline
         self._owners: dict[
             str, tuple[str, str]
@@ -158,6 +159,7 @@ class Diffusers:
     def _build(self, architecture: str, merged: Mapping[str, Tensor]) -> None:
         """An empty pipeline on the device, and the table from the checkpoint's names to its tensors."""
         self._pipe = _pipeline(self._lib, self._config or _CONFIGS / architecture)
+        self._schedule = self._pipe.scheduler.config
         names = {
             "unet": _unet_names(self._pipe.unet, merged),
             "vae": _vae_names(self._pipe.vae, merged),
@@ -198,14 +200,14 @@ class Diffusers:
 
     def _scheduler(self, prompt: Prompt) -> Any:
         name, settings = self._scheduler_class(prompt)
-        return getattr(self._lib, name).from_config(self._pipe.scheduler.config, **settings)
+        return getattr(self._lib, name).from_config(self._schedule, **settings)
 
     def _scheduler_class(self, prompt: Prompt) -> tuple[str, dict[str, Any]]:
         sampler, schedule = prompt.sampler_name, prompt.scheduler
         # Up to 1.8, stable-diffusion-webui wrote the schedule at the end of the sampler's name.
-        for known in ("Karras", "Exponential"):
-            if sampler.endswith(f" {known}"):
-                sampler, schedule = sampler.removesuffix(f" {known}"), known
+        for ending in ("Karras", "Exponential"):
+            if sampler.endswith(f" {ending}"):
+                sampler, schedule = sampler.removesuffix(f" {ending}"), ending
         where = f"payload {prompt.payload}"
         if sampler not in _SAMPLERS:
             raise ConfigError(
@@ -218,6 +220,12 @@ class Diffusers:
                 f"(known: {', '.join(_SCHEDULES)})"
             )
         name, settings = _SAMPLERS[sampler]
+        # diffusers ignores a setting that a scheduler does not have, so it is looked up first.
+        known = inspect.signature(getattr(self._lib, name).__init__).parameters
+        if not set(_SCHEDULES[schedule]) <= set(known):
+            raise ConfigError(
+                f"{where}: sampler {sampler!r} has no scheduler {schedule!r} in diffusers"
+            )
         return name, {**settings, **_SCHEDULES[schedule]}
 
 
