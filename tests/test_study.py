@@ -142,6 +142,6 @@ def test_study_of_another_run_is_refused_with_what_differs(url: str) -> None:
 def test_file_that_is_no_study_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     path.write_bytes(b"this is not a database at all" * 100)
-    with pytest.raises(RunError, match="cannot be opened") as caught:
+    with pytest.raises(RunError, match="cannot be read or written") as caught:
         Study(f"sqlite:///{path}")
     assert len(str(caught.value).splitlines()) == 1

@@ -30,7 +30,7 @@ from bayesian_merger.outcome import (
 )
 from bayesian_merger.scorers import Scorer
 from bayesian_merger.setup import BASELINES, Setup
-from bayesian_merger.study import Plan, Study, Trial
+from bayesian_merger.study import Plan, Study, Trial, storage_errors
 from bayesian_merger.values import Yardstick
 
 _FAILURES_IN_A_ROW = 3
@@ -100,7 +100,7 @@ def run(setup: Setup, folder: Path, observer: Observer) -> Outcome:
 
     RunError if it cannot go on, ConfigError if the folder belongs to another configuration.
     """
-    with _locked(folder):
+    with _locked(folder), storage_errors():
         for stale in folder.rglob(".*.part"):  # a killed process leaves what it was writing
             stale.unlink()
         check_folder(setup, folder)

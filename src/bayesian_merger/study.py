@@ -9,6 +9,7 @@ so that a killed process loses at most the images that were being made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +35,20 @@ _STATES: Mapping[TrialState, State] = {
     TrialState.FAIL: "failed",
 }
 _SCORE = "score:"
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turn errors of the storage (full disk, damaged file, lost server) into a RunError."""
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+        cause = error.__cause__ or error
+        reason = str(getattr(cause, "orig", None) or cause).splitlines()[0]
+        raise RunError(
+            f"the study cannot be read or written ({reason}); what it holds is kept, "
+            f"and the same command goes on from there"
+        ) from error
 
 
 class Trial:
@@ -116,7 +131,7 @@ class Study:
     def __init__(self, url: str) -> None:
         """RunError if the storage cannot be opened."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        try:
+        with storage_errors():
             storage = optuna.storages.RDBStorage(url)
             self._search, self._judged = (
                 optuna.create_study(
@@ -124,9 +139,6 @@ class Study:
                 )
                 for name in ("search", "judged")
             )
-        except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
-            reason = str(error).splitlines()[0]
-            raise RunError(f"the study at {url} cannot be opened ({reason})") from error
 
     def begin(self, identity: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Make this the study of the run that `identity` describes, or find that it is.
