@@ -340,7 +340,7 @@ _STAGES = {
 
 def _summary(outcome: Outcome, run_dir: Path) -> None:
     _out.print()
-    _out.print(outcome.verdict(), style="bold")
+    _out.print(outcome.verdict(), style="bold", soft_wrap=True)
     for key, gain in outcome.gain.items():
         name = {"over_a": "A", "over_b": "B", "over_even": "the even merge"}[key]
         _out.print(

@@ -292,7 +292,8 @@ def _pipeline(diffusers: Any, folder: Path) -> Any:
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        scheduler=diffusers.DDIMScheduler.from_pretrained(folder / "scheduler"),
+        # Latents are not clipped; the library's default for a folder that does not say so is to clip.
+        scheduler=diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
