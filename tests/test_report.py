@@ -352,7 +352,7 @@ def test_result_json_has_exactly_its_keys(finished: Outcome) -> None:
     assert set(found) == {
         "images", "trials", "seconds", "heldout", "gain", "best", "verdict", "finished",
     }  # fmt: skip
-    assert found["trials"] == {"complete": 22, "stopped": 0, "failed": 1}
+    assert found["trials"] == {"complete": 19, "stopped": 0, "failed": 1}
     assert found["heldout"]["best"] == {"mean": 8.88, "se": 0.09, "n": 64}
     assert set(found["heldout"]) == {"a", "b", "even", "best"}
     assert found["gain"]["over_even"] == {"mean": 0.93, "low": 0.70, "high": 1.16}

@@ -101,7 +101,7 @@ def test_run_finds_a_merge_that_beats_its_parents_and_says_how_sure_that_is(fold
 def test_result_json_counts_images_and_trials(folder: Path) -> None:
     outcome = start(folder)
     result = json.loads((folder / "run" / "result.json").read_text())
-    assert result["trials"] == {"complete": 10, "stopped": 0, "failed": 0}
+    assert result["trials"] == {"complete": 7, "stopped": 0, "failed": 0}
     assert result["images"] == 10 * 6 + 2 * 4 + 4 * 8 == outcome.images
     assert set(result["gain"]) == {"over_a", "over_b", "over_even"}
     assert result["best"]["method"] == "weighted_sum"
@@ -141,7 +141,7 @@ def test_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
     assert measured(resumed) == measured(whole)
     assert resumed.images == whole.images
     # At most the batch that was being made is made again; nothing else is.
-    assert observer.made >= whole.images - at
+    assert whole.images - at < observer.made <= whole.images - at + 4
     assert resumed.heldout == whole.heldout
 
 

@@ -27,7 +27,7 @@ def plan(
     optimiser: Optimiser = "bayes", init_points: int = 2, freeze: dict[str, float] | None = None
 ) -> Plan:
     found = space.build(["alpha"], SD1, freeze=freeze or {}, ranges={}, groups=[])
-    return Plan(found, optimiser, init_points, seed=3)
+    return Plan(found, "weighted_sum", "a", optimiser, init_points, seed=3)
 
 
 def value_of(weights: Weights) -> float:

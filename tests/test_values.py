@@ -11,7 +11,7 @@ from scipy.stats import ttest_rel
 
 from bayesian_merger.data import Prompt, Recipe, Result
 from bayesian_merger.errors import RunError
-from bayesian_merger.values import Yardstick, weighted_mean
+from bayesian_merger.values import Yardstick, effective_n, weighted_mean
 
 ONE = Yardstick({"taste": 1.0}, {"taste": (5.0, 2.0)})
 
@@ -37,10 +37,29 @@ def result(**scores: Sequence[float] | Mapping[int, float]) -> Result:
 # The mean and its standard error
 
 
+def test_effective_n_counts_equal_weights_and_discounts_unequal_ones() -> None:
+    assert effective_n([0.5, 0.5, 0.5]) == pytest.approx(3)
+    assert effective_n([1.0, 1.0, 2.0]) == pytest.approx(16 / 6)
+    assert effective_n([1.0, 0.0]) == 1
+
+
+def test_interval_covers_the_truth_as_often_as_it_says_with_unequal_weights() -> None:
+    chance = np.random.default_rng(0)
+    weights = [1.0] * 4 + [0.1] * 20
+    zero = result(taste=[0.0] * len(weights))
+    hits = 0
+    for _ in range(2000):
+        noise = result(taste=chance.normal(size=len(weights)).tolist())
+        found = ONE.difference(noise, zero, panel(weights))
+        hits += found.low <= 0 <= found.high
+    # Student with the effective n is a few per cent short where weights differ tenfold.
+    assert 0.9 <= hits / 2000 <= 0.975
+
+
 def test_weighted_mean_by_hand() -> None:
     found = weighted_mean([1.0, 2.0, 4.0], [1.0, 1.0, 2.0])
     assert found.mean == 2.75
-    assert found.se == pytest.approx(math.sqrt(3 / 2 * (1.75**2 + 0.75**2 + 2.5**2) / 16))
+    assert found.se == pytest.approx(math.sqrt(1.6 * (1.75**2 + 0.75**2 + 2.5**2) / 16))
     assert found.n == 3
 
 

@@ -60,7 +60,9 @@ class Stripes:
         self._values = np.zeros(len(TENSORS))
         self._made = 0
 
-    def check(self, prompts: Sequence[Prompt]) -> list[str]:
+    def check(
+        self, prompts: Sequence[Prompt], architecture: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[str]:
         return []
 
     def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,9 +218,28 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        _replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a killed process was writing with `whole_file` in `folder`."""
+    for path in [*folder.glob(".*.part"), *(folder / "images").rglob(".*.part")]:
+        if re.fullmatch(r"\..+\.\d+\.part", path.name):
+            path.unlink()
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename, patiently: on Windows a virus scanner may hold a file for a moment."""
+    for wait_s in (0.1, 0.5, 2.0):
+        try:
+            source.replace(target)
+        except PermissionError:
+            time.sleep(wait_s)
+        else:
+            return
+    source.replace(target)
 
 
 def _size(n_bytes: int) -> str:

@@ -35,8 +35,9 @@ from bayesian_merger.scorers import scorer
 from bayesian_merger.setup import Setup, prepare
 
 _PACKAGE = Path(__file__).parent
-_out = Console(highlight=False)
-_err = Console(stderr=True, highlight=False)
+# What is printed holds names and reasons from files, which are not markup.
+_out = Console(highlight=False, markup=False, emoji=False)
+_err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def main() -> NoReturn:

@@ -143,9 +143,10 @@ class Config(Section):
         for pattern in self.panel.payloads:
             try:
                 path = Path(pattern).expanduser()
-                base, relative = (
-                    (folder, pattern) if not path.is_absolute() else (path.parent, path.name)
-                )
+                base, relative = folder, pattern
+                if path.is_absolute():
+                    base = Path(path.anchor)
+                    relative = path.relative_to(base).as_posix()
                 hits = sorted(p for p in base.glob(relative) if p.is_file())
             except (ValueError, IndexError, RuntimeError) as error:  # as pathlib likes
                 raise ConfigError(

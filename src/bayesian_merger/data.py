@@ -76,7 +76,9 @@ class Recipe:
 
     def digest(self) -> str:
         """Sixteen hexadecimal digits that two recipes share only if they rebuild the same merge."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
+        # A model is its content: a file that was renamed makes no other merge.
+        content = self.to_dict() | {"models": [model.sha256 for model in self.models]}
+        text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -101,6 +103,18 @@ class Prompt:
     scheduler: str = "Automatic"
     weight: float = 1.0
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> tuple[int, int, int, float, str, str]:
+        """What prompts must have in common to be made at once."""
+        return (
+            self.width,
+            self.height,
+            self.steps,
+            self.cfg_scale,
+            self.sampler_name,
+            self.scheduler,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

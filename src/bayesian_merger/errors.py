@@ -5,6 +5,7 @@ MergerError
 ├── CheckpointError    a model file cannot be read, merged or written
 ├── RunError           the run cannot go on; what was measured is kept
 └── TrialError         one trial has no value; it is recorded as failed and the study goes on
+    └── NothingChangedError    different weights made the same images; the run stops as well
 """
 
 
@@ -26,3 +27,7 @@ class RunError(MergerError):
 
 class TrialError(MergerError):
     """This trial has no value. It is recorded as failed with this reason; it never becomes a number."""
+
+
+class NothingChangedError(TrialError):
+    """Different weights made the very same images: the merge does not reach the back end."""

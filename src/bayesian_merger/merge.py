@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from bayesian_merger.data import Model, Recipe
 from bayesian_merger.errors import CheckpointError, ConfigError, TrialError
 
 _NAMES = "ABC"
+_CPU = torch.device("cpu")
+_LEVEL = ".text_model."
 
 
 class Merger:
@@ -26,10 +28,10 @@ class Merger:
     another model lacks stays A's, one that only another model has is left out.
     """
 
-    def __init__(self, models: Sequence[Checkpoint], device: str = "cpu") -> None:
-        """CheckpointError if the models are of different architectures or shapes."""
+    def __init__(self, models: Sequence[Checkpoint], device: torch.device = _CPU) -> None:
+        """CheckpointError if the models are of different architectures or shapes, or share no block."""
         self.models = tuple(models)
-        self.device = torch.device(device)
+        self.device = device
         found: list[Architecture] = []
         for letter, model in zip(_NAMES, self.models, strict=False):
             try:
@@ -43,9 +45,38 @@ class Merger:
                     f"{self.models[0].name}, is {found[0].title}; only models of one architecture merge"
                 )
             found.append(architecture)
-            _require_same_shapes(self.models[0], model, letter)
         self.architecture = found[0]
         self.places: Mapping[str, Place] = self.architecture.places(self.models[0].layout)
+        # Each model under A's names of its tensors.
+        self.aligned = tuple(_Aligned(model, self.models[0].layout) for model in self.models)
+        self.notes: list[str] = []
+        for letter, other in zip(_NAMES[1:], self.aligned[1:], strict=False):
+            _require_same_shapes(self.models[0], other, letter)
+            self._require_blocks(other, letter)
+
+    def _require_blocks(self, other: _Aligned, letter: str) -> None:
+        """CheckpointError if A and `other` share no tensor of some block."""
+        a = self.models[0]
+        searched = {n: p.block for n, p in self.places.items() if p.component in ("unet", "te")}
+        shared = {
+            block
+            for name, block in searched.items()
+            if name in other.layout
+            and a.layout[name].dtype.is_floating_point
+            and other.layout[name].dtype.is_floating_point
+        }
+        empty = [block for block in self.architecture.blocks if block not in shared]
+        if empty:
+            raise CheckpointError(
+                f"model {letter}, {other.name}: shares no tensor of block {empty[0]} with model A; "
+                f"its names or types differ, so save both by the same tool"
+            )
+        missing = [name for name in searched if name not in other.layout]
+        if missing:
+            self.notes.append(
+                f"model {letter}, {other.name}, lacks {len(missing)} of A's tensors, which stay A's "
+                f"(first: {missing[0]})"
+            )
 
     def references(self) -> tuple[Model, ...]:
         """The models as a recipe names them; reads each file once for its SHA-256."""
@@ -62,6 +93,28 @@ class Merger:
         return Merged(self, method, recipe)
 
 
+class _Aligned:
+    """A checkpoint read by the names that model A has for its tensors.
+
+    Old checkpoints, NovelAI's among them, lack the level "text_model" in the text encoder's names.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, wanted: Iterable[str]) -> None:
+        self._checkpoint = checkpoint
+        self.name = checkpoint.name
+        self._own = {}
+        for name in wanted:
+            longer = name.replace(".transformer.", f".transformer{_LEVEL}")
+            spellings = (name, name.replace(_LEVEL, "."), longer)
+            own = next((s for s in spellings if s in checkpoint.layout), None)
+            if own is not None:
+                self._own[name] = own
+        self.layout = {name: checkpoint.layout[own] for name, own in self._own.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint[self._own[name]]
+
+
 class Merged(Mapping[str, Tensor]):
     """The tensors of one merge by name, in A's order; a tensor is computed each time it is read."""
 
@@ -69,7 +122,7 @@ class Merged(Mapping[str, Tensor]):
         self.recipe = recipe
         self.places = merger.places
         self._method = method
-        self._models = merger.models[: methods.n_models(method)]
+        self._models = merger.aligned[: methods.n_models(method)]
         self._device = merger.device
         self._dtype = PRECISIONS[recipe.precision]
         self.layout: Mapping[str, Layout] = {
@@ -97,6 +150,11 @@ class Merged(Mapping[str, Tensor]):
         weights = {weight: values[block] for weight, values in self.recipe.weights.items()}
         inputs = [m[name].to(self._device, torch.float32) for m in self._models]
         merged = self._method(*inputs, **weights).to(self._dtype)
+        if merged.shape != inputs[0].shape:
+            raise TrialError(
+                f"{self.recipe.method} made shape {list(merged.shape)} of {list(inputs[0].shape)} "
+                f"for tensor {name!r}"
+            )
         if not bool(torch.isfinite(merged).all()):
             raise TrialError(self._not_finite(name, inputs))
         return merged
@@ -196,7 +254,7 @@ def _is_position_ids(name: str) -> bool:
     return name.endswith(".position_ids")
 
 
-def _require_same_shapes(a: Checkpoint, other: Checkpoint, letter: str) -> None:
+def _require_same_shapes(a: Checkpoint, other: _Aligned, letter: str) -> None:
     different = [
         n for n in a.layout if n in other.layout and a.layout[n].shape != other.layout[n].shape
     ]

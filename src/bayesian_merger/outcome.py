@@ -12,7 +12,8 @@ from bayesian_merger.data import Model, Outcome, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.setup import BASELINES
-from bayesian_merger.study import Study
+from bayesian_merger.study import Stage, Study
+from bayesian_merger.study import create as create_study
 from bayesian_merger.values import Yardstick
 
 
@@ -21,8 +22,12 @@ def open_study(folder: Path, *, create: bool = False) -> Study:
     path = folder / "study.db"
     if not create and not path.is_file():
         raise ConfigError(f"{folder}: not a run folder (it has no study.db)")
-    folder.mkdir(parents=True, exist_ok=True)
-    return Study(f"sqlite:///{path.absolute().as_posix()}")
+    where = path.absolute().as_posix()
+    if "?" in where:
+        raise ConfigError(f"{folder}: a run folder's path cannot hold a question mark")
+    if not path.is_file():
+        create_study(path)
+    return Study(f"sqlite:///{where}")
 
 
 def read_outcome(folder: Path, study: Study) -> Outcome:
@@ -30,21 +35,26 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
     about = study.about
     if not about:
         raise ConfigError(f"{folder}: the run has not begun yet")
-    baselines, searched = study.judged("baseline"), study.searched()
+    baselines = [r for r in study.judged("baseline") if r.state == "complete"]
+    searched = study.searched()
     panels = {
         name: tuple(Prompt.from_dict(p) for p in about[name])
         for name in ("panel", "heldout_panel")
     }
-    selected = [r for r in study.judged("select") if r.state == "complete"]
-    best = max(selected, key=mean) if selected else None
-    confirmed = [r for r in study.judged("heldout") if r.state == "complete"]
-    judged = {r.name: r for r in confirmed if r.name in BASELINES}
-    for result in confirmed:
-        if best is not None and result.recipe.digest() == best.recipe.digest():
-            judged["best"] = result
-    finished = len(judged) == len(BASELINES) + 1
+    heldout = about["config"]["heldout"]
+    few = candidates(searched, heldout["candidates"])
+    selected = ranked(few, study.judged("select")) or []
+    confirmed = chosen(selected, study.judged("heldout"))
+    judged = {
+        r.name: r for r in study.judged("heldout") if r.name in BASELINES and r.state == "complete"
+    }
+    search = about["config"]["search"]
+    n_finished = sum(r.state != "running" for r in searched)
+    complete = n_finished >= search["init_points"] + search["n_iters"]
+    finished = complete and confirmed is not None and len(judged) == len(BASELINES)
     gain = {}
-    if finished:
+    if finished and confirmed is not None:
+        judged["best"] = confirmed
         yardstick = Yardstick.from_baselines(about["weights"], baselines)
         gain = {
             f"over_{name}": yardstick.difference(
@@ -52,7 +62,8 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
             )
             for name in sorted(BASELINES)
         }
-    everything = [*baselines, *searched, *study.judged("select"), *study.judged("heldout")]
+    stages: tuple[Stage, ...] = ("baseline", "select", "heldout")
+    everything = [*searched, *(result for stage in stages for result in study.judged(stage))]
     seconds: dict[str, float] = {}
     for result in everything:
         for phase, spent in result.seconds.items():
@@ -71,7 +82,7 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         results=(*baselines, *searched),
         selected=tuple(selected),
         leader=leader(searched),
-        best=best if finished else None,
+        best=judged["best"] if finished else None,
         heldout={name: r.value for name, r in sorted(judged.items()) if r.value and finished},
         gain=gain,
         pictures={key: _saved(pictures_of(folder, stage, name)) for key, name in names.items()},
@@ -107,10 +118,46 @@ def _write(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def candidates(searched: Sequence[Result], n: int) -> list[Result]:
+    """The `n` complete trials with the highest values, each recipe once, best first."""
+    complete = sorted((r for r in searched if r.state == "complete"), key=mean)
+    by_recipe = {r.recipe.digest(): r for r in complete}
+    return sorted(by_recipe.values(), key=mean, reverse=True)[:n]
+
+
+def ranked(few: Sequence[Result], judged: Sequence[Result]) -> list[Result] | None:
+    """The candidates as judged on fresh seeds, best first, without those that failed there.
+
+    None while one of them is still to be judged.
+    """
+    records = [_record(candidate, judged) for candidate in few]
+    if any(record is None or record.state == "running" for record in records):
+        return None
+    return sorted((r for r in records if r and r.state == "complete"), key=mean, reverse=True)
+
+
+def chosen(selected: Sequence[Result], heldout: Sequence[Result]) -> Result | None:
+    """The held-out result of the first of `selected` that did not fail there, if it stands already.
+
+    The order was made before, so that held-out values choose nothing.
+    """
+    for candidate in selected:
+        record = _record(candidate, heldout)
+        if record is None or record.state != "failed":
+            return record if record and record.state == "complete" else None
+    return None
+
+
+def _record(wanted: Result, judged: Sequence[Result]) -> Result | None:
+    """What is known of a recipe: its complete result, or else the latest."""
+    digest = wanted.recipe.digest()
+    found = [r for r in judged if r.recipe.digest() == digest]
+    return next((r for r in found if r.state == "complete"), found[-1] if found else None)
+
+
 def leader(results: Sequence[Result]) -> Result | None:
     """The complete trial with the highest value, or None."""
-    complete = [r for r in results if r.state == "complete" and r.value]
-    return max(complete, key=mean) if complete else None
+    return next(iter(candidates(results, 1)), None)
 
 
 def mean(result: Result) -> float:

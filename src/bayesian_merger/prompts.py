@@ -7,6 +7,7 @@ panel on every machine.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bayesian_merger import toml
 from bayesian_merger.data import Prompt
 from bayesian_merger.errors import ConfigError
 
-_WILDCARD = re.compile(r"__([\w\-/]+?)__")
+_WILDCARD = re.compile(r"__(?!\s)([^\n]+?)(?<!\s)__")
+_LONGEST = 20_000  # characters of a prompt
 _DEEPEST = 8  # wildcards inside wildcard lines; deeper than this is a loop
 
 
@@ -30,7 +32,7 @@ class _Fields(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    prompt: str = Field(min_length=1)
+    prompt: str = Field(pattern=r"\S")
     negative_prompt: str = ""
     seed: int = Field(-1, lt=2**63)
     width: int = Field(512, ge=8, le=8192, multiple_of=8)
@@ -42,6 +44,15 @@ class _Fields(BaseModel):
     score_weight: float = Field(1.0, ge=0.0, allow_inf_nan=False)
     batch_size: int = Field(1, ge=1, le=1000)
     n_iter: int = Field(1, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _extra_can_be_stored(self) -> _Fields:
+        for name, value in (self.model_extra or {}).items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"field {name!r} is {value!r}, not JSON") from error
+        return self
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,10 @@ def read_payloads(paths: Sequence[Path], defaults: Mapping[str, Any]) -> tuple[P
         except ValidationError as error:
             for detail in error.errors():
                 key = ".".join(str(part) for part in detail["loc"])
-                mistakes.append(
-                    f"payload {path}: {key}: {detail['msg']} (found {detail['input']!r})"
+                found = (
+                    f"{key}: {detail['msg']} (found {detail['input']!r})" if key else detail["msg"]
                 )
+                mistakes.append(f"payload {path}: {found}")
     names = [payload.name for payload in payloads]
     for name in dict.fromkeys(n for n in names if names.count(n) > 1):
         mistakes.append(f"two payloads are called {name!r}; rename one")
@@ -171,6 +183,8 @@ def _fill(
         text, n_drawn = _WILDCARD.subn(draw, text)
         if not n_drawn:
             return text
+        if len(text) > _LONGEST:
+            break
     raise ConfigError(f"payload {payload}: wildcards name each other in a circle ({text[:60]!r})")
 
 
@@ -188,7 +202,11 @@ def _tables(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
             data = yaml.safe_load(text)
         else:
             raise ConfigError(f"payload {path}: not a .toml, .yaml or .txt file")
-    except (ValueError, yaml.YAMLError) as error:  # PyYAML: a ValueError for a day 32
+    except (
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:  # PyYAML: a ValueError for a day 32
         raise ConfigError(f"payload {path}: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f'payload {path}: no fields; add a line prompt = "..."')

@@ -54,7 +54,7 @@ def read_toml(path: Path) -> Recipe:
     return recipe
 
 
-def open_models(recipe: Recipe, folder: Path, device: str = "cpu") -> Merger:
+def open_models(recipe: Recipe, folder: Path) -> Merger:
     """The recipe's models, found at their path or by name in `folder`, and known by their content."""
     checkpoints = []
     for model in recipe.models:
@@ -72,7 +72,7 @@ def open_models(recipe: Recipe, folder: Path, device: str = "cpu") -> Merger:
                 f"recipe {model.sha256[:10]}); find the original file"
             )
         checkpoints.append(checkpoint)
-    merger = Merger(checkpoints, device)
+    merger = Merger(checkpoints)
     if merger.architecture.name != recipe.architecture:
         raise CheckpointError(
             f"the recipe is for {recipe.architecture}, its models are {merger.architecture.name}"

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from bayesian_merger.errors import ConfigError
+from bayesian_merger.errors import ConfigError, MergerError
 
 _HERE = Path()
 T = TypeVar("T", bound=Callable[..., Any])
@@ -70,7 +70,12 @@ class Registry(Generic[T]):
         Keyword-only parameters are not options. All mistakes are reported at once in a ConfigError.
         """
         plugin = self.get(name)
-        model = _options_model(name, plugin)
+        try:
+            model = _options_model(name, plugin)
+        except NameError as error:
+            raise ConfigError(
+                f"{self.kind} {name}: an annotation of its constructor is unknown ({error})"
+            ) from error
         try:
             checked = model.model_validate(dict(options))
         except ValidationError as error:
@@ -85,7 +90,13 @@ class Registry(Generic[T]):
         """The plugin called with its checked options; relative paths among them are below `folder`."""
         checked = self.check(name, options)
         paths = {k: folder / v.expanduser() for k, v in checked.items() if isinstance(v, Path)}
-        return self.get(name)(**{**checked, **paths})
+        try:
+            return self.get(name)(**{**checked, **paths})
+        except MergerError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{self.kind} {name}: {type(error).__name__}: {reason}") from error
 
 
 def import_file(path: Path) -> None:

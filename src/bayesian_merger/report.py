@@ -58,7 +58,7 @@ def html(outcome: Outcome) -> str:
 
 def result_json(outcome: Outcome) -> dict[str, Any]:
     """The run in numbers, ready for JSON; null where something is not known (yet)."""
-    states = [result.state for result in outcome.results]
+    states = [result.state for result in outcome.results if result.stage != "baseline"]
     best = outcome.best.recipe if outcome.best else None
     return {
         "images": outcome.images,

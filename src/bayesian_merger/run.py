@@ -16,13 +16,16 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from bayesian_merger.data import Outcome, Prompt, Result, Sample
-from bayesian_merger.errors import RunError, TrialError
+from bayesian_merger.checkpoint import remove_parts
+from bayesian_merger.data import Outcome, Prompt, Recipe, Result, Sample
+from bayesian_merger.errors import ConfigError, NothingChangedError, RunError, TrialError
+from bayesian_merger.merge import Merger
 from bayesian_merger.outcome import (
+    candidates,
     leader,
-    mean,
     open_study,
     pictures_of,
+    ranked,
     read_outcome,
     save_image,
     write_outcome,
@@ -30,7 +33,7 @@ from bayesian_merger.outcome import (
 )
 from bayesian_merger.scorers import Scorer
 from bayesian_merger.setup import BASELINES, Setup
-from bayesian_merger.study import Plan, Study, Trial, storage_errors
+from bayesian_merger.study import Plan, Stage, Study, Trial, storage_errors
 from bayesian_merger.values import Yardstick
 
 _FAILURES_IN_A_ROW = 3
@@ -101,8 +104,7 @@ def run(setup: Setup, folder: Path, observer: Observer) -> Outcome:
     RunError if it cannot go on, ConfigError if the folder belongs to another configuration.
     """
     with _locked(folder), storage_errors():
-        for stale in folder.rglob(".*.part"):  # a killed process leaves what it was writing
-            stale.unlink()
+        remove_parts(folder)
         check_folder(setup, folder)
         study = open_study(folder, create=True)
         study.begin(setup.identity(), setup.about())
@@ -117,7 +119,10 @@ def run(setup: Setup, folder: Path, observer: Observer) -> Outcome:
         outcome = read_outcome(folder, study)
         assert outcome.best is not None
         if setup.config.output.save_best:
-            setup.merger.merge(outcome.best.recipe).save(folder / "best.safetensors")
+            # On the CPU, as `bayesian-merger merge` does it, so that both write the same bytes.
+            Merger(setup.merger.models).merge(outcome.best.recipe).save(
+                folder / "best.safetensors"
+            )
         write_outcome(outcome, folder, setup.merger.references())
         return outcome
 
@@ -127,8 +132,16 @@ def _baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> 
     trials = [study.book("baseline", name, setup.baseline(name)) for name in BASELINES]
     for trial in trials:
         observer.started("baseline", trial.name, len(setup.panel))
-        _must(trial, setup.panel, setup, observer, folder)
-        _require_change(trial.result(), [t.result() for t in trials], setup.plan)
+        try:
+            keep = pictures_of(folder, "baseline", trial.name)
+            judge(trial, setup.panel, setup, observer, keep)
+            _require_change(trial.result(), [t.result() for t in trials], setup.plan)
+        except TrialError as error:
+            # What a back end made that fails here is not to be trusted, hence all or none.
+            for doubtful in trials:
+                if not doubtful.is_complete:
+                    doubtful.fail(str(error))
+            raise RunError(f"baseline {trial.name} cannot be judged: {error}") from error
     yardstick = Yardstick.from_baselines(setup.weights, [t.result() for t in trials])
     for trial in trials:
         if not trial.is_complete:
@@ -155,25 +168,29 @@ def _search(
         before = leader(study.searched())
         try:
             judge(trial, setup.panel, setup, observer, keep)
+            others = [*study.judged("baseline"), *study.searched()]
+            _require_change(trial.result(), others, setup.plan)
         except TrialError as error:
             trial.fail(str(error))
             failures += 1
-            if failures >= _FAILURES_IN_A_ROW:
-                raise RunError(
-                    f"{failures} trials in a row failed, the last with: {error}"
-                ) from error
+            if failures >= _FAILURES_IN_A_ROW or isinstance(error, NothingChangedError):
+                many = (
+                    f"{failures} trials in a row failed, the last with: " if failures > 1 else ""
+                )
+                raise RunError(f"{many}{error}") from error
         else:
             failures = 0
-            others = [*study.judged("baseline"), *study.searched()]
-            _require_change(trial.result(), others, setup.plan)
             trial.complete(yardstick.estimate(trial.result(), setup.panel))
         best = leader(study.searched())
         observer.finished(trial.result(), best)
         if best is not None and (before is None or best.number != before.number):
             write_recipe(best.recipe, folder, setup.merger.references())
         if time.monotonic() - reported > _REPORT_EVERY_S:
-            write_outcome(read_outcome(folder, study), folder, setup.merger.references())
             reported = time.monotonic()
+            try:
+                write_outcome(read_outcome(folder, study), folder, setup.merger.references())
+            except PermissionError as error:  # on Windows, a program that has the page open
+                observer.noted(f"the report could not be renewed ({error})")
 
 
 def _confirm(
@@ -184,50 +201,43 @@ def _confirm(
     The luckiest trial wins a search, so its own score flatters it; seeds that no choice was made on
     do not.
     """
-    complete = [r for r in study.searched() if r.state == "complete" and r.value]
-    if not complete:
+    few = candidates(study.searched(), setup.config.heldout.candidates)
+    if not few:
         raise RunError("no trial was completed, so there is no merge to confirm")
-    complete.sort(key=mean, reverse=True)
-    chosen = {r.recipe.digest(): r for r in reversed(complete)}
-    candidates = sorted(chosen.values(), key=mean, reverse=True)[: setup.config.heldout.candidates]
-    selected = []
-    for candidate in candidates:
-        trial = study.book("select", candidate.name, candidate.recipe)
-        observer.started("select", trial.name, len(setup.select_panel))
-        _must(trial, setup.select_panel, setup, observer, None)
-        if not trial.is_complete:
-            trial.complete(yardstick.estimate(trial.result(), setup.select_panel))
-        observer.finished(trial.result(), None)
-        selected.append(trial.result())
-    best = max(selected, key=mean)
-    recipes = {name: setup.baseline(name) for name in BASELINES} | {best.name: best.recipe}
-    for name, recipe in recipes.items():
-        trial = study.book("heldout", name, recipe)
-        observer.started("heldout", name, len(setup.heldout_panel))
-        _must(trial, setup.heldout_panel, setup, observer, folder)
-        if not trial.is_complete:
-            trial.complete(yardstick.estimate(trial.result(), setup.heldout_panel))
-        observer.finished(trial.result(), None)
 
+    def attempt(stage: Stage, name: str, recipe: Recipe) -> TrialError | None:
+        trial = study.book(stage, name, recipe)
+        panel = setup.select_panel if stage == "select" else setup.heldout_panel
+        keep = pictures_of(folder, stage, name) if stage == "heldout" else None
+        observer.started(stage, name, len(panel))
+        try:
+            judge(trial, panel, setup, observer, keep)
+        except TrialError as error:
+            trial.fail(str(error))
+            observer.finished(trial.result(), None)
+            return error
+        if not trial.is_complete:
+            trial.complete(yardstick.estimate(trial.result(), panel))
+        observer.finished(trial.result(), None)
+        return None
 
-def _must(
-    trial: Trial, panel: Sequence[Prompt], setup: Setup, observer: Observer, folder: Path | None
-) -> None:
-    """Judge a recipe that the run cannot do without; RunError if it fails."""
-    keep = pictures_of(folder, trial.stage, trial.name) if folder else None
-    try:
-        judge(trial, panel, setup, observer, keep)
-    except TrialError as error:
-        trial.fail(str(error))
-        raise RunError(f"{trial.stage} {trial.name} cannot be judged: {error}") from error
+    for candidate in few:
+        attempt("select", candidate.name, candidate.recipe)
+    for name in BASELINES:
+        if error := attempt("heldout", name, setup.baseline(name)):
+            raise RunError(f"held-out {name} cannot be judged: {error}") from error
+    for best in ranked(few, study.judged("select")) or []:
+        if not attempt("heldout", best.name, best.recipe):
+            return
+    raise RunError(f"none of the {len(few)} best merges can be judged on fresh seeds")
 
 
 def _require_change(result: Result, others: Sequence[Result], plan: Plan) -> None:
-    """RunError if another merge, of clearly other weights, has made the very same images."""
+    """NothingChangedError if another merge, of clearly other weights, has made the very same images."""
     for other in others:
         same = result.images and dict(result.images) == dict(other.images)
         if same and _distance(result, other, plan) > 0.1:
-            raise RunError(
+            raise NothingChangedError(
                 f"{other.name} and {result.name} have different weights, but all their images are the "
                 f"same: A and B are alike in what is searched, or the back end does not load the merge"
             )
@@ -246,8 +256,11 @@ def check_folder(setup: Setup, folder: Path) -> None:
     """ConfigError or CheckpointError if `setup` cannot run in `folder`: another run's, or no space."""
     if (folder / "study.db").is_file():
         open_study(folder).require_same(setup.identity())
+    best = folder / "best.safetensors"
     if setup.config.output.save_best:
-        setup.merger.merge(setup.baseline("a")).require_space(folder / "best.safetensors")
+        if any(model.path.resolve() == best.resolve() for model in setup.merger.models):
+            raise ConfigError(f"{best} is one of the models, and would be overwritten; move it")
+        setup.merger.merge(setup.baseline("a")).require_space(best)
 
 
 @dataclass(frozen=True)
@@ -276,9 +289,11 @@ def try_out(setup: Setup) -> TryOut:
     start = time.monotonic()
     setup.backend.load(recipe, setup.merger.merge(recipe))
     merged = time.monotonic()
-    batch = setup.panel[: setup.backend.batch]
+    batch = next(_batches(setup.panel, setup.backend.batch))
+    list(setup.backend.generate(batch[:1]))  # the first image warms up
+    warm = time.monotonic()
     scores = _score(setup.scorers, list(setup.backend.generate(batch)))
-    per_image = (time.monotonic() - merged) / len(batch)
+    per_image = (time.monotonic() - warm) / len(batch)
     trials = setup.n_trials + 2 * len(BASELINES) + 1 + setup.config.heldout.candidates
     return TryOut(merged - start, per_image, scores[0], setup.n_images(), trials)
 
@@ -287,13 +302,18 @@ def _score(scorers: Mapping[str, Scorer], samples: Sequence[Sample]) -> list[dic
     """The scores of each sample; TrialError for a scorer that returns anything but finite numbers."""
     table: list[dict[str, float]] = [{} for _ in samples]
     for name, judge_of in scorers.items():
-        scores = judge_of(samples)
+        try:
+            scores = [float(score) for score in judge_of(samples)]
+        except TrialError:
+            raise
+        except Exception as error:
+            raise TrialError(f"scorer {name}: {type(error).__name__}: {error}") from error
         if len(scores) != len(samples):
             raise TrialError(f"scorer {name} gave {len(scores)} scores for {len(samples)} images")
         for row, score in zip(table, scores, strict=True):
             if not math.isfinite(score):
                 raise TrialError(f"scorer {name} gave {score}")
-            row[name] = float(score)
+            row[name] = score
     return table
 
 
@@ -302,8 +322,13 @@ def _n_finished(study: Study) -> int:
 
 
 def _batches(panel: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    for start in range(0, len(panel), size):
-        yield panel[start : start + size]
+    """The panel in batches of prompts with equal settings."""
+    alike: dict[object, list[Prompt]] = {}
+    for prompt in panel:
+        alike.setdefault(prompt.settings, []).append(prompt)
+    for prompts in alike.values():
+        for start in range(0, len(prompts), size):
+            yield prompts[start : start + size]
 
 
 def _digest(sample: Sample) -> str:
@@ -313,7 +338,10 @@ def _digest(sample: Sample) -> str:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of the run folder; RunError if one is in it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made a run folder ({error.strerror})") from error
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

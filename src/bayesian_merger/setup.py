@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bayesian_merger import config as configuration
-from bayesian_merger import methods, prompts, space
+from bayesian_merger import devices, methods, prompts, space
 from bayesian_merger.backends import Backend, backend
 from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.config import Config
@@ -22,6 +23,9 @@ from bayesian_merger.scorers import Scorer, scorer
 from bayesian_merger.study import Plan
 
 BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
+# Options that a resumed run may have otherwise: where and how many at once, not what is made.
+_MAY_CHANGE = ("device", "batch")
+_MOST_IMAGES = 10_000
 _T = TypeVar("_T")
 
 
@@ -54,10 +58,11 @@ class Setup:
         )
 
     def baseline(self, name: str) -> Recipe:
-        """Model A, model B, or the merge with every weight at one half."""
+        """Model A, model B, each with its own VAE, or the merge with every weight at one half."""
         method = self.config.merge.method if name == "even" else "weighted_sum"
         weights = even_weights(method, self.merger.architecture, BASELINES[name])
-        return replace(self.recipe(weights), method=method)
+        vae = self.config.merge.vae if name == "even" else name
+        return replace(self.recipe(weights), method=method, vae=vae)
 
     def n_images(self) -> int:
         """Images of the whole run."""
@@ -88,7 +93,10 @@ class Setup:
     def identity(self) -> dict[str, Any]:
         """What must not change between two starts of one run."""
         plain = configuration.as_plain(self.config)
-        options = {k: v for k, v in plain["backend"].items() if k not in ("device", "batch")}
+        backend_options, *scorer_options = (
+            {k: v for k, v in options.items() if k not in _MAY_CHANGE}
+            for options in (plain["backend"], *plain["scorers"].values())
+        )
         search = {
             k: plain["search"][k] for k in ("optimiser", "seed", "freeze", "ranges", "groups")
         }
@@ -105,8 +113,12 @@ class Setup:
             },
             "merge": merge,
             "search": search,
-            "backend": options,
-            "scorers": plain["scorers"],
+            "backend": backend_options,
+            "scorers": dict(zip(plain["scorers"], scorer_options, strict=True)),
+            "plugins": {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in self.config.plugins
+            },
             **{name: {str(p.index): p.to_dict() for p in panel} for name, panel in panels.items()},
         }
 
@@ -136,13 +148,22 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
         for name, chosen in config.scorers.items()
     }
     engine = attempt(lambda: backend.build(config.backend.name, config.backend.options, folder))
-    warnings = attempt(lambda: engine.check(panels[0])) if engine and panels else None
+    warnings = (
+        attempt(lambda: _check_backend(engine, merger, panels[0]))
+        if engine and merger and panels
+        else None
+    )
     if mistakes or not (merger and plan and panels and engine):
         raise ConfigError("\n".join(mistakes))
     built = {name: found for name, found in scorers.items() if found is not None}
     return Setup(
         config, title, merger, plan, *panels, engine, built, weights, tuple(warnings or ())
     )
+
+
+def _check_backend(engine: Backend, merger: Merger, panel: Sequence[Prompt]) -> list[str]:
+    shapes = {name: entry.shape for name, entry in merger.models[0].layout.items()}
+    return [*merger.notes, *engine.check(panel, merger.architecture.name, shapes)]
 
 
 def _open_models(config: Config) -> Merger:
@@ -154,7 +175,8 @@ def _open_models(config: Config) -> Merger:
         raise ConfigError(
             f"merge.method {config.merge.method!r} merges {needed} models; name the third as models.c"
         )
-    merger = Merger([Checkpoint(path) for path in paths[:needed]], config.merge.device)
+    place = devices.device(config.merge.device, "merge.device")
+    merger = Merger([Checkpoint(path) for path in paths[:needed]], place)
     first, second, *_ = merger.references()
     if first.sha256 == second.sha256:
         raise ConfigError(f"models.a and models.b are the same file ({first.name}, {second.name})")
@@ -165,14 +187,18 @@ def _plan(config: Config, merger: Merger) -> Plan:
     search = config.search
     if search.init_points + search.n_iters < 1:
         raise ConfigError("search.init_points and search.n_iters are both 0, so there is no trial")
+    weights = list(methods.weights(methods.method.get(config.merge.method)))
+    if not weights:
+        raise ConfigError(f"merge.method {config.merge.method!r} has no weights to search")
     found = space.build(
-        list(methods.weights(methods.method.get(config.merge.method))),
+        weights,
         merger.architecture,
         freeze=search.freeze,
         ranges=search.ranges,
         groups=search.groups,
     )
-    return Plan(found, search.optimiser, search.init_points, search.seed)
+    merge = config.merge
+    return Plan(found, merge.method, merge.vae, search.optimiser, search.init_points, search.seed)
 
 
 def _panels(
@@ -183,6 +209,12 @@ def _panels(
     wildcards = prompts.read_wildcards(config.panel.wildcards_dir)
     per_round = prompts.n_images(payloads)
     seed = config.search.seed
+    heldout = config.heldout
+    most = max(config.panel.batch_size * per_round, heldout.images, heldout.select_images)
+    if most > _MOST_IMAGES:
+        raise ConfigError(
+            f"the payloads make {most} images a trial, more than {_MOST_IMAGES}; lower batch_size"
+        )
 
     def fresh(name: str, images: int) -> tuple[Prompt, ...]:
         rounds = math.ceil(images / per_round)
@@ -194,6 +226,6 @@ def _panels(
         prompts.draw_panel(
             payloads, wildcards, rounds=config.panel.batch_size, seed=f"{seed}/panel"
         ),
-        fresh("select", config.heldout.select_images),
-        fresh("heldout", config.heldout.images),
+        fresh("select", heldout.select_images),
+        fresh("heldout", heldout.images),
     )

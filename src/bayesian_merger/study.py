@@ -8,9 +8,11 @@ so that a killed process loses at most the images that were being made.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -116,6 +118,8 @@ class Plan:
     """How the search proposes: where, by which optimiser, after how many exploring points."""
 
     space: Space
+    method: str
+    vae: str
     optimiser: Optimiser
     init_points: int
     seed: int
@@ -125,6 +129,18 @@ class Plan:
         return {p.name: FloatDistribution(p.low, p.high) for p in self.space.parameters}
 
 
+def create(path: Path) -> None:
+    """Make an empty study at `path`; it appears whole, so a killed process leaves no half of one."""
+    with (
+        storage_errors(),
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-study-") as folder,
+    ):
+        new = Path(folder) / path.name
+        study = Study(f"sqlite:///{new.as_posix()}")
+        study.close()
+        new.replace(path)
+
+
 class Study:
     """The record of one run in the storage at `url`; opened again, it goes on where it was."""
 
@@ -132,13 +148,18 @@ class Study:
         """RunError if the storage cannot be opened."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with storage_errors():
-            storage = optuna.storages.RDBStorage(url)
+            self._storage = storage = optuna.storages.RDBStorage(url)
             self._search, self._judged = (
                 optuna.create_study(
                     storage=storage, study_name=name, direction="maximize", load_if_exists=True
                 )
                 for name in ("search", "judged")
             )
+
+    def close(self) -> None:
+        """Let go of the storage's file."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
 
     def begin(self, identity: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Make this the study of the run that `identity` describes, or find that it is.
@@ -172,8 +193,11 @@ class Study:
         return about
 
     def observe(self, result: Result, plan: Plan) -> None:
-        """Hand a judged baseline to the optimiser, where the search space holds it."""
-        values = plan.space.values(result.recipe.weights)
+        """Hand a judged baseline to the optimiser, where the search could have proposed it."""
+        recipe = result.recipe
+        # All weights 0 are model A by every method.
+        same = (recipe.method == plan.method and recipe.vae == plan.vae) or result.name == "a"
+        values = plan.space.values(recipe.weights) if same else None
         known = {t.user_attrs.get("baseline") for t in self._search.get_trials(deepcopy=False)}
         if values is None or result.value is None or result.name in known:
             return
@@ -188,17 +212,19 @@ class Study:
 
     def ask(self, plan: Plan, recipe_of: Callable[[Weights], Recipe]) -> Trial:
         """The trial that was interrupted, or else a new proposal of `plan`."""
-        started = 0
+        started, failed = 0, False
         for frozen in self._search.get_trials(deepcopy=False):
             if "recipe" in frozen.user_attrs:
                 started += 1
+                failed = frozen.state == TrialState.FAIL
                 if frozen.state == TrialState.RUNNING:
                     return Trial(self._search, frozen)
             elif frozen.state == TrialState.RUNNING:
                 # Killed between the proposal and its recipe: nothing was measured.
                 self._search.tell(frozen.number, state=TrialState.FAIL)
         name = f"trial {started + 1}"
-        if started < plan.init_points:
+        # An optimiser does not hear of failures and would ask for the same again, hence the detour.
+        if started < plan.init_points or failed:
             values = _explore(plan, started)
             recipe = recipe_of(plan.space.weights(values))
             return self._add(self._search, "explore", name, recipe, values, plan.distributions)

@@ -63,14 +63,18 @@ class Yardstick:
             self.value(result.scores[p.index]) - self.value(other.scores[p.index]) for p in both
         ]
         found = weighted_mean(pairs, [p.weight for p in both])
-        reach = float(student.ppf(0.975, found.n - 1)) * found.se if found.n > 1 else math.inf
+        if found.n < 2:
+            return Interval(found.mean, -math.inf, math.inf)
+        freedom = effective_n([p.weight for p in both]) - 1
+        reach = float(student.ppf(0.975, freedom)) * found.se
         return Interval(found.mean, found.mean - reach, found.mean + reach)
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate:
     """Weighted mean of independent values; its standard error by the sample's own spread.
 
-    Cochran 1977, Sampling Techniques, ratio estimator: se^2 = n / (n - 1) sum(w (x - m))^2 / sum(w)^2.
+    se^2 = n / (n - 1) sum(w^2 (x - m)^2) / sum(w)^2 with the effective n of the weights; the ratio
+    estimator of Cochran 1977, Sampling Techniques, section 6.
     """
     x, w = np.asarray(values, float), np.asarray(weights, float)
     x, w = x[w > 0], w[w > 0]
@@ -78,5 +82,12 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate
     mean = float(np.average(x, weights=w))
     if n < 2:
         return Estimate(mean, 0.0, n)
-    variance = n / (n - 1) * float(np.sum((w * (x - mean)) ** 2)) / float(w.sum()) ** 2
-    return Estimate(mean, math.sqrt(variance), n)
+    n_effective = effective_n(list(w))
+    spread = float(np.sum((w * (x - mean)) ** 2)) / float(w.sum()) ** 2
+    return Estimate(mean, math.sqrt(n_effective / (n_effective - 1) * spread), n)
+
+
+def effective_n(weights: Sequence[float]) -> float:
+    """How many equal weights tell as much as these: sum(w)^2 / sum(w^2). Kish 1965."""
+    w = np.asarray(weights, float)
+    return float(w.sum() ** 2 / np.sum(w**2))

@@ -17,6 +17,7 @@ from bayesian_merger.errors import ConfigError, TrialError
 from bayesian_merger.merge import Merged, Merger, even_weights
 
 DEMO = Path(bayesian_merger.__file__).parent / "demo"
+pytestmark = pytest.mark.skipif(not (DEMO / "crisp.safetensors").exists(), reason="no example yet")
 CAPTIONS = [
     "a plain red circle on a white background",
     "a striped blue star on a pink background",
@@ -99,6 +100,11 @@ def test_samples_come_in_order_with_their_prompts(merger: Merger, live: Diffuser
     assert [sample.prompt for sample in live.generate(wanted)] == wanted
 
 
+def check(back_end: Diffusers, wanted: list[Prompt]) -> list[str]:
+    layout = Checkpoint(DEMO / "crisp.safetensors").layout
+    return back_end.check(wanted, "sd1", {name: entry.shape for name, entry in layout.items()})
+
+
 class Fickle(Mapping[str, Tensor]):
     """Tensors that are others each time they are read, as if the live model had not kept them."""
 
@@ -128,7 +134,7 @@ def test_live_model_that_does_not_hold_the_merge_fails_the_trial(
 def test_checkpoint_without_some_tensors_fails_with_their_name(merger: Merger) -> None:
     recipe, merged = even(merger, 0.5)
     some = {n: t for n, t in merged.items() if "output_blocks.3.1" not in n}
-    with pytest.raises(TrialError, match=r"lacks .* tensors of the unet"):
+    with pytest.raises(ConfigError, match=r"lacks .* tensors of the unet"):
         Diffusers(device="cpu", config=DEMO / "config").load(recipe, some)
 
 
@@ -148,6 +154,8 @@ def test_every_sampler_makes_pictures(merger: Merger, live: Diffusers, sampler: 
     live.load(*even(merger, 0.0))
     made = pictures(live, prompts(sampler, steps=6)[:1])
     assert made.std() > 5
+    if sampler != "Euler":
+        assert (made != pictures(live, prompts("Euler", steps=6)[:1])).any()
 
 
 @pytest.mark.parametrize("scheduler", module._SCHEDULES)
@@ -174,21 +182,47 @@ def test_scheduler_of_one_payload_does_not_leak_into_the_next(
 
 def test_scheduler_that_a_sampler_does_not_have_is_refused(live: Diffusers) -> None:
     with pytest.raises(ConfigError, match="'Euler a' has no scheduler 'Karras'"):
-        live.check(prompts("Euler a", "Karras"))
+        check(live, prompts("Euler a", "Karras"))
 
 
 def test_unknown_sampler_is_refused_with_the_nearest(live: Diffusers) -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'DPM\+\+ 2M'"):
-        live.check(prompts("DPM+ 2M"))
+        check(live, prompts("DPM+ 2M"))
     with pytest.raises(ConfigError, match="did you mean 'Karras'"):
-        live.check(prompts(scheduler="Karas"))
+        check(live, prompts(scheduler="Karas"))
 
 
 def test_prompt_syntax_that_is_read_as_plain_text_is_told(live: Diffusers) -> None:
     weighted = Prompt(0, "p", "a (red:1.3) circle", 1, extra={"hr_scale": 2})
-    said = live.check([weighted])
+    said = check(live, [weighted])
     assert "(word:1.2)" in said[0]
     assert "hr_scale" in said[1]
+
+
+def test_clip_skip_makes_other_pictures_and_1_is_the_last_layer(
+    merger: Merger, live: Diffusers
+) -> None:
+    skipping = Diffusers(device="cpu", batch=2, clip_skip=2, config=DEMO / "config")
+    for back_end in (live, skipping):
+        back_end.load(*even(merger, 0.0))
+    assert (pictures(skipping, prompts()) != pictures(live, prompts())).any()
+
+
+def test_clip_skip_beyond_the_text_encoder_is_refused() -> None:
+    with pytest.raises(ConfigError, match="clip_skip: 20 is more than"):
+        check(Diffusers(device="cpu", clip_skip=20, config=DEMO / "config"), prompts())
+
+
+def test_checkpoint_of_another_shape_is_refused_before_it_is_loaded(live: Diffusers) -> None:
+    layout = Checkpoint(DEMO / "crisp.safetensors").layout
+    shapes = {name: entry.shape for name, entry in layout.items()}
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    inpainting = shapes | {first: (shapes[first][0], 9, *shapes[first][2:])}
+    with pytest.raises(ConfigError, match="is it an inpainting model"):
+        Diffusers(device="cpu", config=DEMO / "config").check(prompts(), "sd1", inpainting)
+    no_vae = {n: s for n, s in shapes.items() if not n.startswith("first_stage_model.")}
+    with pytest.raises(ConfigError, match=r"lacks .* tensors of the vae"):
+        Diffusers(device="cpu", config=DEMO / "config").check(prompts(), "sd1", no_vae)
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path: Path, merger: Merger) -> None:

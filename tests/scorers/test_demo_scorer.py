@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from PIL import Image
 
-torch = pytest.importorskip("torch")
-
-from PIL import Image  # noqa: E402
-
-from bayesian_merger.data import Prompt, Sample  # noqa: E402
-from bayesian_merger.demo import scenes  # noqa: E402
-from bayesian_merger.scorers.demo import WORDS, Demo  # noqa: E402
+from bayesian_merger.data import Prompt, Sample
+from bayesian_merger.demo import scenes
+from bayesian_merger.scorers.demo import WORDS, Demo
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,16 @@ class Backend(Protocol):
     batch: int
     """Images made at once; a panel is always cut at the same places, so that it repeats exactly."""
 
-    def check(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Warnings about `prompts`; ConfigError for what this back end cannot make."""
+    def check(
+        self,
+        prompts: Sequence[Prompt],
+        architecture: str,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[str]:
+        """Warnings about the run; ConfigError for what this back end cannot make or load.
+
+        `shapes` are those of the merges' tensors by name. Costs no time on the device.
+        """
         ...
 
     def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:

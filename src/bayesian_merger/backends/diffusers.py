@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bayesian_merger import devices
 from bayesian_merger.backends import backend
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.errors import ConfigError, TrialError
@@ -66,7 +68,8 @@ class Diffusers:
         self.batch = batch
         self._clip_skip = clip_skip
         self._config = config
-        self._device = _device(device)
+        self._auto = device == "auto"
+        self._device = devices.device(device, "backend.device")
         # Half precision is for GPUs: on a CPU it is slower and less exact.
         self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
         if config is not None:
@@ -75,19 +78,25 @@ class Diffusers:
         self._pipe: Any = None
         self._schedule: Any = None  # the model's own noise schedule, whatever sampler is in use
         self._live: dict[str, Tensor] = {}  # the checkpoint's name -> tensor of the pipeline
-        self._owners: dict[
-            str, tuple[str, str]
-        ] = {}  # the same -> (part of the pipeline, name there)
+        # For each part of the pipeline, its own name of each tensor -> the checkpoint's.
+        self._tables: dict[str, dict[str, str]] = {}
 
-    def check(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Warnings for prompt syntax that diffusers does not know; ConfigError for unknown samplers."""
+    def check(
+        self,
+        prompts: Sequence[Prompt],
+        architecture: str,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[str]:
+        """Warnings for what diffusers reads otherwise; ConfigError for unknown samplers and tensors."""
         for prompt in prompts:
             self._scheduler_class(prompt)
-            if prompt.width % 8 or prompt.height % 8:
-                raise ConfigError(
-                    f"payload {prompt.payload}: width and height must be multiples of 8"
-                )
+        self._plan(architecture, shapes)
         said = []
+        if self._device.type == "cpu" and self._auto:
+            said.append(
+                "images are made on the CPU, as torch finds no GPU; with an NVIDIA GPU install torch "
+                "by the command for CUDA that https://pytorch.org/get-started/locally shows"
+            )
         if any(
             re.search(r"[(\[].+:[\d.]+[)\]]|<lora:", p.prompt + p.negative_prompt) for p in prompts
         ):
@@ -101,16 +110,21 @@ class Diffusers:
 
     def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
         """Copy `merged` into the live pipeline, which is built on the first call, and read it back."""
-        if self._pipe is None:
-            self._build(recipe.architecture, merged)
-        with torch.inference_mode():
-            for name, live in self._live.items():
-                live.copy_(merged[name].reshape(live.shape))
-            self._prove(merged)
+        try:
+            if not self._live:
+                self._build(recipe.architecture, merged)
+            with torch.inference_mode():
+                for name, live in self._live.items():
+                    live.copy_(merged[name].reshape(live.shape))
+                self._prove(merged)
+        except torch.cuda.OutOfMemoryError as error:
+            raise TrialError(
+                "out of GPU memory while loading the merge; close other programs on the GPU"
+            ) from error
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
         """Images in batches of prompts with equal size, steps, CFG scale, sampler and scheduler."""
-        for _, alike in groupby(prompts, _settings):
+        for _, alike in groupby(prompts, lambda prompt: prompt.settings):
             group = list(alike)
             for start in range(0, len(group), self.batch):
                 some = group[start : start + self.batch]
@@ -119,8 +133,7 @@ class Diffusers:
 
     def close(self) -> None:
         """Free the live model."""
-        self._pipe = None
-        self._live = {}
+        self._pipe, self._live, self._tables = None, {}, {}
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -132,19 +145,21 @@ class Diffusers:
         seeds = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts]
         try:
             latents = self._pipe(
-                [prompt.prompt for prompt in prompts],
-                negative_prompt=[prompt.negative_prompt for prompt in prompts],
+                prompt_embeds=self._embedded([prompt.prompt for prompt in prompts]),
+                negative_prompt_embeds=self._embedded([p.negative_prompt for p in prompts]),
                 width=first.width,
                 height=first.height,
                 num_inference_steps=first.steps,
                 guidance_scale=first.cfg_scale,
                 generator=seeds,
-                clip_skip=self._clip_skip - 1 or None,
                 output_type="latent",
                 return_dict=False,
             )[0]
             vae = self._pipe.vae
-            pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+            scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+            # In float32 the VAE needs most of the memory, hence one by one where it is short.
+            pieces = scaled.split(len(prompts) if self._device.type == "cpu" else 1)
+            pixels = torch.cat([vae.decode(piece).sample for piece in pieces])
         except torch.cuda.OutOfMemoryError as error:
             raise TrialError(
                 f"out of GPU memory with {len(prompts)} images at once; lower backend.batch "
@@ -156,47 +171,82 @@ class Diffusers:
         arrays = values.permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(array) for array in arrays]
 
-    def _build(self, architecture: str, merged: Mapping[str, Tensor]) -> None:
-        """An empty pipeline on the device, and the table from the checkpoint's names to its tensors."""
+    def _embedded(self, texts: Sequence[str]) -> Tensor:
+        """The texts' token states from the layer that `clip_skip` chooses, after the final norm."""
+        tokens = self._pipe.tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=self._pipe.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        encoder = self._pipe.text_encoder
+        found = encoder(tokens.input_ids.to(self._device), output_hidden_states=True)
+        if self._clip_skip == 1:
+            states: Tensor = found.last_hidden_state
+            return states
+        # transformers 5.6 dropped the level "text_model".
+        norm = getattr(encoder, "text_model", encoder).final_layer_norm
+        skipped: Tensor = norm(found.hidden_states[-self._clip_skip])
+        return skipped
+
+    def _plan(self, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """An empty pipeline and the tables of names; ConfigError if the checkpoint does not fill it."""
         self._pipe = _pipeline(self._lib, self._config or _CONFIGS / architecture)
         self._schedule = self._pipe.scheduler.config
-        names = {
-            "unet": _unet_names(self._pipe.unet, merged),
-            "vae": _vae_names(self._pipe.vae, merged),
-            "text_encoder": _text_encoder_names(self._pipe.text_encoder, merged),
+        self._live = {}
+        n_layers = self._pipe.text_encoder.config.num_hidden_layers
+        if self._clip_skip > n_layers:
+            raise ConfigError(
+                f"backend.clip_skip: {self._clip_skip} is more than the {n_layers} layers of the "
+                f"text encoder"
+            )
+        self._tables = {
+            "unet": _unet_names(self._pipe.unet, shapes),
+            "vae": _vae_names(self._pipe.vae, shapes),
+            "text_encoder": _text_encoder_names(self._pipe.text_encoder, shapes),
         }
-        for part, table in names.items():
-            module = getattr(self._pipe, part)
-            missing = set(module.state_dict()) - set(table)
-            if missing:
-                raise TrialError(
-                    f"the checkpoint lacks {len(missing)} tensors of the {part} "
-                    f"(first: {min(missing)!r}); is backend.config for this model?"
+        for part, table in self._tables.items():
+            own = getattr(self._pipe, part).state_dict()
+            if missing := sorted(set(own) - set(table)):
+                raise ConfigError(
+                    f"the checkpoint lacks {len(missing)} tensors of the {part} (first: "
+                    f"{missing[0]!r}); choose a whole checkpoint, or set backend.config to its folder"
                 )
-            module.to_empty(device=self._device)
-            # The VAE overflows in half precision, hence float32 for it.
-            # nn.Module's own `to`: the one of diffusers warns about every cast.
+            for name, tensor in own.items():
+                found = shapes[table[name]]
+                if math.prod(found) != tensor.numel() or found[:1] != tuple(tensor.shape[:1]):
+                    raise ConfigError(
+                        f"tensor {table[name]!r} has shape {list(found)}, not {list(tensor.shape)}; "
+                        f"is it an inpainting model, or another size (see backend.config)?"
+                    )
+
+    def _build(self, architecture: str, merged: Mapping[str, Tensor]) -> None:
+        """Memory on the device for the pipeline's tensors."""
+        if not self._tables:
+            self._plan(architecture, {name: tuple(merged[name].shape) for name in merged})
+        for part, table in self._tables.items():
+            module = getattr(self._pipe, part)
+            # The VAE overflows in half precision, hence float32 for it. nn.Module's own `to`: the
+            # one of diffusers warns about every cast.
             torch.nn.Module.to(module, torch.float32 if part == "vae" else self._dtype)
-            module.requires_grad_(False).eval()
+            module.to_empty(device=self._device).requires_grad_(False).eval()
             for name, buffer in module.named_buffers():
                 if name.endswith("position_ids"):
                     buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
             for own, tensor in module.state_dict().items():
                 self._live[table[own]] = tensor
-                self._owners[table[own]] = (part, own)
 
     def _prove(self, merged: Mapping[str, Tensor]) -> None:
         """TrialError unless the modules that make images hold the merge, by a few of its tensors."""
-        state = {
-            part: getattr(self._pipe, part).state_dict()
-            for part in ("unet", "vae", "text_encoder")
-        }
-        for name, (part, own) in list(self._owners.items())[:: max(1, len(self._owners) // 16)]:
-            held = state[part][own].cpu()
-            if not torch.equal(held, merged[name].to(held.dtype).cpu().reshape(held.shape)):
-                raise TrialError(
-                    f"the live model does not hold the merge: tensor {name!r} differs"
-                )
+        for part, table in self._tables.items():
+            state = getattr(self._pipe, part).state_dict()
+            for own in list(state)[:: max(1, len(state) // 8)]:
+                name, held = table[own], state[own].cpu()
+                if not torch.equal(held, merged[name].to(held.dtype).cpu().reshape(held.shape)):
+                    raise TrialError(
+                        f"the live model does not hold the merge: tensor {name!r} differs"
+                    )
 
     def _scheduler(self, prompt: Prompt) -> Any:
         name, settings = self._scheduler_class(prompt)
@@ -227,32 +277,6 @@ class Diffusers:
                 f"{where}: sampler {sampler!r} has no scheduler {schedule!r} in diffusers"
             )
         return name, {**settings, **_SCHEDULES[schedule]}
-
-
-def _settings(prompt: Prompt) -> tuple[object, ...]:
-    return (
-        prompt.width,
-        prompt.height,
-        prompt.steps,
-        prompt.cfg_scale,
-        prompt.sampler_name,
-        prompt.scheduler,
-    )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"backend.device: {name!r} cannot be used ({str(error).splitlines()[0]})"
-        ) from error
-    return device
 
 
 def _import_diffusers() -> Any:
@@ -314,33 +338,35 @@ def _require_files(folder: Path) -> None:
         raise ConfigError(f"backend.config: {folder} lacks {', '.join(missing)}")
 
 
-def _unet_names(unet: Any, merged: Mapping[str, Tensor]) -> dict[str, str]:
+def _unet_names(unet: Any, names: Iterable[str]) -> dict[str, str]:
     """The pipeline's name of each tensor -> the checkpoint's.
 
     diffusers' converter only moves values, so fed with names it returns the table.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    names = {n: n for n in merged if n.startswith("model.diffusion_model.")}
-    return dict(convert_ldm_unet_checkpoint(names, dict(unet.config)))
+    named = {n: n for n in names if n.startswith("model.diffusion_model.")}
+    return dict(convert_ldm_unet_checkpoint(named, dict(unet.config)))
 
 
-def _vae_names(vae: Any, merged: Mapping[str, Tensor]) -> dict[str, str]:
+def _vae_names(vae: Any, names: Iterable[str]) -> dict[str, str]:
     """The same for the VAE, whose converter also drops axes: numbered tensors stand for the names."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    names = [n for n in merged if n.startswith("first_stage_model.")]
-    numbered = {n: torch.full((1, 1, 1, 1), float(i)) for i, n in enumerate(names)}
+    ours = [n for n in names if n.startswith("first_stage_model.")]
+    numbered = {n: torch.full((1, 1, 1, 1), float(i)) for i, n in enumerate(ours)}
+    if not ours:
+        return {}
     converted = convert_ldm_vae_checkpoint(numbered, dict(vae.config))
-    return {own: names[int(tensor.item())] for own, tensor in converted.items()}
+    return {own: ours[int(tensor.item())] for own, tensor in converted.items()}
 
 
-def _text_encoder_names(text_encoder: Any, merged: Mapping[str, Tensor]) -> dict[str, str]:
+def _text_encoder_names(text_encoder: Any, names: Iterable[str]) -> dict[str, str]:
     prefix = "cond_stage_model.transformer."
     # Names differ by "text_model.", which transformers 5.6 dropped and some old checkpoints lack.
     short = {
         n.removeprefix(prefix).removeprefix("text_model."): n
-        for n in merged
+        for n in names
         if n.startswith(prefix)
     }
     own = text_encoder.state_dict()

@@ -64,7 +64,8 @@ class Demo:
         shares = words.new_tensor([_shares(prompt) for prompt in prompts])
         total = shares.sum(1)
         adherence = (shares * words).sum(1) / total.clamp(min=1e-6)
-        return 10 * (0.7 * adherence.where(total > 0, quality) + 0.3 * quality)
+        scores: Tensor = 10 * (0.7 * adherence.where(total > 0, quality) + 0.3 * quality)
+        return scores
 
 
 def network() -> nn.Sequential:

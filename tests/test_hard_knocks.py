@@ -1,0 +1,309 @@
+"""What goes wrong around a run: failures at bad moments, files that moved, half-made studies."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import toy_plugin
+from safetensors.torch import load_file, save_file
+from test_run import Silent, measured, start
+from test_run import folder as folder
+from torch import Tensor
+
+from bayesian_merger import config as configuration
+from bayesian_merger import outcome as outcomes
+from bayesian_merger import run, setup, study
+from bayesian_merger.data import Outcome, Prompt, Recipe, Sample
+from bayesian_merger.errors import ConfigError, RunError, TrialError
+
+
+def begin(folder: Path, *overrides: str) -> setup.Setup:
+    return setup.prepare(configuration.load(folder / "config.toml", overrides), folder, "toy")
+
+
+def finish(ready: setup.Setup, folder: Path) -> tuple[Outcome, Silent]:
+    observer = Silent()
+    return run.run(ready, folder / "run", observer), observer
+
+
+class Failing:
+    """A back end that fails for some recipes on some panels."""
+
+    def __init__(self, inner: object, fails: object) -> None:
+        self._inner, self._fails = inner, fails
+        self.batch = 4
+
+    def check(
+        self, prompts: Sequence[Prompt], architecture: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[str]:
+        return []
+
+    def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
+        self.recipe = recipe
+        self._inner.load(recipe, merged)  # type: ignore[attr-defined]
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
+        if self._fails(self.recipe, prompts):  # type: ignore[operator]
+            raise TrialError("the model made NaN images")
+        yield from self._inner.generate(prompts)  # type: ignore[attr-defined]
+
+    def close(self) -> None: ...
+
+
+def with_backend(ready: setup.Setup, fails: object) -> setup.Setup:
+    object.__setattr__(ready, "backend", Failing(ready.backend, fails))
+    return ready
+
+
+def test_half_made_study_is_made_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "run").mkdir()
+
+    def killed(self: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Study, "close", killed)
+        with pytest.raises(KeyboardInterrupt):
+            start(folder)
+    assert not (folder / "run" / "study.db").exists()
+    assert start(folder).finished
+    tables = sqlite3.connect(folder / "run" / "study.db").execute(
+        "select study_name from studies order by study_name"
+    )
+    assert tables.fetchall() == [("judged",), ("search",)]
+
+
+def test_renamed_model_is_the_same_model(folder: Path) -> None:
+    before = start(folder)
+    (folder / "one.safetensors").rename(folder / "uno.safetensors")
+    after, observer = finish(begin(folder, "models.b=uno.safetensors"), folder)
+    assert observer.made == 0
+    assert after.images == before.images
+    assert after.gain == before.gain
+
+
+def test_candidate_that_fails_on_fresh_seeds_gives_way_to_the_next(folder: Path) -> None:
+    ready = begin(folder)
+    fresh = {p.seed for p in ready.select_panel}
+    best: list[str] = []
+
+    def fails(recipe: Recipe, prompts: Sequence[Prompt]) -> bool:
+        if prompts[0].seed in fresh and not best:
+            best.append(recipe.digest())
+        return prompts[0].seed in fresh and recipe.digest() == best[0]
+
+    outcome, _ = finish(with_backend(ready, fails), folder)
+    assert outcome.finished
+    assert outcome.best is not None
+    assert outcome.leader is not None
+    assert outcome.leader.recipe.digest() == best[0] != outcome.best.recipe.digest()
+
+
+def test_chosen_merge_that_fails_on_held_out_seeds_gives_way_to_the_second(folder: Path) -> None:
+    ready = begin(folder)
+    held = {p.seed for p in ready.heldout_panel}
+    baselines = {ready.baseline(name).digest() for name in setup.BASELINES}
+    lost: list[str] = []
+
+    def fails(recipe: Recipe, prompts: Sequence[Prompt]) -> bool:
+        digest = recipe.digest()
+        if prompts[0].seed in held and digest not in baselines and not lost:
+            lost.append(digest)
+        return prompts[0].seed in held and digest in lost
+
+    outcome, _ = finish(with_backend(ready, fails), folder)
+    assert outcome.finished
+    assert outcome.best is not None
+    assert [r.recipe.digest() for r in outcome.selected] == [lost[0], outcome.best.recipe.digest()]
+
+
+def test_fewer_candidates_after_a_stop_choose_among_those(folder: Path) -> None:
+    ready = begin(folder)
+    held = {p.seed for p in ready.heldout_panel}
+    with pytest.raises(RunError, match="held-out a cannot be judged"):
+        finish(with_backend(ready, lambda recipe, prompts: prompts[0].seed in held), folder)
+    outcome, _ = finish(begin(folder, "heldout.candidates=1"), folder)
+    assert outcome.finished
+    assert len(outcome.selected) == 1
+    assert outcome.leader is not None
+    assert outcome.best is not None
+    assert outcome.best.recipe == outcome.leader.recipe
+
+
+def test_repeated_baseline_counts_once(folder: Path) -> None:
+    two = ("scorers.exposure={}", "search.n_iters=0")
+    whole = start(folder, *two, into="whole")
+    ready = begin(folder, *two)
+    calls: list[int] = []
+
+    def fails(recipe: Recipe, prompts: Sequence[Prompt]) -> bool:
+        calls.append(1)
+        return len(calls) == 2
+
+    with pytest.raises(RunError, match="baseline a cannot be judged"):
+        finish(with_backend(ready, fails), folder)
+    outcome, _ = finish(begin(folder, *two), folder)
+    assert [r.name for r in outcome.results if r.stage == "baseline"] == ["a", "even", "b"]
+    assert outcome.gain == whole.gain
+    means = {name: estimate.mean for name, estimate in outcome.heldout.items()}
+    assert outcome.gain["over_a"].mean == pytest.approx(means["best"] - means["a"])
+
+
+def test_extended_run_is_not_finished_until_its_new_trials_are(folder: Path) -> None:
+    start(folder)
+    ready = begin(folder, "search.n_iters=8")
+    with pytest.raises(RunError):
+        finish(with_backend(ready, lambda recipe, prompts: True), folder)
+    found = outcomes.read_outcome(folder / "run", outcomes.open_study(folder / "run"))
+    assert not found.finished
+    assert found.best is None
+    assert not found.gain
+
+
+def test_back_end_that_stops_following_the_merge_is_found_and_can_be_mended(folder: Path) -> None:
+    with pytest.raises(RunError, match="all their images are the same"):
+        start(folder, "backend.fault=frozen")
+    ready = begin(folder, "backend.fault=frozen")
+    ready.backend._fault = ""  # type: ignore[attr-defined]
+    outcome, observer = finish(ready, folder)
+    assert outcome.finished
+    # Nothing that the broken back end made is kept.
+    assert measured(outcome) == measured(start(folder, into="whole"))
+    assert observer.made == 100
+
+
+def test_difference_of_b_is_not_told_as_the_score_of_b(folder: Path) -> None:
+    toy_plugin.write_model(folder / "half.safetensors", 0.5)
+    start(folder, "models.c=half.safetensors", "merge.method=add_difference")
+    rows = sqlite3.connect(folder / "run" / "study.db").execute(
+        "select value_json from trial_user_attributes where key = 'baseline' order by value_json"
+    )
+    assert [row[0] for row in rows.fetchall()] == ['"a"', '"even"']
+
+
+def test_parents_keep_their_own_vae(folder: Path) -> None:
+    ready = begin(folder)
+    assert {name: ready.baseline(name).vae for name in setup.BASELINES} == {
+        "a": "a",
+        "even": "a",
+        "b": "b",
+    }
+
+
+def test_changed_plugin_is_another_configuration(folder: Path) -> None:
+    own = folder / "own.py"
+    own.write_text("# version 1\n")
+    plugin = Path(toy_plugin.__file__).as_posix()
+    both = f'plugins=["{plugin}", "own.py"]'
+    start(folder, both)
+    own.write_text("# version 2\n")
+    with pytest.raises(ConfigError, match=r"plugins\.own\.py was"):
+        start(folder, both)
+
+
+def test_other_files_in_the_run_folder_are_left_alone(folder: Path) -> None:
+    (folder / "run" / "mine").mkdir(parents=True)
+    for path in ("mine/.x.12.part", ".download.part"):
+        (folder / "run" / path).write_text("mine")
+    (folder / "run" / ".report.html.4711.part").write_text("half a page")
+    start(folder)
+    left = {p.name for p in (folder / "run").rglob(".*.part")}
+    assert left == {".x.12.part", ".download.part"}
+
+
+def test_best_merge_never_overwrites_a_model(folder: Path) -> None:
+    (folder / "run").mkdir()
+    path = (folder / "one.safetensors").rename(folder / "run" / "best.safetensors")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="is one of the models"):
+        start(folder, "models.b=run/best.safetensors")
+    assert path.read_bytes() == before
+
+
+def test_scorer_that_raises_fails_the_trial(folder: Path) -> None:
+    (folder / "broken.py").write_text(
+        "from bayesian_merger.scorers import scorer\n"
+        "@scorer\n"
+        "class Broken:\n"
+        '    """Raises."""\n'
+        "    def __call__(self, samples):\n"
+        "        raise ZeroDivisionError('no taste')\n"
+    )
+    plugin = Path(toy_plugin.__file__).as_posix()
+    with pytest.raises(RunError, match="scorer broken: ZeroDivisionError: no taste"):
+        start(folder, f'plugins=["{plugin}", "broken.py"]', "scorers.broken={}")
+
+
+def test_batches_hold_prompts_of_equal_settings(folder: Path) -> None:
+    (folder / "portrait.toml").write_text('prompt = "a portrait"\nheight = 640\n')
+    ready = begin(folder, "panel.batch_size=4")
+    sizes = [len(batch) for batch in run._batches(ready.panel, 4)]
+    assert sizes == [4, 4]
+    assert sorted(p.index for batch in run._batches(ready.panel, 4) for p in batch) == list(
+        range(8)
+    )
+
+
+def test_old_names_of_the_text_encoder_are_understood(folder: Path) -> None:
+    path = folder / "one.safetensors"
+    tensors = load_file(path)
+    save_file({n.replace(".text_model.", "."): t for n, t in tensors.items()}, path)
+    outcome = start(folder)
+    (b,) = (r for r in outcome.results if r.name == "b")
+    whole_b = measured(outcome)[2][1]
+    toy_plugin.write_model(path, 1.0)
+    again = start(folder, into="again")
+    assert whole_b == measured(again)[2][1] == b.scores
+
+
+def test_block_that_the_models_do_not_share_is_refused(folder: Path) -> None:
+    path = folder / "one.safetensors"
+    tensors = load_file(path)
+    save_file(
+        {re.sub(r"text_model\..*", "text_model.other", n): t for n, t in tensors.items()}, path
+    )
+    with pytest.raises(ConfigError, match="shares no tensor of block base"):
+        begin(folder)
+
+
+def test_search_leaves_a_region_that_fails(folder: Path) -> None:
+    outcome = start(folder, "backend.fault=weak", "search.init_points=4", "search.n_iters=12")
+    states = [r.state for r in outcome.results if r.stage != "baseline"]
+    assert len(states) == 16
+    assert states.count("complete") >= 6
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        ('prompt = "x"\nmade = 2024-01-01\n', "field 'made' is"),
+        ('prompt = "x"\nscale = nan\n', "field 'scale' is nan"),
+        ('prompt = "a __hair colour__ cat"\n', "unknown wildcard __hair colour__"),
+        ('prompt = "a __pla.ce__ cat"\n', "unknown wildcard __pla.ce__"),
+        ("prompt = '   '\n", "prompt"),
+        ("x = " + "[" * 20_000, "nested too deeply"),
+    ],
+)
+def test_bad_payload_is_found_before_the_run(folder: Path, payload: str, said: str) -> None:
+    (folder / "portrait.toml").write_text(payload)
+    with pytest.raises(ConfigError) as caught:
+        begin(folder)
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_device_that_cannot_be_used_is_told_in_one_line(folder: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=r"merge\.device: .* cannot be used") as caught:
+        begin(folder, f"merge.device={device}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_run_folder_that_cannot_be_made_is_bad_input(folder: Path) -> None:
+    ready = begin(folder)
+    with pytest.raises(ConfigError, match="cannot be made a run folder"):
+        run.run(ready, folder / "config.toml" / "run", Silent())
