@@ -28,9 +28,10 @@ from bayesian_merger import outcome as outcomes
 from bayesian_merger.backends import backend
 from bayesian_merger.blocks import ARCHITECTURES
 from bayesian_merger.checkpoint import Checkpoint
-from bayesian_merger.data import Outcome, Result
+from bayesian_merger.data import RIVALS, Outcome, Result
 from bayesian_merger.errors import CheckpointError, ConfigError, MergerError
 from bayesian_merger.methods import method
+from bayesian_merger.report import duration
 from bayesian_merger.scorers import scorer
 from bayesian_merger.setup import Setup, prepare
 
@@ -184,7 +185,7 @@ def check(
     )
     table.add_row("one merge", f"{tried.merge_s:.2f} s")
     table.add_row("one image", f"{tried.image_s:.2f} s (score: {shown})")
-    table.add_row("whole run", f"{tried.images} images, about {_duration(tried.run_s)}")
+    table.add_row("whole run", f"{tried.images} images, about {duration(tried.run_s)}")
     table.add_row("run folder", str(folder))
     _out.print(table)
 
@@ -343,11 +344,9 @@ def _summary(outcome: Outcome, run_dir: Path) -> None:
     _out.print()
     _out.print(outcome.verdict(), style="bold", soft_wrap=True)
     for key, gain in outcome.gain.items():
-        name = {"over_a": "A", "over_b": "B", "over_even": "the even merge"}[key]
-        _out.print(
-            f"  over {name:<15} {gain.mean:+.3f}  (95 % interval {gain.low:+.3f} to {gain.high:+.3f})"
-        )
-    _out.print(f"{outcome.images} images in {_duration(sum(outcome.seconds.values()))}")
+        interval = f"95 % interval {gain.low:+.3f} to {gain.high:+.3f}"
+        _out.print(f"  over {RIVALS[key]:<15} {gain.mean:+.3f}  ({interval})")
+    _out.print(f"{outcome.images} images in {duration(sum(outcome.seconds.values()))}")
     _out.print(f"report: {(run_dir / 'report.html').absolute()}", soft_wrap=True)
     if outcome.best is not None:
         _out.print(f"recipe: {(run_dir / 'best.toml').absolute()}", soft_wrap=True)
@@ -359,11 +358,3 @@ def _payloads(setup: Setup) -> set[str]:
 
 def _default_run_dir(config_file: Path) -> Path:
     return config_file.absolute().parent / "runs" / config_file.stem
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

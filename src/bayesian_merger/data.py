@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Weights = Mapping[str, Mapping[str, float]]
 """Merge weights: name of the method's weight ("alpha") -> block ("IN00") -> value."""
 
+RIVALS = {"over_a": "A", "over_b": "B", "over_even": "the even merge"}
+"""What the best merge is compared with on held-out seeds, as keys of `Outcome.gain` -> in words."""
+
 State = Literal["running", "complete", "stopped", "failed"]
 
 
@@ -209,7 +212,7 @@ class Outcome:
         """One sentence: does the best merge beat A, B and the even merge, and how sure is that?"""
         if not self.gain:
             return "The run has not been confirmed on held-out seeds yet."
-        names = {"over_a": "A", "over_b": "B", "over_even": "the even merge"}
+        names = RIVALS
         beaten = [names[key] for key, gain in self.gain.items() if gain.low > 0]
         unsure = [names[key] for key, gain in self.gain.items() if gain.low <= 0 < gain.mean]
         worse = [names[key] for key, gain in self.gain.items() if gain.mean <= 0]

@@ -113,7 +113,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(duration=_duration, signed=_signed, number=_number)
+    environment.filters.update(duration=duration, signed=_signed, number=_number)
     return environment
 
 
@@ -295,7 +295,7 @@ def _signed(x: float) -> str:
     return f"+{_number(x)}" if x >= 0 else f"−{_number(-x)}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """The time in the largest units that matter: "4.2 s", "3 min 05 s", "2 h 05 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
