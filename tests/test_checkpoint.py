@@ -467,8 +467,17 @@ def test_code_in_a_ckpt_is_refused_and_not_run(tmp_path: Path, place: str, as_zi
         "key": {bomb: tensor},
     }[place]
     torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=as_zip)
-    refused(tmp_path / "x.ckpt", r"refused.*convert it to \.safetensors")
+    refused(tmp_path / "x.ckpt", r"refused.*holds (posix|nt)\.mkdir.*convert it to \.safetensors")
     assert not (tmp_path / "marker").exists()
+
+
+def test_refusal_of_code_does_not_repeat_the_advice_to_load_it_unsafely(tmp_path: Path) -> None:
+    for content in (Bomb(tmp_path / "marker"), {"callbacks": object}):
+        torch.save(content, tmp_path / "x.ckpt")
+        with pytest.raises(CheckpointError) as refusal:
+            Checkpoint(tmp_path / "x.ckpt")
+        assert "weights_only" not in str(refusal.value)
+        assert "\x1b" not in str(refusal.value)
 
 
 def test_bare_pickle_is_refused_and_not_run(tmp_path: Path) -> None:

@@ -129,9 +129,8 @@ def _open_pickled(
     try:
         data: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # a damaged file makes torch raise anything
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{path.name}: refused, it is not a file of plain tensors ({first}); {way_out}"
+            f"{path.name}: refused, it is not a file of plain tensors ({_reason(error)}); {way_out}"
         ) from error
     # A training checkpoint keeps its tensors under "state_dict", beside counters that are not read.
     tensors = data.get("state_dict", data) if isinstance(data, dict) else data
@@ -151,6 +150,14 @@ def _open_pickled(
     layout = {n: Layout(tuple(t.shape), t.dtype) for n, t in tensors.items()}
     # A saved parameter asks for gradients, which nothing here needs.
     return lambda name: tensors[name].detach(), layout, {}
+
+
+def _reason(error: Exception) -> str:
+    """What stopped torch, without its advice to load the file unsafely."""
+    if found := re.search(r"\bGLOBAL ([\w.]+)", str(error)):
+        return f"it holds {found[1]}, and only tensors are read"
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "it is damaged, or holds more than tensors" if "weights" in first.lower() else first
 
 
 def write(

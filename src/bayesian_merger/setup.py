@@ -119,6 +119,7 @@ class Setup:
                 path.name: hashlib.sha256(path.read_bytes()).hexdigest()
                 for path in self.config.plugins
             },
+            "images": {name: len(panel) for name, panel in panels.items()},
             **{name: {str(p.index): p.to_dict() for p in panel} for name, panel in panels.items()},
         }
 

@@ -178,9 +178,9 @@ class Study:
         if differing:
             said = "; ".join(
                 f"{key} was {_shown(before.get(key))}, is {_shown(now.get(key))}"
-                for key in differing[:5]
+                for key in differing[:3]
             )
-            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise ConfigError(
                 f"the run folder belongs to another configuration: {said}{more}; "
                 f"choose another --run-dir, or change it back"
