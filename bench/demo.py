@@ -1,10 +1,12 @@
 """Measure the embedded example: its landscape, and what the search finds in it with several seeds.
 
-    python bench/demo.py [--seeds 3] [--images 192] [--folder runs/bench-demo]
+    python bench/demo.py [--seeds 4] [--images 192] [--folder runs/bench-demo] [--picture FILE]
 
-Prints a table for docs/demo.md: A, B and even merges on fresh prompts and seeds, the effect of each
-block around the even merge, and for each search seed the merge found, compared on the same images
-with the best even merge. Runs stand in FOLDER and are gone on with when the script is started again.
+Prints the tables of docs/demo.md: A, B and even merges on fresh prompts and seeds; for each search
+seed the merge found, compared on the same images with the best even merge; and the effect of each
+block around the even merge. Runs stand in FOLDER and are gone on with when the script is
+started again. `--picture` writes the first twelve held-out prompts of seed 0 in A, B, the even
+merge and the best.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from PIL import Image
 
 import bayesian_merger
 from bayesian_merger import config as configuration
-from bayesian_merger import run
-from bayesian_merger.data import Prompt, Recipe, Result
+from bayesian_merger import plots, run
+from bayesian_merger.data import Interval, Outcome, Prompt, Recipe, Result
 from bayesian_merger.outcome import mean
 from bayesian_merger.setup import Setup, prepare
 from bayesian_merger.study import Study
@@ -43,10 +46,10 @@ class Silent:
     def noted(self, text: str) -> None: ...
 
 
-def setup_of(seed: int, images: int) -> Setup:
-    """The example with another search seed; held-out images come from that seed too."""
-    overrides = [f"search.seed={seed}", f"heldout.images={images}", "output.save_best=false"]
-    return prepare(configuration.load(DEMO / "config.toml", overrides), DEMO, "demo")
+def setup_of(seed: int, *overrides: str) -> Setup:
+    """The example with another search seed; held-out prompts and seeds come from that seed too."""
+    settings = [f"search.seed={seed}", "output.save_best=false", *overrides]
+    return prepare(configuration.load(DEMO / "config.toml", settings), DEMO, "demo")
 
 
 def judged(
@@ -59,18 +62,33 @@ def judged(
     return trial.result()
 
 
+def told(gain: Interval) -> str:
+    """A difference with its 95 % interval, for a table."""
+    return f"{gain.mean:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})"
+
+
+def draw(outcome: Outcome, path: Path, n: int = 12) -> None:
+    """Write the first `n` held-out pictures of each model as rows of a contact sheet."""
+    rows = {
+        label: [Image.open(outcome.pictures[name][i]) for i in range(n)]
+        for label, name in {"A": "a", "B": "b", "even": "even", "best": "best"}.items()
+    }
+    plots.save(plots.contact_sheet(rows), path)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--effect-images", type=int, default=48)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-demo"))
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}")
 
-    base = setup_of(10_000, options.images)
+    base = setup_of(10_000, f"heldout.images={options.images}")
     panel = base.heldout_panel
     blocks = base.merger.architecture.blocks
 
@@ -88,44 +106,39 @@ def main() -> None:
             print(f"| {alpha} | {result.value.mean:.3f} | {result.value.se:.3f} |", flush=True)
         top = max(EVEN, key=lambda alpha: mean(evens[alpha]))
 
-        some = panel[: options.effect_images]
-        print(f"\nValue with one block at 1 minus at 0, the others at 0.5; {len(some)} images")
-        for block in blocks:
-            ends = [
-                judged(
-                    study,
-                    base,
-                    some,
-                    f"{block} {alpha}",
-                    base.recipe({"alpha": {**dict.fromkeys(blocks, 0.5), block: alpha}}),
-                )
-                for alpha in (0.0, 1.0)
-            ]
-            gain = ONE_SCORER.difference(ends[1], ends[0], some)
-            print(
-                f"  {block:6} {gain.mean:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})", flush=True
-            )
-
         print(
-            f"\n| search seed | images of the search | found | over the best even merge (alpha {top}) | "
-            f"over A | over B |\n|---|---|---|---|---|---|"
+            f"\n| search seed | images of the search | time | found | over the best even merge "
+            f"(alpha {top}) | over A | over B |\n|---|---|---|---|---|---|---|"
         )
         for seed in range(options.seeds):
-            ready = setup_of(seed, 64)
-            outcome = run.run(ready, options.folder / str(seed), Silent())
+            outcome = run.run(setup_of(seed), options.folder / str(seed), Silent())
+            seconds = sum(outcome.seconds.values())
             assert outcome.best is not None
+            if seed == 0 and options.picture:
+                draw(outcome, options.picture)
             best = judged(study, base, panel, f"seed {seed}", outcome.best.recipe)
             assert best.value is not None
             gains = [
                 ONE_SCORER.difference(best, other, panel)
                 for other in (evens[top], evens[0.0], evens[1.0])
             ]
-            shown = " | ".join(f"{g.mean:+.2f} ({g.low:+.2f} to {g.high:+.2f})" for g in gains)
+            found = f"{best.value.mean:.3f} ± {best.value.se:.3f}"
             spent = sum(len(result.scores) for result in outcome.results)
-            print(
-                f"| {seed} | {spent} | {best.value.mean:.3f} ± {best.value.se:.3f} | {shown} |",
-                flush=True,
-            )
+            row = (str(seed), str(spent), f"{seconds:.0f} s", found, *map(told, gains))
+            print("| " + " | ".join(row) + " |", flush=True)
+
+        some = panel[: options.effect_images]
+        print(
+            f"\nOne block's alpha changed, the others at 0.5: change of the mean of {len(some)} images\n"
+        )
+        print("| block | to 0 (A's) | to 1 (B's) |\n|---|---|---|")
+        for block in blocks:
+            changes = []
+            for alpha in (0.0, 1.0):
+                recipe = base.recipe({"alpha": {**dict.fromkeys(blocks, 0.5), block: alpha}})
+                end = judged(study, base, some, f"{block} {alpha}", recipe)
+                changes.append(ONE_SCORER.difference(end, evens[0.5], some))
+            print(f"| {block} | {told(changes[0])} | {told(changes[1])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from bayesian_merger.errors import ConfigError, TrialError
 from bayesian_merger.merge import Merged, Merger, even_weights
 
 DEMO = Path(bayesian_merger.__file__).parent / "demo"
-pytestmark = pytest.mark.skipif(not (DEMO / "crisp.safetensors").exists(), reason="no example yet")
 CAPTIONS = [
     "a plain red circle on a white background",
     "a striped blue star on a pink background",

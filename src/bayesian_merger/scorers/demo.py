@@ -30,15 +30,16 @@ class Demo:
 
     10 * (0.7 adherence + 0.3 quality): adherence is the mean degree, by share, to which the words
     of the prompt apply to the picture; unknown words do not count, and without a known word quality
-    stands alone. The network was trained by `tools/make_demo.py` on drawn scenes and their faults.
+    stands alone. The network was trained by `tools/make_demo.py` on drawn scenes and their faults;
+    `weights` is its file.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", weights: Path = WEIGHTS) -> None:
         from safetensors.torch import load_file
 
         self.device = device
         self._network = network()
-        state = load_file(WEIGHTS)
+        state = load_file(weights)
         self._network.load_state_dict({name: tensor.float() for name, tensor in state.items()})
         self._network.to(device).eval().requires_grad_(False)
 
