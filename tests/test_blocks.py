@@ -166,6 +166,7 @@ def test_block_is_told_by_the_whole_name(tensor: str, block: str) -> None:
         IN + "12.0.in_layers.0.weight",
         OUT + "12.0.in_layers.0.weight",
         IN + "120.0.weight",
+        IN + "1" * 5000 + ".0.weight",
         IN + "x.0.weight",
         UNET + "label_emb.0.0.weight",
         UNET + "outer.weight",

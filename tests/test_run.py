@@ -10,14 +10,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import optuna
 import pytest
 import toy_plugin
 
 from bayesian_merger import config as configuration
+from bayesian_merger import merge, recipes, run, setup, study
 from bayesian_merger import outcome as outcomes
-from bayesian_merger import recipes, run, setup
 from bayesian_merger.data import Outcome, Result
-from bayesian_merger.errors import ConfigError, RunError
+from bayesian_merger.errors import CheckpointError, ConfigError, RunError
 
 
 class Silent:
@@ -170,6 +171,47 @@ def test_failed_trial_has_no_value_and_the_search_goes_on(folder: Path) -> None:
     assert outcome.best.recipe.weights["alpha"]["IN00"] <= 0.5
 
 
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["backend.fault=crash"], "the merge: RuntimeError: the device is gone"),
+        (
+            ["merge.method=fragile", 'search.groups=[["*"]]'],
+            "the merge: ArithmeticError: the matrix is singular",
+        ),
+    ],
+)
+def test_crash_of_a_plugin_fails_its_trial_and_not_the_run(
+    folder: Path, overrides: list[str], reason: str
+) -> None:
+    outcome = start(folder, *overrides)
+    assert {r.reason for r in outcome.results if r.state == "failed"} == {reason}
+    assert outcome.finished
+
+
+def test_back_end_that_loses_an_image_stops_the_run(folder: Path) -> None:
+    with pytest.raises(RunError, match=r"the back end made 3 images for 4 prompts"):
+        start(folder, "backend.fault=lossy")
+
+
+def test_method_whose_weights_are_not_called_alpha_is_searched(folder: Path) -> None:
+    outcome = start(folder, "merge.method=between")
+    assert outcome.finished
+    searched = [r.recipe for r in outcome.results if r.stage != "baseline"]
+    assert all(set(recipe.weights) == {"left", "right"} for recipe in searched)
+    assert start(folder, "merge.method=between").images == outcome.images
+
+
+def test_optimiser_is_told_only_baselines_that_the_search_could_have_proposed(
+    folder: Path,
+) -> None:
+    for vae, known in {"a": {"a", "even"}, "b": {"even", "b"}}.items():
+        start(folder, f"merge.vae={vae}", "search.n_iters=0", into=vae)
+        url = study.url_of(folder / vae / "study.db")
+        trials = optuna.load_study(study_name="search", storage=url).trials
+        assert {t.user_attrs.get("baseline") for t in trials} - {None} == known
+
+
 def test_three_failures_in_a_row_stop_the_run_with_the_reason(folder: Path) -> None:
     with pytest.raises(RunError, match=r"3 trials in a row failed.*the server went away"):
         start(folder, "backend.fault=dead")
@@ -194,6 +236,71 @@ def test_negative_scores_are_scores_like_others(folder: Path) -> None:
     assert outcome.leader is not None
     assert outcome.leader.value is not None
     assert outcome.leader.value.mean < 0
+
+
+def test_report_is_there_when_the_merge_cannot_be_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise CheckpointError("best.safetensors: cannot be written (No space left on device)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge.Merged, "save", full)
+        with pytest.raises(
+            RunError, match=r"No space left.*the report and best\.toml are written"
+        ):
+            start(folder)
+    assert json.loads((folder / "run" / "result.json").read_text())["finished"]
+    before = (folder / "run" / "best.toml").read_bytes()
+    start(folder)
+    assert (folder / "run" / "best.safetensors").is_file()
+    assert (folder / "run" / "best.toml").read_bytes() == before
+
+
+def test_confirmed_best_stays_until_an_extension_has_confirmed_its_own(folder: Path) -> None:
+    start(folder, "backend.fault=stop")
+    confirmed = {n: (folder / "run" / n).read_bytes() for n in ("best.toml", "best.safetensors")}
+    config = configuration.load(
+        folder / "config.toml", ["backend.fault=stop", "search.n_iters=30"]
+    )
+    ready = setup.prepare(config, folder, "toy")
+    ready.backend._at = 150  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        run.run(ready, folder / "run", Silent())
+    outcome = outcomes.read_outcome(folder / "run", outcomes.open_study(folder / "run"))
+    assert outcome.leader is not None
+    assert outcome.leader.number > 9
+    for name, content in confirmed.items():
+        assert (folder / "run" / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["50%20off", "a?b", "{braces}", "ä #1 'x'", "100%"])
+def test_run_folder_may_have_any_name(folder: Path, name: str) -> None:
+    start(folder, "search.n_iters=1", into=name)
+    assert (folder / name / "study.db").is_file()
+    assert start(folder, "search.n_iters=1", into=name).finished
+
+
+def test_run_folder_that_cannot_be_written_is_refused(folder: Path) -> None:
+    (folder / "run" / ".lock").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        start(folder)
+
+
+def test_changed_file_of_a_scorer_is_another_configuration(folder: Path) -> None:
+    bonus = folder / "bonus.txt"
+    bonus.write_text("1")
+    start(folder, "scorers.likeness.bonus=bonus.txt", "search.n_iters=1")
+    start(folder, "scorers.likeness.bonus=bonus.txt", "search.n_iters=1")
+    bonus.write_text("2")
+    with pytest.raises(ConfigError, match=r"files\.scorers\.likeness\.bonus was"):
+        start(folder, "scorers.likeness.bonus=bonus.txt", "search.n_iters=1")
+
+
+def test_payload_with_odd_keys_for_the_back_end_can_be_resumed(folder: Path) -> None:
+    (folder / "odd.yaml").write_text("prompt: a lake\nscripts: [{1: 2}]\n")
+    settings = ('panel.payloads=["odd.yaml"]', "search.n_iters=1")
+    assert start(folder, *settings).images == start(folder, *settings).images
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from bayesian_merger import space
 from bayesian_merger.blocks import SD1
 from bayesian_merger.data import Estimate, Model, Recipe, Weights
 from bayesian_merger.errors import ConfigError, RunError
-from bayesian_merger.study import Optimiser, Plan, Study
+from bayesian_merger.study import Optimiser, Plan, Study, create, url_of
 
 MODELS = (Model("a.safetensors", "aa"), Model("b.safetensors", "bb"))
 
@@ -137,6 +139,23 @@ def test_study_of_another_run_is_refused_with_what_differs(url: str) -> None:
     study.begin({"search": {"seed": 0}, "models": {"a": "aa"}}, {})
     with pytest.raises(ConfigError, match=r"search\.seed was 0, is 1"):
         Study(url).begin({"search": {"seed": 1}, "models": {"a": "aa"}}, {})
+
+
+def test_study_of_another_version_of_optuna_is_told_in_one_line(tmp_path: Path) -> None:
+    create(tmp_path / "study.db")
+    with closing(sqlite3.connect(tmp_path / "study.db")) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'v1.3.0.a'")
+        database.commit()
+    with pytest.raises(RunError) as told:
+        Study(url_of(tmp_path / "study.db"))
+    assert "\n" not in str(told.value)
+
+
+def test_half_made_study_of_a_killed_process_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / ".new-study-x").mkdir()
+    (tmp_path / ".new-study-x" / "study.db").touch()
+    create(tmp_path / "study.db")
+    assert [p.name for p in tmp_path.iterdir()] == ["study.db"]
 
 
 def test_file_that_is_no_study_is_told_in_one_line(tmp_path: Path) -> None:

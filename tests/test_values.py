@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
-from bayesian_merger.data import Prompt, Recipe, Result
+from bayesian_merger.data import Estimate, Prompt, Recipe, Result
 from bayesian_merger.errors import RunError
 from bayesian_merger.values import Yardstick, effective_n, weighted_mean
 
@@ -54,6 +54,10 @@ def test_interval_covers_the_truth_as_often_as_it_says_with_unequal_weights() ->
         hits += found.low <= 0 <= found.high
     # Student with the effective n is a few per cent short where weights differ tenfold.
     assert 0.9 <= hits / 2000 <= 0.975
+
+
+def test_one_weight_that_outdoes_all_others_leaves_no_error_bars() -> None:
+    assert weighted_mean([1.0, 5.0], [1.0, 1e-20]) == Estimate(1.0, 0.0, 2)
 
 
 def test_weighted_mean_by_hand() -> None:
@@ -208,8 +212,9 @@ def test_difference_of_a_result_with_itself_is_nothing() -> None:
 
 
 def test_difference_of_single_images_proves_nothing() -> None:
-    found = ONE.difference(result(taste=[9.0]), result(taste=[1.0]), panel([1]))
-    assert (found.mean, found.low, found.high) == (8.0, -math.inf, math.inf)
+    for nine, one, weights in (([9.0], [1.0], [1]), ([9.0, 3.0], [1.0, 3.0], [1, 1e-20])):
+        found = ONE.difference(result(taste=nine), result(taste=one), panel(weights))
+        assert (found.mean, found.low, found.high) == (8.0, -math.inf, math.inf)
 
 
 def test_paired_interval_holds_the_truth_in_95_of_100_runs() -> None:

@@ -21,6 +21,7 @@ from bayesian_merger.backends import backend
 from bayesian_merger.blocks import SD1
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.errors import TrialError
+from bayesian_merger.methods import Weight, method
 from bayesian_merger.scorers import scorer
 
 UNET = "model.diffusion_model"
@@ -43,8 +44,9 @@ def write_model(path: Path, value: float) -> Path:
 class Stripes:
     """Paints the merged value of each block.
 
-    `fault`: "frozen" ignores the merge, "weak" fails where IN00 is above 0.5, "dead" fails on every
-    search trial, "stop" interrupts the process at image number `at`.
+    `fault`: "frozen" ignores the merge, "weak" fails where IN00 is above 0.5, "crash" does so with an
+    error of no kind that is known, "dead" fails on every search trial, "stop" interrupts the process
+    at image number `at`, "lossy" gives one image too few of every batch.
     """
 
     def __init__(
@@ -67,16 +69,18 @@ class Stripes:
 
     def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
         values = np.array([float(merged[name].float().mean()) for name in TENSORS.values()])
-        searched = len(set(recipe.weights["alpha"].values())) > 1
+        searched = len(set(next(iter(recipe.weights.values())).values())) > 1
         if self._fault == "dead" and searched:
             raise TrialError("the server went away")
+        if self._fault == "crash" and values[1] > 0.5 and searched:
+            raise RuntimeError("the device is gone\nand more that nobody reads")
         if self._fault == "weak" and values[1] > 0.5 and searched:
             raise TrialError("out of memory")
         if self._fault != "frozen":
             self._values = values
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
-        for prompt in prompts:
+        for prompt in prompts[: -1 if self._fault == "lossy" else None]:
             time.sleep(self._delay_s)
             self._made += 1
             if self._fault == "stop" and self._made == self._at:
@@ -90,15 +94,32 @@ class Stripes:
         pass
 
 
+@method
+def between(a: Tensor, b: Tensor, *, left: Weight = 0.5, right: Weight = 0.5) -> Tensor:
+    """Between the models by the mean of two weights, neither of which is called alpha."""
+    return a + (left + right) / 2 * (b - a)
+
+
+@method
+def fragile(a: Tensor, b: Tensor, *, alpha: Weight = 0.5) -> Tensor:
+    """The weighted sum, but not of an alpha above 0.7."""
+    if alpha > 0.7:
+        raise ArithmeticError("the matrix is singular")
+    return torch.lerp(a, b, alpha)
+
+
 @scorer
 class Likeness:
     """Minus the mean distance of the painted stripes from the target, at most 0; negative always."""
 
-    def __init__(self, sharpness: float = 10.0, sign: float = 1.0) -> None:
+    def __init__(
+        self, sharpness: float = 10.0, sign: float = 1.0, bonus: Path | None = None
+    ) -> None:
         self._sharpness, self._sign = sharpness, sign
+        self._bonus = float(bonus.read_text()) if bonus else 0.0
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         target = np.array([TARGET[block] for block in TENSORS])
         rows = [np.asarray(s.image, float)[0, ::2, 0] for s in samples]
         distances = [float(np.mean(np.abs((row - 64) / 128 - target))) for row in rows]
-        return [-self._sign * self._sharpness * distance for distance in distances]
+        return [self._bonus - self._sign * self._sharpness * distance for distance in distances]

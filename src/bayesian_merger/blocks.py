@@ -80,9 +80,9 @@ SD1 = Architecture(
     ),
     rules=(
         (r"model\.diffusion_model\.time_embed\.", "unet", "IN00"),
-        (r"model\.diffusion_model\.input_blocks\.(\d+)\.", "unet", "IN{:02}"),
+        (r"model\.diffusion_model\.input_blocks\.(\d{1,3})\.", "unet", "IN{:02}"),
         (r"model\.diffusion_model\.middle_block\.", "unet", "M00"),
-        (r"model\.diffusion_model\.output_blocks\.(\d+)\.", "unet", "OUT{:02}"),
+        (r"model\.diffusion_model\.output_blocks\.(\d{1,3})\.", "unet", "OUT{:02}"),
         (r"model\.diffusion_model\.out\.", "unet", "OUT11"),
         (r"cond_stage_model\.", "te", "base"),
         (r"first_stage_model\.", "vae", "vae"),

@@ -89,11 +89,7 @@ class Checkpoint:
     def sha256(self) -> str:
         """SHA-256 of the file's bytes, in hexadecimal digits; read once."""
         if not self._sha256:
-            digest = hashlib.sha256()
-            with self.path.open("rb") as file:
-                while piece := file.read(1 << 22):
-                    digest.update(piece)
-            self._sha256 = digest.hexdigest()
+            self._sha256 = sha256_of(self.path)
         return self._sha256
 
     def __getitem__(self, name: str) -> Tensor:
@@ -228,6 +224,15 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         _replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def remove_parts(folder: Path) -> None:

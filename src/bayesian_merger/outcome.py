@@ -12,7 +12,7 @@ from bayesian_merger.data import Model, Outcome, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.setup import BASELINES
-from bayesian_merger.study import Stage, Study
+from bayesian_merger.study import Stage, Study, url_of
 from bayesian_merger.study import create as create_study
 from bayesian_merger.values import Yardstick
 
@@ -22,12 +22,9 @@ def open_study(folder: Path, *, create: bool = False) -> Study:
     path = folder / "study.db"
     if not create and not path.is_file():
         raise ConfigError(f"{folder}: not a run folder (it has no study.db)")
-    where = path.absolute().as_posix()
-    if "?" in where:
-        raise ConfigError(f"{folder}: a run folder's path cannot hold a question mark")
     if not path.is_file():
         create_study(path)
-    return Study(f"sqlite:///{where}")
+    return Study(url_of(path))
 
 
 def read_outcome(folder: Path, study: Study) -> Outcome:

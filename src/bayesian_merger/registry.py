@@ -98,6 +98,19 @@ class Registry(Generic[T]):
             reason = " ".join(str(error).split())
             raise ConfigError(f"{self.kind} {name}: {type(error).__name__}: {reason}") from error
 
+    def files(
+        self, name: str, options: Mapping[str, Any], folder: Path = _HERE
+    ) -> dict[str, Path]:
+        """The options, given or by default, that name files which exist."""
+        parameters = inspect.signature(self.get(name)).parameters.values()
+        defaults = {p.name: p.default for p in parameters}
+        paths = {
+            key: folder / value.expanduser()
+            for key, value in {**defaults, **self.check(name, options)}.items()
+            if isinstance(value, Path)
+        }
+        return {key: path for key, path in paths.items() if path.is_file()}
+
 
 def import_file(path: Path) -> None:
     """Import a user's Python file, so that the plugins it decorates are registered."""

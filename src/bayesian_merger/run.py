@@ -18,7 +18,14 @@ from filelock import FileLock, Timeout
 
 from bayesian_merger.checkpoint import remove_parts
 from bayesian_merger.data import Outcome, Prompt, Recipe, Result, Sample
-from bayesian_merger.errors import ConfigError, NothingChangedError, RunError, TrialError
+from bayesian_merger.errors import (
+    CheckpointError,
+    ConfigError,
+    MergerError,
+    NothingChangedError,
+    RunError,
+    TrialError,
+)
 from bayesian_merger.merge import Merger
 from bayesian_merger.outcome import (
     candidates,
@@ -79,11 +86,11 @@ def judge(
     if not todo:
         return
     start = time.monotonic()
-    setup.backend.load(trial.recipe, setup.merger.merge(trial.recipe))
+    _load(setup, trial.recipe)
     trial.spend(merge=time.monotonic() - start)
     for batch in todo:
         start = time.monotonic()
-        samples = list(setup.backend.generate(batch))
+        samples = _generate(setup, batch)
         generated = time.monotonic()
         scores = _score(setup.scorers, samples)
         scored = time.monotonic()
@@ -114,16 +121,21 @@ def run(setup: Setup, folder: Path, observer: Observer) -> Outcome:
 
         yardstick = _baselines(study, setup, folder, observer)
         _search(study, setup, yardstick, folder, observer)
-        _confirm(study, setup, yardstick, folder, observer)
+        if not read_outcome(folder, study).finished:
+            _confirm(study, setup, yardstick, folder, observer)
 
         outcome = read_outcome(folder, study)
         assert outcome.best is not None
-        if setup.config.output.save_best:
-            # On the CPU, as `bayesian-merger merge` does it, so that both write the same bytes.
-            Merger(setup.merger.models).merge(outcome.best.recipe).save(
-                folder / "best.safetensors"
-            )
         write_outcome(outcome, folder, setup.merger.references())
+        if setup.config.output.save_best:
+            try:
+                # On the CPU, as `bayesian-merger merge` does it, so that both write the same bytes.
+                merged = Merger(setup.merger.models).merge(outcome.best.recipe)
+                merged.save(folder / "best.safetensors")
+            except CheckpointError as error:
+                raise RunError(
+                    f"{error}; the report and best.toml are written, and the same command tries again"
+                ) from error
         return outcome
 
 
@@ -157,6 +169,9 @@ def _search(
     """Ask, judge, tell, until the trials are spent; a failed trial only has no value."""
     failures = 0
     reported = -math.inf
+    # What an earlier, shorter run of this folder has confirmed is not replaced by a mere leader.
+    is_confirmed = any(r.name not in BASELINES for r in study.judged("heldout"))
+    models = () if is_confirmed else setup.merger.references()
     while _n_finished(study) < setup.n_trials:
         start = time.monotonic()
         trial = study.ask(setup.plan, setup.recipe)
@@ -183,12 +198,12 @@ def _search(
             trial.complete(yardstick.estimate(trial.result(), setup.panel))
         best = leader(study.searched())
         observer.finished(trial.result(), best)
-        if best is not None and (before is None or best.number != before.number):
-            write_recipe(best.recipe, folder, setup.merger.references())
+        if models and best is not None and (before is None or best.number != before.number):
+            write_recipe(best.recipe, folder, models)
         if time.monotonic() - reported > _REPORT_EVERY_S:
             reported = time.monotonic()
             try:
-                write_outcome(read_outcome(folder, study), folder, setup.merger.references())
+                write_outcome(read_outcome(folder, study), folder, models)
             except PermissionError as error:  # on Windows, a program that has the page open
                 observer.noted(f"the report could not be renewed ({error})")
 
@@ -244,8 +259,13 @@ def _require_change(result: Result, others: Sequence[Result], plan: Plan) -> Non
 
 
 def _distance(one: Result, other: Result, plan: Plan) -> float:
-    """Mean difference of the searched weights; models count as wholly different ones."""
+    """Mean difference of the searched weights; A and B are apart by 1.
+
+    Weights of different methods cannot be compared, and count as equal.
+    """
     if one.recipe.method != other.recipe.method:
+        return 0.0
+    if one.recipe.method != plan.method:
         return float(one.recipe.digest() != other.recipe.digest())
     searched = [plan.space.names[member] for p in plan.space.parameters for member in p.members]
     apart = [abs(one.recipe.weights[w][b] - other.recipe.weights[w][b]) for w, b in searched]
@@ -285,29 +305,58 @@ def try_out(setup: Setup) -> TryOut:
     """One merge, one batch of images, their scores; TrialError if any is not to be had."""
     recipe = setup.baseline("even")
     # The first merge also builds the live model, so it is not the one that is timed.
-    setup.backend.load(recipe, setup.merger.merge(recipe))
+    _load(setup, recipe)
     start = time.monotonic()
-    setup.backend.load(recipe, setup.merger.merge(recipe))
+    _load(setup, recipe)
     merged = time.monotonic()
     batch = next(_batches(setup.panel, setup.backend.batch))
-    list(setup.backend.generate(batch[:1]))  # the first image warms up
+    _generate(setup, batch[:1])  # the first image warms up
     warm = time.monotonic()
-    scores = _score(setup.scorers, list(setup.backend.generate(batch)))
+    scores = _score(setup.scorers, _generate(setup, batch))
     per_image = (time.monotonic() - warm) / len(batch)
     trials = setup.n_trials + 2 * len(BASELINES) + 1 + setup.config.heldout.candidates
     return TryOut(merged - start, per_image, scores[0], setup.n_images(), trials)
+
+
+def _load(setup: Setup, recipe: Recipe) -> None:
+    """Merge, and put the merge into the back end; TrialError if that fails."""
+    with _no_value("the merge", (OSError,)):
+        setup.backend.load(recipe, setup.merger.merge(recipe))
+
+
+def _generate(setup: Setup, batch: Sequence[Prompt]) -> list[Sample]:
+    """One image for each prompt, in order; TrialError if any is not to be had."""
+    with _no_value("the back end", (OSError,)):
+        samples = list(setup.backend.generate(batch))
+    made = [sample.prompt.index for sample in samples]
+    if made != [prompt.index for prompt in batch]:
+        raise TrialError(
+            f"the back end made {len(made)} images for {len(batch)} prompts, or others"
+        )
+    return samples
+
+
+@contextmanager
+def _no_value(part: str, stopping: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Whatever goes wrong in `part` is a TrialError, but for errors of ours and `stopping` ones.
+
+    A full disk or a lost server is no matter of one trial, so OSError is to stop the run.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (MergerError, *stopping)):
+            raise
+        first = (str(error).strip() or "no reason given").splitlines()[0]
+        raise TrialError(f"{part}: {type(error).__name__}: {first}") from error
 
 
 def _score(scorers: Mapping[str, Scorer], samples: Sequence[Sample]) -> list[dict[str, float]]:
     """The scores of each sample; TrialError for a scorer that returns anything but finite numbers."""
     table: list[dict[str, float]] = [{} for _ in samples]
     for name, judge_of in scorers.items():
-        try:
+        with _no_value(f"scorer {name}"):
             scores = [float(score) for score in judge_of(samples)]
-        except TrialError:
-            raise
-        except Exception as error:
-            raise TrialError(f"scorer {name}: {type(error).__name__}: {error}") from error
         if len(scores) != len(samples):
             raise TrialError(f"scorer {name} gave {len(scores)} scores for {len(samples)} images")
         for row, score in zip(table, scores, strict=True):
@@ -349,6 +398,8 @@ def _locked(folder: Path) -> Iterator[None]:
         raise RunError(
             f"{folder}: another process is running here; wait for it or stop it"
         ) from None
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from error
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 from bayesian_merger import config as configuration
 from bayesian_merger import devices, methods, prompts, space
 from bayesian_merger.backends import Backend, backend
-from bayesian_merger.checkpoint import Checkpoint
+from bayesian_merger.checkpoint import Checkpoint, sha256_of
 from bayesian_merger.config import Config
 from bayesian_merger.data import Prompt, Recipe, Weights
 from bayesian_merger.errors import ConfigError, MergerError
@@ -31,9 +30,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a run needs, opened and checked."""
+    """Everything a run needs, opened and checked; relative paths are below `folder`."""
 
     config: Config
+    folder: Path
     title: str
     merger: Merger
     plan: Plan
@@ -115,13 +115,21 @@ class Setup:
             "search": search,
             "backend": backend_options,
             "scorers": dict(zip(plain["scorers"], scorer_options, strict=True)),
-            "plugins": {
-                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in self.config.plugins
-            },
+            "files": {key: sha256_of(path) for key, path in self._files().items()},
             "images": {name: len(panel) for name, panel in panels.items()},
             **{name: {str(p.index): p.to_dict() for p in panel} for name, panel in panels.items()},
         }
+
+    def _files(self) -> dict[str, Path]:
+        """The files, beside the models, on which scores depend: plugins, and options' files."""
+        engine, chosen = self.config.backend, self.config.scorers
+        found = {f"plugins.{i}.{p.name}": p for i, p in enumerate(self.config.plugins)}
+        for key, path in backend.files(engine.name, engine.options, self.folder).items():
+            found[f"backend.{key}"] = path
+        for name, entry in chosen.items():
+            for key, path in scorer.files(name, entry.options, self.folder).items():
+                found[f"scorers.{name}.{key}"] = path
+        return found
 
 
 def prepare(config: Config, folder: Path, title: str) -> Setup:
@@ -158,7 +166,7 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
         raise ConfigError("\n".join(mistakes))
     built = {name: found for name, found in scorers.items() if found is not None}
     return Setup(
-        config, title, merger, plan, *panels, engine, built, weights, tuple(warnings or ())
+        config, folder, title, merger, plan, *panels, engine, built, weights, tuple(warnings or ())
     )
 
 

@@ -8,6 +8,8 @@ so that a killed process loses at most the images that were being made.
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
+from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from bayesian_merger.data import Estimate, Recipe, Result, State, Weights
@@ -131,14 +134,22 @@ class Plan:
 
 def create(path: Path) -> None:
     """Make an empty study at `path`; it appears whole, so a killed process leaves no half of one."""
+    for left in path.parent.glob(".new-study-*"):
+        shutil.rmtree(left, ignore_errors=True)
     with (
         storage_errors(),
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-study-") as folder,
     ):
         new = Path(folder) / path.name
-        study = Study(f"sqlite:///{new.as_posix()}")
+        study = Study(url_of(new))
         study.close()
         new.replace(path)
+
+
+def url_of(path: Path) -> str:
+    """The storage URL of the SQLite file at `path`, whatever characters its folders hold."""
+    url = URL.create("sqlite", database=str(path.absolute())).render_as_string()
+    return url.replace("{", "{{").replace("}", "}}")  # Optuna fills templates in
 
 
 class Study:
@@ -148,7 +159,10 @@ class Study:
         """RunError if the storage cannot be opened."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with storage_errors():
-            self._storage = storage = optuna.storages.RDBStorage(url)
+            try:
+                self._storage = storage = optuna.storages.RDBStorage(url)
+            except RuntimeError as error:  # another version of Optuna's tables
+                raise RunError(str(error).splitlines()[0]) from error
             self._search, self._judged = (
                 optuna.create_study(
                     storage=storage, study_name=name, direction="maximize", load_if_exists=True
@@ -173,7 +187,8 @@ class Study:
     def require_same(self, identity: Mapping[str, Any]) -> None:
         """ConfigError with what differs if the study belongs to another run than `identity`."""
         stored = self._search.user_attrs.get("identity", identity)
-        before, now = dict(_flat(stored)), dict(_flat(identity))
+        # As the storage gives it back: tuples are lists there, and keys are texts.
+        before, now = (dict(_flat(json.loads(json.dumps(data)))) for data in (stored, identity))
         differing = [k for k in (before | now) if before.get(k) != now.get(k)]
         if differing:
             said = "; ".join(
@@ -195,8 +210,7 @@ class Study:
     def observe(self, result: Result, plan: Plan) -> None:
         """Hand a judged baseline to the optimiser, where the search could have proposed it."""
         recipe = result.recipe
-        # All weights 0 are model A by every method.
-        same = (recipe.method == plan.method and recipe.vae == plan.vae) or result.name == "a"
+        same = (recipe.method, recipe.vae) == (plan.method, plan.vae)
         values = plan.space.values(recipe.weights) if same else None
         known = {t.user_attrs.get("baseline") for t in self._search.get_trials(deepcopy=False)}
         if values is None or result.value is None or result.name in known:

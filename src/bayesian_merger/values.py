@@ -66,6 +66,8 @@ class Yardstick:
         if found.n < 2:
             return Interval(found.mean, -math.inf, math.inf)
         freedom = effective_n([p.weight for p in both]) - 1
+        if freedom <= 0:
+            return Interval(found.mean, -math.inf, math.inf)
         reach = float(student.ppf(0.975, freedom)) * found.se
         return Interval(found.mean, found.mean - reach, found.mean + reach)
 
@@ -83,6 +85,8 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate
     if n < 2:
         return Estimate(mean, 0.0, n)
     n_effective = effective_n(list(w))
+    if n_effective <= 1:  # one weight outdoes the others by more than a float can tell
+        return Estimate(mean, 0.0, n)
     spread = float(np.sum((w * (x - mean)) ** 2)) / float(w.sum()) ** 2
     return Estimate(mean, math.sqrt(n_effective / (n_effective - 1) * spread), n)
 

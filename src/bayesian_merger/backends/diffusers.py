@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -110,17 +111,13 @@ class Diffusers:
 
     def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
         """Copy `merged` into the live pipeline, which is built on the first call, and read it back."""
-        try:
+        with _enough_memory("while loading the merge; close other programs on the GPU"):
             if not self._live:
                 self._build(recipe.architecture, merged)
             with torch.inference_mode():
                 for name, live in self._live.items():
                     live.copy_(merged[name].reshape(live.shape))
                 self._prove(merged)
-        except torch.cuda.OutOfMemoryError as error:
-            raise TrialError(
-                "out of GPU memory while loading the merge; close other programs on the GPU"
-            ) from error
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
         """Images in batches of prompts with equal size, steps, CFG scale, sampler and scheduler."""
@@ -143,7 +140,9 @@ class Diffusers:
         self._pipe.scheduler = self._scheduler(first)
         # Noise is drawn on the CPU for each image, so a seed means the same on every device.
         seeds = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts]
-        try:
+        with _enough_memory(
+            f"with {len(prompts)} images at once; lower backend.batch or close other programs on the GPU"
+        ):
             latents = self._pipe(
                 prompt_embeds=self._embedded([prompt.prompt for prompt in prompts]),
                 negative_prompt_embeds=self._embedded([p.negative_prompt for p in prompts]),
@@ -160,11 +159,6 @@ class Diffusers:
             # In float32 the VAE needs most of the memory, hence one by one where it is short.
             pieces = scaled.split(len(prompts) if self._device.type == "cpu" else 1)
             pixels = torch.cat([vae.decode(piece).sample for piece in pieces])
-        except torch.cuda.OutOfMemoryError as error:
-            raise TrialError(
-                f"out of GPU memory with {len(prompts)} images at once; lower backend.batch "
-                f"or close other programs on the GPU"
-            ) from error
         if not bool(torch.isfinite(pixels).all()):
             raise TrialError("the model made NaN images")
         values = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -277,6 +271,18 @@ class Diffusers:
                 f"{where}: sampler {sampler!r} has no scheduler {schedule!r} in diffusers"
             )
         return name, {**settings, **_SCHEDULES[schedule]}
+
+
+@contextmanager
+def _enough_memory(otherwise: str) -> Iterator[None]:
+    """TrialError where the GPU's memory is too small for the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Not every device has an error class for this.
+        if "out of memory" not in str(error).lower():
+            raise
+        raise TrialError(f"out of GPU memory {otherwise}") from error
 
 
 def _import_diffusers() -> Any:
