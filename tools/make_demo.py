@@ -157,7 +157,7 @@ def train_decoder(work: Path) -> None:
     seed = SEED + 20
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    vae, scale = load_vae(work)
+    vae, scale = load_vae(work, "vae")
     vae.to(memory_format=torch.channels_last)
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     for parameter in parameters:
@@ -201,10 +201,9 @@ def coin(n: int, share: float, generator: torch.Generator) -> Tensor:
     return (torch.rand(n, generator=generator) < share).float()
 
 
-def load_vae(work: Path) -> tuple[AutoencoderKL, float]:
-    """The trained VAE, with the better decoder if there is one, and its scaling factor."""
-    better = work / "decoder.pt"
-    state = torch.load(better if better.exists() else work / "vae.pt")
+def load_vae(work: Path, stage: str = "decoder") -> tuple[AutoencoderKL, float]:
+    """The VAE as the stage "vae" or "decoder" left it, and its scaling factor."""
+    state = torch.load(work / f"{stage}.pt")
     vae = AutoencoderKL(**VAE_CONFIG, scaling_factor=state["scale"])
     vae.load_state_dict(state["vae"])
     return vae.eval().requires_grad_(False), state["scale"]
@@ -407,7 +406,7 @@ def train_scorer(work: Path) -> None:
     seed = SEED + 10
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    vae, scale = load_vae(work)
+    vae, scale = load_vae(work, "vae")
     pools = [judged_pictures(56, generator, vae, scale) for _ in range(N_JUDGED // 56)]
     pictures = torch.cat([pool[0] for pool in pools])
     targets = torch.cat([pool[1] for pool in pools])
