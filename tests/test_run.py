@@ -20,6 +20,17 @@ from bayesian_merger import outcome as outcomes
 from bayesian_merger.data import Outcome, Result
 from bayesian_merger.errors import CheckpointError, ConfigError, RunError
 
+PLUGINS = f'plugins=["{Path(toy_plugin.__file__).as_posix()}", "fragile.py"]'
+FRAGILE = """
+from bayesian_merger.methods import method
+
+@method
+def fragile(a, b, *, alpha=0.5):
+    if alpha > 0.7:
+        raise ArithmeticError("the matrix is singular")
+    return a + alpha * (b - a)
+"""
+
 
 class Silent:
     """An observer that remembers."""
@@ -176,7 +187,7 @@ def test_failed_trial_has_no_value_and_the_search_goes_on(folder: Path) -> None:
     [
         (["backend.fault=crash"], "the merge: RuntimeError: the device is gone"),
         (
-            ["merge.method=fragile", 'search.groups=[["*"]]'],
+            ["merge.method=fragile", PLUGINS, 'search.groups=[["*"]]'],
             "the merge: ArithmeticError: the matrix is singular",
         ),
     ],
@@ -184,6 +195,7 @@ def test_failed_trial_has_no_value_and_the_search_goes_on(folder: Path) -> None:
 def test_crash_of_a_plugin_fails_its_trial_and_not_the_run(
     folder: Path, overrides: list[str], reason: str
 ) -> None:
+    (folder / "fragile.py").write_text(FRAGILE)
     outcome = start(folder, *overrides)
     assert {r.reason for r in outcome.results if r.state == "failed"} == {reason}
     assert outcome.finished

@@ -100,14 +100,6 @@ def between(a: Tensor, b: Tensor, *, left: Weight = 0.5, right: Weight = 0.5) ->
     return a + (left + right) / 2 * (b - a)
 
 
-@method
-def fragile(a: Tensor, b: Tensor, *, alpha: Weight = 0.5) -> Tensor:
-    """The weighted sum, but not of an alpha above 0.7."""
-    if alpha > 0.7:
-        raise ArithmeticError("the matrix is singular")
-    return torch.lerp(a, b, alpha)
-
-
 @scorer
 class Likeness:
     """Minus the mean distance of the painted stripes from the target, at most 0; negative always."""

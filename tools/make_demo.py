@@ -6,8 +6,9 @@ Draws its own training data (`bayesian_merger.demo.scenes`), trains a tiny Stabl
 U-Net has the original's 686 tensor names, with few channels) and writes what lies in
 `src/bayesian_merger/demo`. Each stage leaves `DIR/work/STAGE.pt` and is skipped where that exists;
 delete the file, or name the stage, to run it again. A stage always takes the same number of steps,
-so one seed gives one result on one machine with one number of threads. On one core of an AMD EPYC
-all of it takes about an hour, half of that the base model.
+so one seed gives one result on one machine with one number of threads: the stage vae was run with
+two, the others with one. On one core of an AMD EPYC all of it takes about an hour, half of that the
+base model.
 """
 
 from __future__ import annotations
