@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from test_run import folder as folder
 
 from bayesian_merger import cli
+from bayesian_merger.methods import method
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -254,6 +255,16 @@ def test_list_names_what_there_is(command: Command, kind: str) -> None:
     code, out, _ = command("list", kind)
     assert code == 0
     assert known[kind] in out
+
+
+def test_list_names_a_plugin_that_says_nothing_of_itself(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method.names()
+    monkeypatch.setitem(method._found, "silent", lambda a, b: a)
+    code, out, err = command("list", "methods")
+    assert code == 0, err
+    assert "silent" in out
 
 
 def test_unknown_command_exits_with_2(command: Command) -> None:

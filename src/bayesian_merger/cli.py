@@ -264,7 +264,8 @@ def list_command(kind: str) -> None:
     else:
         registry: Any = {"methods": method, "scorers": scorer, "backends": backend}[kind]
         for name in registry.names():
-            table.add_row(name, (registry.get(name).__doc__ or "").strip().splitlines()[0])
+            told = (registry.get(name).__doc__ or "").strip()
+            table.add_row(name, told.partition("\n")[0])
     _out.print(table)
 
 
