@@ -12,6 +12,7 @@ import torch
 import toy_plugin
 from safetensors.torch import save_file
 from test_run import folder as folder
+from test_run import start
 
 from bayesian_merger import cli
 from bayesian_merger.methods import method
@@ -232,7 +233,8 @@ def test_init_writes_a_configuration_that_check_reads(tmp_path: Path, command: C
     code, _, err = command("check", tmp_path / "new" / "config.toml")
     assert code == 2
     lines = err.strip().splitlines()
-    assert len(lines) == 1
+    assert len(lines) == 2
+    assert all("no such file" in line for line in lines)
     assert "first.safetensors: no such file" in lines[0]
     code, _, err = command("init", tmp_path / "new")
     assert (code, "exists already" in err) == (2, True)
@@ -242,6 +244,16 @@ def test_report_of_a_folder_without_a_run_is_refused(tmp_path: Path, command: Co
     code, _, err = command("report", tmp_path)
     assert code == 2
     assert "not a run folder" in err
+
+
+def test_merge_by_a_method_of_the_user_is_rebuilt_with_its_plugin(
+    folder: Path, command: Command
+) -> None:
+    start(folder, "merge.method=between", "search.n_iters=1")
+    best, again = folder / "run" / "best.toml", folder / "again.safetensors"
+    code, _, err = command("merge", best, "-o", again, "--plugin", toy_plugin.__file__)
+    assert code == 0, err
+    assert again.read_bytes() == (folder / "run" / "best.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["methods", "scorers", "backends", "architectures"])

@@ -282,6 +282,14 @@ def test_wildcard_used_twice_in_a_prompt_is_drawn_twice(tmp_path: Path) -> None:
     assert any(len(set(p.prompt.split())) == 2 for p in panel)
 
 
+def test_misspelt_field_is_a_mistake_and_a_field_for_other_programs_is_not(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text('prompt = "a lake"\ncfg_sacle = 3.0\n')
+    with pytest.raises(ConfigError, match=r"x\.toml: .*'cfg_sacle'; did you mean 'cfg_scale'"):
+        read_payloads([tmp_path / "x.toml"], {})
+    (tmp_path / "x.toml").write_text('prompt = "a lake"\nsampler_index = "x"\nstyles = ["y"]\n')
+    assert read_payloads([tmp_path / "x.toml"], {})
+
+
 def test_unknown_wildcard_is_a_mistake_with_the_known_ones(tmp_path: Path) -> None:
     payloads = read(tmp_path, a__toml='prompt = "__hiar__"')
     with pytest.raises(ConfigError, match=r"payload a: unknown wildcard __hiar__ \(known: hair"):

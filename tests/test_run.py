@@ -12,7 +12,9 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 import toy_plugin
+from safetensors.torch import load_file, save_file
 
 from bayesian_merger import config as configuration
 from bayesian_merger import merge, recipes, run, setup, study
@@ -240,7 +242,7 @@ def test_run_that_finds_nothing_better_says_so(folder: Path) -> None:
     # With the sign turned, the parents are as far from the target as any merge can be.
     outcome = start(folder, "scorers.likeness.sign=-1.0", "search.n_iters=0")
     assert outcome.gain["over_a"].mean < 0
-    assert "is not better than" in outcome.verdict()
+    assert "is worse than A" in outcome.verdict()
 
 
 def test_negative_scores_are_scores_like_others(folder: Path) -> None:
@@ -299,6 +301,23 @@ def test_run_folder_that_cannot_be_written_is_refused(folder: Path) -> None:
         start(folder)
 
 
+def test_every_model_that_is_missing_is_named_at_once(folder: Path) -> None:
+    with pytest.raises(ConfigError) as told:
+        start(folder, "models.a=no.safetensors", "models.b=nope.safetensors")
+    assert "no.safetensors: no such file" in str(told.value)
+    assert "nope.safetensors: no such file" in str(told.value)
+
+
+def test_vae_of_b_is_refused_where_b_has_none(folder: Path) -> None:
+    state = load_file(folder / "zero.safetensors")
+    save_file(
+        {**state, "first_stage_model.encoder.conv_in.weight": torch.ones(2)},
+        folder / "zero.safetensors",
+    )
+    with pytest.raises(ConfigError, match=r"model B, one\.safetensors, holds no VAE"):
+        start(folder, "merge.vae=b")
+
+
 def test_changed_file_of_a_scorer_is_another_configuration(folder: Path) -> None:
     bonus = folder / "bonus.txt"
     bonus.write_text("1")
@@ -321,7 +340,7 @@ def test_payload_with_odd_keys_for_the_back_end_can_be_resumed(folder: Path) -> 
         ("search.seed=5", "search.seed was 0, is 5"),
         ("merge.precision=fp32", "merge.precision was 'fp16', is 'fp32'"),
         ("scorers.likeness.sharpness=5.0", "scorers.likeness.sharpness was not set, is 5.0"),
-        ("search.freeze.IN00=0.5", "search.freeze.IN00 was not set, is 0.5"),
+        ("search.freeze.IN00=0.5", ": search.freeze.IN00 was not set, is 0.5;"),
     ],
 )
 def test_folder_of_another_configuration_is_refused_with_what_differs(

@@ -31,6 +31,7 @@ from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.data import RIVALS, Outcome, Result
 from bayesian_merger.errors import CheckpointError, ConfigError, MergerError
 from bayesian_merger.methods import method
+from bayesian_merger.registry import import_file
 from bayesian_merger.report import duration
 from bayesian_merger.scorers import scorer
 from bayesian_merger.setup import Setup, prepare
@@ -164,13 +165,14 @@ def init(folder: Path) -> None:
 def check(
     config_file: Path, run_dir: Path | None, overrides: Sequence[str], **counts: int | None
 ) -> None:
-    """Check everything CONFIG_FILE names, make one merge and one image, and say how long a run takes."""
+    """Check all that CONFIG_FILE names, make a merge and a few images, say how long a run takes."""
     config = _load(config_file, overrides, **counts)
     setup = prepare(config, config_file.absolute().parent, config_file.stem)
     folder = run_dir or _default_run_dir(config_file)
     run.check_folder(setup, folder)
     for warning in setup.warnings:
         _out.print(f"note: {warning}", soft_wrap=True)
+    _out.print("every file is in order; making a merge and a batch of images ...", soft_wrap=True)
     try:
         tried = run.try_out(setup)
     finally:
@@ -227,9 +229,24 @@ def _run(config: configuration.Config, base: Path, title: str, run_dir: Path) ->
     type=click.Path(path_type=Path, file_okay=False),
     help="Where the models lie, if not where the recipe says (default: the recipe's folder).",
 )
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Python file with the recipe's method, if it is your own; it is run.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
-def merge(recipe_file: Path, output: Path, models_dir: Path | None, overwrite: bool) -> None:
+def merge(
+    recipe_file: Path,
+    output: Path,
+    models_dir: Path | None,
+    plugins: Sequence[Path],
+    overwrite: bool,
+) -> None:
     """Rebuild the merge that RECIPE_FILE (best.toml) describes, bit for bit."""
+    for plugin in plugins:
+        import_file(plugin)
     recipe = recipes.read_toml(recipe_file)
     if output.suffix.lower() != ".safetensors":
         raise ConfigError(f"{output}: name the output .safetensors")

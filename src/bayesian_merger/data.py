@@ -215,13 +215,15 @@ class Outcome:
         names = RIVALS
         beaten = [names[key] for key, gain in self.gain.items() if gain.low > 0]
         unsure = [names[key] for key, gain in self.gain.items() if gain.low <= 0 < gain.mean]
-        worse = [names[key] for key, gain in self.gain.items() if gain.mean <= 0]
+        level = [names[key] for key, gain in self.gain.items() if gain.mean <= 0 <= gain.high]
+        worse = [names[key] for key, gain in self.gain.items() if gain.high < 0]
         if len(beaten) == len(self.gain):
             return f"The best merge beats {_listed(beaten)} on held-out seeds."
         parts = [
             f"beats {_listed(beaten)}" if beaten else "",
             f"is ahead of {_listed(unsure)} by less than the error bars" if unsure else "",
-            f"is not better than {_listed(worse)}" if worse else "",
+            f"is not better than {_listed(level)}" if level else "",
+            f"is worse than {_listed(worse)}" if worse else "",
         ]
         return f"The best merge {_listed([p for p in parts if p])} on held-out seeds."
 

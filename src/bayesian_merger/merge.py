@@ -78,6 +78,12 @@ class Merger:
                 f"(first: {missing[0]})"
             )
 
+    @property
+    def has_vae_of_b(self) -> bool:
+        """Whether B holds every tensor of A's VAE."""
+        vae = [name for name, place in self.places.items() if place.component == "vae"]
+        return all(name in self.aligned[1].layout for name in vae)
+
     def references(self) -> tuple[Model, ...]:
         """The models as a recipe names them; reads each file once for its SHA-256."""
         return tuple(Model(m.name, m.sha256, m.path.resolve()) for m in self.models)

@@ -7,6 +7,7 @@ panel on every machine.
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
 import re
@@ -46,8 +47,10 @@ class _Fields(BaseModel):
     n_iter: int = Field(1, ge=1, le=1000)
 
     @model_validator(mode="after")
-    def _extra_can_be_stored(self) -> _Fields:
+    def _extra_is_meant_and_can_be_stored(self) -> _Fields:
         for name, value in (self.model_extra or {}).items():
+            if meant := difflib.get_close_matches(name, type(self).model_fields, 1, cutoff=0.85):
+                raise ValueError(f"unknown field {name!r}; did you mean {meant[0]!r}?")
             try:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError) as error:

@@ -355,8 +355,12 @@ def _score(scorers: Mapping[str, Scorer], samples: Sequence[Sample]) -> list[dic
     """The scores of each sample; TrialError for a scorer that returns anything but finite numbers."""
     table: list[dict[str, float]] = [{} for _ in samples]
     for name, judge_of in scorers.items():
-        with _no_value(f"scorer {name}"):
-            scores = [float(score) for score in judge_of(samples)]
+        try:
+            with _no_value(f"scorer {name}"):
+                scores = [float(score) for score in judge_of(samples)]
+        except TrialError as error:
+            said = str(error)
+            raise TrialError(said if name in said else f"scorer {name}: {said}") from error
         if len(scores) != len(samples):
             raise TrialError(f"scorer {name} gave {len(scores)} scores for {len(samples)} images")
         for row, score in zip(table, scores, strict=True):

@@ -185,7 +185,17 @@ def _open_models(config: Config) -> Merger:
             f"merge.method {config.merge.method!r} merges {needed} models; name the third as models.c"
         )
     place = devices.device(config.merge.device, "merge.device")
-    merger = Merger([Checkpoint(path) for path in paths[:needed]], place)
+    models, mistakes = [], []
+    for path in paths[:needed]:
+        try:
+            models.append(Checkpoint(path))
+        except MergerError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    merger = Merger(models, place)
+    if config.merge.vae == "b" and not merger.has_vae_of_b:
+        raise ConfigError(f"merge.vae is 'b', but model B, {chosen.b.name}, holds no VAE")
     first, second, *_ = merger.references()
     if first.sha256 == second.sha256:
         raise ConfigError(f"models.a and models.b are the same file ({first.name}, {second.name})")

@@ -335,7 +335,7 @@ def _result(frozen: FrozenTrial) -> Result:
 
 
 def _flat(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(data, Mapping) and data:
+    if isinstance(data, Mapping):
         for key, value in data.items():
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
     else:
