@@ -307,7 +307,7 @@ def test_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.toml").write_text("this is\nno TOML\n")
     for path, saying in (
         (tmp_path / "no.toml", "no such file; write one with `bayesian-merger init"),
-        (tmp_path, "cannot be read"),
+        (tmp_path, "a folder; name the configuration file in it"),
         (tmp_path / "latin.toml", "cannot be read"),
         (tmp_path / "text.toml", r"not valid TOML: .*line 1"),
     ):

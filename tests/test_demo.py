@@ -46,8 +46,11 @@ def test_the_two_models_differ_in_every_block() -> None:
 def test_demo_gives_the_same_result_twice_and_merges_beat_the_parents(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("the demo asked the network")
+    asked: list[object] = []
+
+    def refuse(_: socket.socket, address: object) -> None:
+        asked.append(address)
+        raise OSError("the demo asked the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     results: list[dict[str, Any]] = []
@@ -56,6 +59,7 @@ def test_demo_gives_the_same_result_twice_and_merges_beat_the_parents(
         assert code == 0, err
         assert str(tmp_path / name / "report.html") in out.replace("\n", "")
         results.append(json.loads((tmp_path / name / "result.json").read_text()))
+    assert not asked
     first, second = results
     for key in ("images", "trials", "heldout", "gain", "best", "verdict"):
         assert first[key] == second[key]

@@ -248,6 +248,7 @@ def test_wildcards_are_the_lines_of_text_files_in_all_folders(tmp_path: Path) ->
     (tmp_path / "notes.md").write_text("no wildcard")
     assert read_wildcards(tmp_path) == {
         "hair": ("red hair", "blue hair"),
+        "empty": (),
         "people/king": ("a king",),
     }
     assert read_wildcards(None) == {}
@@ -288,6 +289,13 @@ def test_misspelt_field_is_a_mistake_and_a_field_for_other_programs_is_not(tmp_p
         read_payloads([tmp_path / "x.toml"], {})
     (tmp_path / "x.toml").write_text('prompt = "a lake"\nsampler_index = "x"\nstyles = ["y"]\n')
     assert read_payloads([tmp_path / "x.toml"], {})
+
+
+def test_wildcard_without_lines_is_a_mistake_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "hair.txt").write_text("# none yet\n")
+    payloads = read(tmp_path, a__toml='prompt = "__hair__"')
+    with pytest.raises(ConfigError, match=r"payload a: the file of wildcard __hair__ holds no"):
+        draw_panel(payloads, read_wildcards(tmp_path), rounds=1, seed="0")
 
 
 def test_unknown_wildcard_is_a_mistake_with_the_known_ones(tmp_path: Path) -> None:

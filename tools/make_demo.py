@@ -219,8 +219,7 @@ class Domain:
 
     `wobble` is the most that outlines are distorted, `fade` the most that colours and backgrounds
     fade towards grey. `trusted` is the share of captions whose word is true, per group of `WORDS`;
-    the others name any word of the group. `slow` matches the blocks that learn at a tenth of the
-    rate, as block learning rates of usual trainers do.
+    the others name any word of the group.
     """
 
     name: str
@@ -230,7 +229,6 @@ class Domain:
     steps: int
     peak: float
     start: str | None = None
-    slow: str | None = None
 
 
 DOMAINS = {
@@ -279,26 +277,12 @@ def train_denoiser(work: Path, domain: Domain) -> None:
             error = F.mse_loss(unet(noisy, times, states).sample, velocity, reduction="none")
             yield (weights[times] * error.mean((1, 2, 3))).mean()
 
-    groups = learning_groups(unet, text_encoder, domain)
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    groups = [{"params": parameters, "peak": domain.peak}]
     for _ in descend(groups, domain.steps, domain.name, losses()):
         pass
     state = {"unet": unet.state_dict(), "text": text_encoder.state_dict()}
     torch.save(state, work / f"{domain.name}.pt")
-
-
-def learning_groups(
-    unet: nn.Module, text_encoder: nn.Module, domain: Domain
-) -> list[dict[str, Any]]:
-    """The parameters with their peak learning rates: full, or a tenth of it for slow blocks."""
-    named = {unet_name(name): p for name, p in unet.named_parameters()}
-    named |= {text_name(name): p for name, p in text_encoder.named_parameters()}
-    slow = [n for n in named if domain.slow is not None and re.search(domain.slow, n)]
-    fast = [n for n in named if n not in set(slow)]
-    return [
-        {"params": [named[n] for n in names], "peak": peak}
-        for names, peak in ((fast, domain.peak), (slow, domain.peak / 10))
-        if names
-    ]
 
 
 @torch.inference_mode()

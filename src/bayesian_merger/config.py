@@ -165,11 +165,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     ConfigError with every mistake, one on a line.
     """
+    if path.is_dir():
+        raise ConfigError(f"{path}: a folder; name the configuration file in it")
     try:
         data = toml.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
-            f"{path}: no such file; write one with `bayesian-merger init {path}`"
+            f"{path}: no such file; write one with `bayesian-merger init {path.parent}`"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error

@@ -208,6 +208,11 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict)
     finished: bool = False
 
+    def ends(self, recipe: Recipe) -> tuple[str, str]:
+        """What a weight of 0 and of 1 stand for in `recipe`: models A and B, or nothing known."""
+        first, second, *_ = self.models
+        return (first, second) if recipe.method == "weighted_sum" else ("", "")
+
     def verdict(self) -> str:
         """One sentence: does the best merge beat A, B and the even merge, and how sure is that?"""
         if not self.gain:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bayesian_merger.errors import ConfigError
+from bayesian_merger.errors import ConfigError, first_line
 
 
 def device(name: str, where: str) -> torch.device:
@@ -19,7 +19,6 @@ def device(name: str, where: str) -> torch.device:
     try:
         found = torch.device(name)
         torch.empty(0, device=found).cpu()  # the device "meta" holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{where}: {name!r} cannot be used ({reason})") from error
+    except (RuntimeError, AssertionError) as error:  # the latter by torch built without CUDA
+        raise ConfigError(f"{where}: {name!r} cannot be used ({first_line(error)})") from error
     return found

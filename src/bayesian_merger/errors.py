@@ -31,3 +31,8 @@ class TrialError(MergerError):
 
 class NothingChangedError(TrialError):
     """Different weights made the very same images: the merge does not reach the back end."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

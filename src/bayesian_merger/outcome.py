@@ -96,7 +96,7 @@ def write_outcome(outcome: Outcome, folder: Path, models: Sequence[Model] = ()) 
     found = outcome.best or outcome.leader
     if found is not None:
         weights = next(iter(found.recipe.weights.values()))
-        names = (outcome.models[0], outcome.models[1])
+        names = outcome.ends(found.recipe)
         plots.save(plots.unet(weights, blocks=outcome.blocks, names=names), folder / "unet.png")
         if models:
             write_recipe(found.recipe, folder, models)

@@ -7,7 +7,6 @@ panel on every machine.
 
 from __future__ import annotations
 
-import difflib
 import json
 import random
 import re
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bayesian_merger import toml
 from bayesian_merger.data import Prompt
 from bayesian_merger.errors import ConfigError
+from bayesian_merger.registry import nearest
 
 _WILDCARD = re.compile(r"__(?!\s)([^\n]+?)(?<!\s)__")
 _LONGEST = 20_000  # characters of a prompt
@@ -49,8 +49,8 @@ class _Fields(BaseModel):
     @model_validator(mode="after")
     def _extra_is_meant_and_can_be_stored(self) -> _Fields:
         for name, value in (self.model_extra or {}).items():
-            if meant := difflib.get_close_matches(name, type(self).model_fields, 1, cutoff=0.85):
-                raise ValueError(f"unknown field {name!r}; did you mean {meant[0]!r}?")
+            if meant := nearest(name, type(self).model_fields, cutoff=0.85):
+                raise ValueError(f"unknown field {name!r}{meant}")
             try:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError) as error:
@@ -118,8 +118,7 @@ def read_wildcards(folder: Path | None) -> dict[str, tuple[str, ...]]:
     for path in sorted(folder.rglob("*.txt")):
         lines = (line.strip() for line in _text(path).splitlines())
         kept = tuple(line for line in lines if line and not line.startswith("#"))
-        if kept:
-            wildcards[path.relative_to(folder).with_suffix("").as_posix()] = kept
+        wildcards[path.relative_to(folder).with_suffix("").as_posix()] = kept
     return wildcards
 
 
@@ -180,6 +179,8 @@ def _fill(
         if name not in wildcards:
             known = ", ".join(wildcards) or "none; set panel.wildcards_dir"
             raise ConfigError(f"payload {payload}: unknown wildcard __{name}__ (known: {known})")
+        if not wildcards[name]:
+            raise ConfigError(f"payload {payload}: the file of wildcard __{name}__ holds no line")
         return chance.choice(wildcards[name])
 
     for _ in range(_DEEPEST):
@@ -210,7 +211,9 @@ def _tables(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
         RecursionError,
         yaml.YAMLError,
     ) as error:  # PyYAML: a ValueError for a day 32
-        raise ConfigError(f"payload {path}: {' '.join(str(error).split())}") from error
+        kind = "TOML" if path.suffix.lower() == ".toml" else "YAML"
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"payload {path}: not valid {kind}: {reason}") from error
     if not isinstance(data, dict):
         raise ConfigError(f'payload {path}: no fields; add a line prompt = "..."')
     # sd-webui-bayesian-merger wrote one name with the fields below it.

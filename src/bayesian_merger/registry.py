@@ -20,9 +20,12 @@ _HERE = Path()
 T = TypeVar("T", bound=Callable[..., Any])
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The text "; did you mean 'x'?" with the nearest known name, or nothing if none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The text "; did you mean 'x'?" with the nearest known name, or nothing if none is near.
+
+    `cutoff` is the likeness, in [0, 1], from which a name counts as near.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -88,10 +91,9 @@ class Registry(Generic[T]):
 
     def build(self, name: str, options: Mapping[str, Any], folder: Path = _HERE) -> Any:
         """The plugin called with its checked options; relative paths among them are below `folder`."""
-        checked = self.check(name, options)
-        paths = {k: folder / v.expanduser() for k, v in checked.items() if isinstance(v, Path)}
+        given = {**self.check(name, options), **self._paths(name, options, folder)}
         try:
-            return self.get(name)(**{**checked, **paths})
+            return self.get(name)(**given)
         except MergerError:
             raise
         except Exception as error:
@@ -102,14 +104,18 @@ class Registry(Generic[T]):
         self, name: str, options: Mapping[str, Any], folder: Path = _HERE
     ) -> dict[str, Path]:
         """The options, given or by default, that name files which exist."""
+        paths = self._paths(name, options, folder)
+        return {key: path for key, path in paths.items() if path.is_file()}
+
+    def _paths(self, name: str, options: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+        """The options that are paths, given or by default, below `folder`."""
         parameters = inspect.signature(self.get(name)).parameters.values()
-        defaults = {p.name: p.default for p in parameters}
-        paths = {
+        defaults = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+        return {
             key: folder / value.expanduser()
             for key, value in {**defaults, **self.check(name, options)}.items()
             if isinstance(value, Path)
         }
-        return {key: path for key, path in paths.items() if path.is_file()}
 
 
 def import_file(path: Path) -> None:

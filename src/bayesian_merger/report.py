@@ -179,7 +179,7 @@ def _convergence_alt(outcome: Outcome) -> str:
 
 def _unets(outcome: Outcome, recipe: Recipe) -> list[dict[str, Any]]:
     """The drawing of the network for each weight of the method."""
-    names = (outcome.models[0], outcome.models[1])
+    names = outcome.ends(recipe)
     drawings = []
     for name, weights in recipe.weights.items():
         title = name if len(recipe.weights) > 1 else ""

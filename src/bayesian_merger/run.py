@@ -25,6 +25,7 @@ from bayesian_merger.errors import (
     NothingChangedError,
     RunError,
     TrialError,
+    first_line,
 )
 from bayesian_merger.merge import Merger
 from bayesian_merger.outcome import (
@@ -44,6 +45,8 @@ from bayesian_merger.study import Plan, Stage, Study, Trial, storage_errors
 from bayesian_merger.values import Yardstick
 
 _FAILURES_IN_A_ROW = 3
+# Errors of ours say what they mean for the run; a full disk or a lost server stops it.
+_NOT_OF_ONE_TRIAL = (MergerError, OSError)
 _REPORT_EVERY_S = 60.0
 
 
@@ -114,7 +117,7 @@ def run(setup: Setup, folder: Path, observer: Observer) -> Outcome:
         remove_parts(folder)
         check_folder(setup, folder)
         study = open_study(folder, create=True)
-        study.begin(setup.identity(), setup.about())
+        study.begin(setup.identity, setup.about())
         observer.planned(setup.n_images(), setup.n_trials)
         for warning in setup.warnings:
             observer.noted(warning)
@@ -275,7 +278,7 @@ def _distance(one: Result, other: Result, plan: Plan) -> float:
 def check_folder(setup: Setup, folder: Path) -> None:
     """ConfigError or CheckpointError if `setup` cannot run in `folder`: another run's, or no space."""
     if (folder / "study.db").is_file():
-        open_study(folder).require_same(setup.identity())
+        open_study(folder).require_same(setup.identity)
     best = folder / "best.safetensors"
     if setup.config.output.save_best:
         if any(model.path.resolve() == best.resolve() for model in setup.merger.models):
@@ -320,13 +323,13 @@ def try_out(setup: Setup) -> TryOut:
 
 def _load(setup: Setup, recipe: Recipe) -> None:
     """Merge, and put the merge into the back end; TrialError if that fails."""
-    with _no_value("the merge", (OSError,)):
+    with _no_value("the merge", passing=_NOT_OF_ONE_TRIAL):
         setup.backend.load(recipe, setup.merger.merge(recipe))
 
 
 def _generate(setup: Setup, batch: Sequence[Prompt]) -> list[Sample]:
     """One image for each prompt, in order; TrialError if any is not to be had."""
-    with _no_value("the back end", (OSError,)):
+    with _no_value("the back end", passing=_NOT_OF_ONE_TRIAL):
         samples = list(setup.backend.generate(batch))
     made = [sample.prompt.index for sample in samples]
     if made != [prompt.index for prompt in batch]:
@@ -337,30 +340,24 @@ def _generate(setup: Setup, batch: Sequence[Prompt]) -> list[Sample]:
 
 
 @contextmanager
-def _no_value(part: str, stopping: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Whatever goes wrong in `part` is a TrialError, but for errors of ours and `stopping` ones.
-
-    A full disk or a lost server is no matter of one trial, so OSError is to stop the run.
-    """
+def _no_value(part: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Whatever goes wrong is a TrialError that names `part`, but for errors of the kinds `passing`."""
     try:
         yield
+    except passing:
+        raise
+    except TrialError as error:
+        raise TrialError(f"{part}: {error}") from error
     except Exception as error:
-        if isinstance(error, (MergerError, *stopping)):
-            raise
-        first = (str(error).strip() or "no reason given").splitlines()[0]
-        raise TrialError(f"{part}: {type(error).__name__}: {first}") from error
+        raise TrialError(f"{part}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _score(scorers: Mapping[str, Scorer], samples: Sequence[Sample]) -> list[dict[str, float]]:
     """The scores of each sample; TrialError for a scorer that returns anything but finite numbers."""
     table: list[dict[str, float]] = [{} for _ in samples]
     for name, judge_of in scorers.items():
-        try:
-            with _no_value(f"scorer {name}"):
-                scores = [float(score) for score in judge_of(samples)]
-        except TrialError as error:
-            said = str(error)
-            raise TrialError(said if name in said else f"scorer {name}: {said}") from error
+        with _no_value(f"scorer {name}"):
+            scores = [float(score) for score in judge_of(samples)]
         if len(scores) != len(samples):
             raise TrialError(f"scorer {name} gave {len(scores)} scores for {len(samples)} images")
         for row, score in zip(table, scores, strict=True):

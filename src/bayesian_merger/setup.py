@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,6 +90,7 @@ class Setup:
             "heldout_panel": [p.to_dict() for p in self.heldout_panel],
         }
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What must not change between two starts of one run."""
         plain = configuration.as_plain(self.config)
@@ -194,8 +195,10 @@ def _open_models(config: Config) -> Merger:
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     merger = Merger(models, place)
-    if config.merge.vae == "b" and not merger.has_vae_of_b:
-        raise ConfigError(f"merge.vae is 'b', but model B, {chosen.b.name}, holds no VAE")
+    if config.merge.vae != "a" and not merger.has_vae_of_b:
+        raise ConfigError(
+            f"merge.vae is {config.merge.vae!r}, but model B, {chosen.b.name}, holds no VAE"
+        )
     first, second, *_ = merger.references()
     if first.sha256 == second.sha256:
         raise ConfigError(f"models.a and models.b are the same file ({first.name}, {second.name})")

@@ -26,7 +26,7 @@ from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from bayesian_merger.data import Estimate, Recipe, Result, State, Weights
-from bayesian_merger.errors import ConfigError, RunError
+from bayesian_merger.errors import ConfigError, RunError, first_line
 from bayesian_merger.space import Space
 
 Optimiser = Literal["bayes", "tpe"]
@@ -49,7 +49,7 @@ def storage_errors() -> Iterator[None]:
         yield
     except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
         cause = error.__cause__ or error
-        reason = str(getattr(cause, "orig", None) or cause).splitlines()[0]
+        reason = first_line(getattr(cause, "orig", None) or cause)
         raise RunError(
             f"the study cannot be read or written ({reason}); what it holds is kept, "
             f"and the same command goes on from there"
@@ -162,7 +162,7 @@ class Study:
             try:
                 self._storage = storage = optuna.storages.RDBStorage(url)
             except RuntimeError as error:  # another version of Optuna's tables
-                raise RunError(str(error).splitlines()[0]) from error
+                raise RunError(first_line(error)) from error
             self._search, self._judged = (
                 optuna.create_study(
                     storage=storage, study_name=name, direction="maximize", load_if_exists=True
