@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayesian_merger.blocks import SD1
+from bayesian_merger.blocks import ARCHITECTURES, SD1, SDXL, Architecture
 from bayesian_merger.errors import ConfigError
-from bayesian_merger.space import Parameter, Space, build
+from bayesian_merger.space import PRESETS, Parameter, Space, build
 
 OUTS = tuple(f"OUT{i:02}_alpha" for i in range(12))
 INS = tuple(f"IN{i:02}_alpha" for i in range(12))
@@ -20,8 +22,22 @@ def space(
     ranges: Mapping[str, tuple[float, float]] | None = None,
     groups: Sequence[Sequence[str]] = (),
     weights: Sequence[str] = ("alpha",),
+    *,
+    presets: Sequence[str] = (),
+    architecture: Architecture = SD1,
+    blocks: Sequence[str] | None = None,
+    parts: Sequence[str] | None = None,
 ) -> Space:
-    return build(weights, SD1, freeze=freeze or {}, ranges=ranges or {}, groups=groups)
+    return build(
+        weights,
+        architecture,
+        freeze=freeze or {},
+        ranges=ranges or {},
+        groups=groups,
+        presets=presets,
+        blocks=blocks,
+        parts=parts,
+    )
 
 
 def mistakes(*args: object, **options: object) -> list[str]:
@@ -213,3 +229,147 @@ def test_all_mistakes_are_told_at_once() -> None:
         {"IN99": 0.5, "M00": math.nan}, {"OUT99": (0.0, 1.0), "base": (1.0, 0.0)}, [["X"], ["M00"]]
     )
     assert len(found) == 6
+
+
+def test_single_searches_one_value_for_each_weight_of_the_method() -> None:
+    (only,) = space(presets=["single"]).parameters
+    assert only == Parameter(
+        "base-OUT11_alpha", 0.0, 1.0, ("base_alpha", *INS, "M00_alpha", *OUTS)
+    )
+    found = space(weights=["alpha", "beta"], presets=["single"])
+    assert [p.name for p in found.parameters] == ["base-OUT11_alpha", "base-OUT11_beta"]
+    weights = found.weights({"base-OUT11_alpha": 0.25, "base-OUT11_beta": 0.75})
+    assert weights["alpha"] == dict.fromkeys(SD1.blocks, 0.25)
+    assert weights["beta"] == dict.fromkeys(SD1.blocks, 0.75)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda a: a.name)
+def test_groups8_searches_eight_values_for_all_blocks(architecture: Architecture) -> None:
+    found = space(presets=["groups8"], architecture=architecture)
+    assert len(found.parameters) == 8
+    assert [n for p in found.parameters for n in p.members] == [
+        f"{block}_alpha" for block in architecture.blocks
+    ]
+
+
+def test_groups8_of_sdxl_is_called_by_first_and_last_block() -> None:
+    found = space(presets=["groups8"], architecture=SDXL)
+    assert [p.name for p in found.parameters] == [
+        "base_alpha",
+        "IN00-IN03_alpha",
+        "IN04-IN06_alpha",
+        "IN07-IN08_alpha",
+        "M00_alpha",
+        "OUT00-OUT02_alpha",
+        "OUT03-OUT05_alpha",
+        "OUT06-OUT08_alpha",
+    ]
+
+
+def test_what_the_user_freezes_or_groups_is_not_in_a_preset_s_group() -> None:
+    found = space({"M00": 0.5}, groups=[["IN01", "IN04"]], presets=["groups8"])
+    members = {p.name: p.members for p in found.parameters}
+    assert members["IN01_alpha-IN04_alpha"] == ("IN01_alpha", "IN04_alpha")
+    assert members["IN00-IN03_alpha"] == ("IN00_alpha", "IN02_alpha", "IN03_alpha")
+    assert members["IN05-IN06_alpha"] == ("IN05_alpha", "IN06_alpha")
+    assert "M00_alpha" not in members["IN10-OUT02_alpha"]
+    assert found.frozen == {"M00_alpha": 0.5}
+
+
+def test_blocks_of_a_preset_s_group_with_different_ranges_are_searched_apart() -> None:
+    found = space(ranges={"IN01": (0.2, 0.4), "IN03": (0.2, 0.4)}, presets=["single"])
+    assert {p.name: (p.low, p.high, len(p.members)) for p in found.parameters} == {
+        "base-OUT11_alpha": (0.0, 1.0, 24),
+        "IN01-IN03_alpha": (0.2, 0.4, 2),
+    }
+    (only,) = space(ranges={"*": (-0.5, 1.5)}, presets=["single"]).parameters
+    assert (only.low, only.high, len(only.members)) == (-0.5, 1.5, 26)
+
+
+@pytest.mark.parametrize(
+    ("presets", "parts"),
+    [
+        (["te-split"], ["TE2"]),
+        (["ends"], ["TIME", "LABEL", "FINAL"]),
+        (["vae"], ["VAE"]),
+        (["vae", "te-split", "ends", "vae"], ["TE2", "TIME", "LABEL", "FINAL", "VAE"]),
+    ],
+)
+def test_preset_gives_parts_values_of_their_own(presets: list[str], parts: list[str]) -> None:
+    found = space(presets=presets, architecture=SDXL, weights=["alpha", "beta"])
+    names = [*SDXL.blocks, *parts]
+    assert [p.name for p in found.parameters] == [
+        f"{n}_{w}" for w in ("alpha", "beta") for n in names
+    ]
+    weights = found.weights({p.name: 0.5 for p in found.parameters})
+    assert [list(given) for given in weights.values()] == [names, names]
+
+
+def test_parts_stay_out_of_a_preset_s_group() -> None:
+    found = space(presets=["single", "te-split", "vae"], architecture=SDXL)
+    assert [p.name for p in found.parameters] == ["base-OUT08_alpha", "TE2_alpha", "VAE_alpha"]
+
+
+def test_part_named_by_the_user_has_a_weight_of_its_own() -> None:
+    found = space({"TIME": 0.0}, {"VAE_beta": (0.2, 0.4)}, [["FINAL", "M00"]], ["alpha", "beta"])
+    assert found.frozen == {"TIME_alpha": 0.0}
+    parameters = by_name(found)
+    assert (parameters["VAE_beta"].low, parameters["VAE_beta"].high) == (0.2, 0.4)
+    assert parameters["FINAL_alpha-M00_alpha"].members == ("FINAL_alpha", "M00_alpha")
+    weights = found.weights({p.name: 0.5 for p in found.parameters})
+    assert set(weights["alpha"]) - set(SD1.blocks) == {"TIME", "FINAL"}
+    assert set(weights["beta"]) - set(SD1.blocks) == {"VAE"}
+
+
+def test_pattern_names_only_parts_that_something_else_names() -> None:
+    assert "TIME_alpha" not in space(ranges={"*": (0.0, 0.5)}).names
+    found = space(ranges={"*": (0.0, 0.5)}, presets=["ends"])
+    assert by_name(found)["TIME_alpha"].high == 0.5
+    (only,) = mistakes({"TIM?": 0.5})
+    assert only == "search.freeze: 'TIM?' names no weight; did you mean 'TIME'?"
+
+
+def test_weights_without_a_part_of_the_space_have_no_values() -> None:
+    found = space(presets=["single", "vae"])
+    alpha = dict.fromkeys(SD1.blocks, 0.5)
+    assert found.values({"alpha": alpha}) is None
+    assert found.values({"alpha": {**alpha, "VAE": 0.25}}) == {
+        "base-OUT11_alpha": 0.5,
+        "VAE_alpha": 0.25,
+    }
+
+
+def test_blocks_and_parts_that_the_models_lack_have_no_weight() -> None:
+    alone: dict[str, Any] = {"blocks": SDXL.blocks[1:], "parts": ("TIME", "LABEL", "FINAL")}
+    found = space(architecture=SDXL, presets=["ends", "groups8"], **alone)
+    assert found.parameters[0].name == "IN00-IN03_alpha"
+    assert len(found.parameters) == 7 + 3
+    assert "base" not in found.weights({p.name: 0.5 for p in found.parameters})["alpha"]
+    assert mistakes({"base": 0.5}, groups=[["VAE", "M00"]], architecture=SDXL, **alone) == [
+        "search.freeze: 'base' names no weight; the models hold no tensor of it",
+        "search.groups: 'VAE' names no weight; the models hold no tensor of it",
+    ]
+
+
+def test_preset_that_is_unknown_or_fits_nowhere_is_a_mistake() -> None:
+    (only,) = mistakes(presets=["group8"])
+    assert only == "search.presets: no preset 'group8'; did you mean 'groups8'?"
+    (only,) = mistakes(presets=["te-split"])
+    assert only == (
+        "search.presets: 'te-split' fits nowhere, these SD1.5 models have no part TE2 or T5; "
+        "take it out"
+    )
+    (only,) = mistakes(presets=["vae"], parts=("TIME", "FINAL"))
+    assert "'vae' fits nowhere, these SD1.5 models have no part VAE" in only
+
+
+def test_two_presets_that_group_are_a_mistake() -> None:
+    (only,) = mistakes(presets=["single", "ends", "groups8"])
+    assert only == "search.presets: single and groups8 exclude each other; keep one"
+    assert len(space(presets=["single", "single"]).parameters) == 1
+
+
+def test_docs_name_every_preset() -> None:
+    docs = Path(__file__).parent.parent / "docs" / "blocks.md"
+    rows = docs.read_text(encoding="utf-8").partition("\n## Presets\n")[2].splitlines()
+    assert [row.split("`")[1] for row in rows if row.startswith("| `")] == list(PRESETS)

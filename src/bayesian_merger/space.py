@@ -1,11 +1,12 @@
-"""Which weights may vary: ranges, freezes and groups over the blocks of an architecture."""
+"""Which weights may vary: ranges, freezes, groups and presets over the blocks of an architecture."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import TypeVar
 
 from bayesian_merger.blocks import Architecture, short_names
@@ -30,8 +31,8 @@ class Parameter:
 class Space:
     """The search space: parameters, and the weights that stay as they are.
 
-    A weight's name is its block and the method's weight, "IN00_alpha"; `names` lists them all as
-    name -> (weight, block).
+    A weight's name is its block (or part) and the method's weight, "IN00_alpha"; `names` lists them
+    all as name -> (weight, block).
     """
 
     names: Mapping[str, tuple[str, str]]
@@ -49,7 +50,12 @@ class Space:
         return weights
 
     def values(self, weights: Weights) -> dict[str, float] | None:
-        """The parameters that give `weights`, or None if the space does not hold them."""
+        """The parameters that give `weights`, or None if the space does not hold them.
+
+        Weights that lack one of the names are not held.
+        """
+        if any(block not in weights[weight] for weight, block in self.names.values()):
+            return None
         flat = {name: weights[weight][block] for name, (weight, block) in self.names.items()}
         values: dict[str, float] = {}
         for parameter in self.parameters:
@@ -64,6 +70,30 @@ class Space:
         return values
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A ready choice of what is searched, which `about` says in words.
+
+    `parts` get weights of their own, and each of `groups` shares one value.
+    """
+
+    about: str
+    parts: tuple[str, ...] = ()
+    groups: Callable[[Architecture], Sequence[Sequence[str]]] | None = None
+
+
+PRESETS: Mapping[str, Preset] = {
+    "single": Preset("one value for all blocks", groups=lambda a: [a.blocks]),
+    "groups8": Preset("eight groups of neighbouring blocks", groups=lambda a: a.groups8),
+    "te-split": Preset("each text encoder its own value", parts=("TE2", "T5")),
+    "ends": Preset(
+        "the embeddings of time and label and the last layer apart",
+        parts=("TIME", "LABEL", "FINAL"),
+    ),
+    "vae": Preset("the VAE is searched too", parts=("VAE",)),
+}
+
+
 def build(
     weights: Sequence[str],
     architecture: Architecture,
@@ -71,14 +101,34 @@ def build(
     freeze: Mapping[str, float],
     ranges: Mapping[str, tuple[float, float]],
     groups: Sequence[Sequence[str]],
+    presets: Sequence[str] = (),
+    blocks: Sequence[str] | None = None,
+    parts: Sequence[str] | None = None,
 ) -> Space:
     """The space of `weights` (of a method) over the blocks, each in [0, 1] unless narrowed.
 
     Names are "IN00_alpha", the original's "block_0_alpha" and "base_alpha", a bare block ("IN00")
-    for the method's first weight, or a pattern ("OUT*"). All mistakes are in one ConfigError.
+    for the method's first weight, or a pattern ("OUT*"). A part ("TIME") has a weight of its own if
+    a preset or, by its full name, a freeze, range or group asks for it; patterns do not.
+
+    `blocks` and `parts` are those that the models hold, None for all. A preset that groups takes
+    the blocks that are neither frozen nor in `groups`; those given different ranges stay apart.
+
+    All mistakes are in one ConfigError.
     """
-    names = {f"{b}_{w}": (w, b) for w in weights for b in architecture.blocks}
-    book = _Names(names, weights, architecture)
+    blocks = [b for b in architecture.blocks if blocks is None or b in blocks]
+    parts = [p for p in architecture.parts if parts is None or p in parts]
+    chosen, mistakes = _chosen(presets, parts, architecture)
+    # A bare part is its first weight, as a bare block is.
+    asked = {*freeze, *ranges, *chain(*groups)}
+    asked |= {f"{name}_{weights[0]}" for name in asked}
+    asked |= {f"{p}_{w}" for preset in chosen for p in preset.parts for w in weights}
+    names = {
+        f"{block}_{weight}": (weight, block)
+        for weight in weights
+        for block in (*blocks, *(p for p in parts if f"{p}_{weight}" in asked))
+    }
+    book = _Names(names, weights, architecture, mistakes)
     frozen = book.table("freeze", freeze)
     spans = book.table("ranges", ranges)
     for name, value in frozen.items():
@@ -110,14 +160,54 @@ def build(
         if members:
             low, high = limits.pop() if limits else (0.0, 1.0)
             parameters.append(Parameter("-".join(members), low, high, tuple(members)))
-    for name in names:
-        if name not in frozen and name not in taken:
-            low, high = spans.get(name, (0.0, 1.0))
-            parameters.append(Parameter(name, low, high, (name,)))
+    left = {n: place for n, place in names.items() if n not in frozen and n not in taken}
+    parameters += _ungrouped(left, spans, chosen, architecture)
     if not parameters and not book.mistakes:
         book.mistake("search.freeze: every weight is frozen, so there is nothing to search")
     book.raise_mistakes()
     return Space(names, tuple(parameters), frozen)
+
+
+def _chosen(
+    presets: Sequence[str], parts: Sequence[str], architecture: Architecture
+) -> tuple[list[Preset], list[str]]:
+    """The presets of these names, and the mistakes in them; `parts` are those that the models hold."""
+    mistakes = []
+    for name in presets:
+        if name not in PRESETS:
+            mistakes.append(f"search.presets: no preset {name!r}{nearest(name, PRESETS)}")
+        elif PRESETS[name].parts and not set(PRESETS[name].parts) & set(parts):
+            mistakes.append(
+                f"search.presets: {name!r} fits nowhere, these {architecture.title} models have "
+                f"no part {' or '.join(PRESETS[name].parts)}; take it out"
+            )
+    known = [name for name in dict.fromkeys(presets) if name in PRESETS]
+    grouping = [name for name in known if PRESETS[name].groups]
+    if len(grouping) > 1:
+        mistakes.append(f"search.presets: {' and '.join(grouping)} exclude each other; keep one")
+    return [PRESETS[name] for name in known], mistakes
+
+
+def _ungrouped(
+    names: Mapping[str, tuple[str, str]],
+    spans: Mapping[str, tuple[float, float]],
+    presets: Sequence[Preset],
+    architecture: Architecture,
+) -> Iterator[Parameter]:
+    """A parameter for each weight, or for those that share a preset's group and a range.
+
+    The latter is called by its first and last block, "IN00-IN03_alpha".
+    """
+    groups = [group for p in presets if p.groups for group in p.groups(architecture)]
+    group_of = {block: group[0] for group in groups for block in group}
+    shared: dict[tuple[str, str, tuple[float, float]], list[str]] = {}
+    for name, (weight, block) in names.items():
+        key = (weight, group_of.get(block, block), spans.get(name, (0.0, 1.0)))
+        shared.setdefault(key, []).append(name)
+    for (weight, _, (low, high)), members in shared.items():
+        first, last = names[members[0]][1], names[members[-1]][1]
+        called = members[0] if len(members) == 1 else f"{first}-{last}_{weight}"
+        yield Parameter(called, low, high, tuple(members))
 
 
 class _Names:
@@ -128,11 +218,13 @@ class _Names:
         names: Mapping[str, tuple[str, str]],
         weights: Sequence[str],
         architecture: Architecture,
+        mistakes: list[str],
     ) -> None:
-        self.mistakes: list[str] = []
+        self.mistakes = mistakes
         self._canonical = list(names)
+        # Those of blocks and parts that the models lack are known too, to say so.
         self._aliases: dict[str, str] = {
-            block: f"{block}_{weights[0]}" for block in architecture.blocks
+            block: f"{block}_{weights[0]}" for block in (*architecture.blocks, *architecture.parts)
         }
         for weight in weights:
             for alias, block in short_names(weight, architecture).items():
@@ -148,13 +240,15 @@ class _Names:
     def find(self, where: str, pattern: str) -> list[str]:
         """The weights that `pattern` names, in the order of the blocks; a mistake if there is none."""
         if pattern in self._aliases:
-            return [self._aliases[pattern]]
-        hits = {name for alias, name in self._aliases.items() if fnmatchcase(alias, pattern)}
-        if not hits:
-            self.mistake(
-                f"search.{where}: {pattern!r} names no weight{nearest(pattern, self._aliases)}"
-            )
-        return [name for name in self._canonical if name in hits]
+            hits = {self._aliases[pattern]}
+            hint = "; the models hold no tensor of it"
+        else:
+            hits = {name for alias, name in self._aliases.items() if fnmatchcase(alias, pattern)}
+            hint = nearest(pattern, self._aliases)
+        found = [name for name in self._canonical if name in hits]
+        if not found:
+            self.mistake(f"search.{where}: {pattern!r} names no weight{hint}")
+        return found
 
     def table(self, where: str, given: Mapping[str, _V]) -> dict[str, _V]:
         """`given` with each pattern replaced by the weights it names."""
