@@ -229,8 +229,8 @@ def test_every_tensor_of_a_part_has_names_of_its_own(architecture: str, file: st
         assert len(found) <= 1, name
         if not found:
             outside.append(name)
-    inside = ("model.diffusion_model.", "first_stage_model.", "vae.", "text_encoders.")
-    inside += ("cond_stage_model.", "conditioner.")
+    inside: tuple[str, ...] = ("model.diffusion_model.", "first_stage_model.", "vae.")
+    inside += ("text_encoders.", "cond_stage_model.", "conditioner.")
     assert {n for n in outside if n.startswith(inside)} == {
         n for n in outside if n.endswith("logit_scale")
     }
