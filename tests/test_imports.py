@@ -15,8 +15,8 @@ PACKAGE = Path(bayesian_merger.__file__).parent
 PLUGINS = ("methods", "backends", "scorers")
 LAYERS = (
     ("data", "errors", "toml", "demo"),
-    ("checkpoint", "devices", "registry"),
-    ("blocks", "plots", *PLUGINS),
+    ("checkpoint", "devices", "names", "registry"),
+    ("blocks", "folders", "lora", "plots", *PLUGINS),
     ("config", "space", "study", "merge", "recipes", "prompts", "report", "values"),
     ("setup",),
     ("outcome",),
