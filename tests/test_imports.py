@@ -15,7 +15,7 @@ PACKAGE = Path(bayesian_merger.__file__).parent
 PLUGINS = ("methods", "backends", "scorers")
 LAYERS = (
     ("data", "errors", "toml", "demo"),
-    ("checkpoint", "devices", "registry"),
+    ("checkpoint", "devices", "metadata", "registry"),
     ("blocks", "plots", *PLUGINS),
     ("config", "space", "study", "merge", "recipes", "prompts", "report", "values"),
     ("setup",),
