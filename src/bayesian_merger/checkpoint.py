@@ -93,7 +93,7 @@ _TABLE_BYTES = 8 << 20
 _TABLE_SHARE = 64
 
 _short = reprlib.Repr()
-_short.maxstring = 160
+_short.maxstring, _short.maxlevel = 160, 2
 
 
 @dataclass(frozen=True)
