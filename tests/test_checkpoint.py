@@ -5,8 +5,10 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -333,10 +335,16 @@ def test_broken_safetensors_file_is_refused_in_one_line(tmp_path: Path, what: st
     refused(path)
 
 
-def test_type_that_cannot_be_merged_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [("F4", 48), ("F6_E2M3", 32), ("F8_E8M0", 24), ("F8_E4M3FNUZ", 24), ("C64", 3)],
+)
+def test_type_that_cannot_be_merged_is_refused_by_name(
+    tmp_path: Path, kind: str, length: int
+) -> None:
     path = tmp_path / "quantised.safetensors"
-    safetensors.torch.save_file({"w": torch.ones(4).to(torch.float8_e4m3fn)}, path)
-    refused(path, r"'w' has type F8_E4M3.*quantised")
+    path.write_bytes(with_header(entry([length], [0, 24], kind)))
+    refused(path, rf"'t' has type {kind}.*quantised")
 
 
 def mutated(data: bytes, chance: random.Random) -> bytes:
@@ -408,8 +416,6 @@ def test_mutated_ckpt_file_opens_or_is_refused(tmp_path: Path, chance: random.Ra
 def test_ckpt_file_with_a_mutated_pickle_opens_or_is_refused(
     tmp_path: Path, chance: random.Random
 ) -> None:
-    import zipfile
-
     path = tmp_path / "fuzzed.ckpt"
     good_ckpt(path)
     with zipfile.ZipFile(path) as archive:
@@ -467,7 +473,8 @@ def test_code_in_a_ckpt_is_refused_and_not_run(tmp_path: Path, place: str, as_zi
         "key": {bomb: tensor},
     }[place]
     torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=as_zip)
-    refused(tmp_path / "x.ckpt", r"refused.*holds (posix|nt)\.mkdir.*convert it to \.safetensors")
+    what = r"holds (posix|nt)\.mkdir" if as_zip else "PyTorch before 1.6"
+    refused(tmp_path / "x.ckpt", rf"refused.*{what}.*convert it to \.safetensors")
     assert not (tmp_path / "marker").exists()
 
 
@@ -496,8 +503,8 @@ def test_bare_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
         (torch.ones(2), "no table of tensors"),
         ({"state_dict": [torch.ones(2)]}, "no table of tensors"),
         ({"one": torch.ones(2, dtype=torch.complex64)}, r"'one' has type torch\.complex64"),
-        ({"one": torch.ones(2, 2).to_sparse()}, "'one'"),
-        ({"one": torch.ones(2, device="meta")}, "'one'"),
+        ({"one": torch.ones(2, 2).to_sparse()}, "_rebuild_sparse_tensor"),
+        ({"one": torch.ones(2, device="meta")}, "_rebuild_meta_tensor"),
         ({}, "no tensors"),
         ({"state_dict": {}}, "no tensors"),
     ],
@@ -505,3 +512,300 @@ def test_bare_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
 def test_ckpt_of_other_things_is_refused(tmp_path: Path, content: object, saying: str) -> None:
     torch.save(content, tmp_path / "x.ckpt")
     refused(tmp_path / "x.ckpt", saying)
+
+
+# What a file really is
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pt", ".gguf", ".bin", ""])
+@pytest.mark.parametrize(
+    ("content", "saying"),
+    [
+        (b"GGUF\x03\0\0\0" + bytes(100), "GGUF.*quantised.*fp16"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4\n", "git lfs pull"),
+        (b"<!DOCTYPE html>\n<html>", "a text that begins '<!DOCTYPE html>"),
+        ("\ufeff<html>Größe".encode(), "a text that begins '<html>Größe'"),
+        (b'{"error":"Entry not found"}', "a text that begins"),
+        (b"Invalid username or password.", "a text that begins 'Invalid username"),
+        (b"\x1f\x8b\x08" + bytes(50), "gzip"),
+        (bytes(4096), "zeros.*download it again"),
+        (pickle.dumps({"one": 1}), "a pickle, which may run code"),
+        (pickle.dumps({"one": 1}, protocol=2), "a pickle, which may run code"),
+    ],
+)
+def test_file_that_is_something_else_is_told_by_its_content(
+    tmp_path: Path, suffix: str, content: bytes, saying: str
+) -> None:
+    (tmp_path / f"x{suffix}").write_bytes(content)
+    refused(tmp_path / f"x{suffix}", saying)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".sft", ".bin", ""])
+def test_safetensors_file_is_read_under_any_suffix(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"x{suffix}").write_bytes(good_bytes())
+    found = Checkpoint(tmp_path / f"x{suffix}")
+    assert found.metadata == {"note": "ok"}
+    assert found["one"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_pickle_is_not_read_under_the_suffix_of_safetensors(tmp_path: Path, as_zip: bool) -> None:
+    path = tmp_path / "x.safetensors"
+    torch.save({"one": torch.ones(2)}, path, _use_new_zipfile_serialization=as_zip)
+    refused(path, r"zip archive.*name it \.ckpt" if as_zip else "PyTorch before 1.6")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_linked_file_is_read(tmp_path: Path) -> None:
+    # As the cache of Hugging Face keeps them: the name is the link's, the content has no suffix.
+    (tmp_path / "blob").write_bytes(good_bytes())
+    for suffix in (".safetensors", ".ckpt"):
+        (tmp_path / f"x{suffix}").symlink_to(tmp_path / "blob")
+        assert Checkpoint(tmp_path / f"x{suffix}").name == f"x{suffix}"
+    (tmp_path / "loop.ckpt").symlink_to(tmp_path / "loop.ckpt")
+    refused(tmp_path / "loop.ckpt", "no such file")
+
+
+# Quantised files
+
+
+@pytest.mark.parametrize(
+    ("name", "tool"),
+    [
+        ("double_blocks.0.img_attn.proj.weight.absmax", "bitsandbytes"),
+        ("double_blocks.0.img_attn.proj.weight.quant_map", "bitsandbytes"),
+        ("x.weight.quant_state.bitsandbytes__nf4", "bitsandbytes"),
+        ("x.weight.quant_state.bitsandbytes__fp4", "bitsandbytes"),
+        ("encoder.block.0.layer.0.SelfAttention.q.SCB", "bitsandbytes"),
+        ("scaled_fp8", "scaled fp8"),
+        ("model.diffusion_model.scaled_fp8", "scaled fp8"),
+        ("x.scale_weight", "scaled fp8"),
+        ("x.scale_input", "scaled fp8"),
+        ("x.weight_scale", "scaled fp8"),
+        ("x.comfy_quant", "scaled fp8"),
+        ("x.to_q.qweight", "GPTQ or AWQ"),
+        ("x.to_q.qzeros", "GPTQ or AWQ"),
+        ("transformer_blocks.0.qkv_proj.wscales", "Nunchaku"),
+        ("transformer_blocks.0.qkv_proj.smooth_factor", "Nunchaku"),
+        ("x.weight._data", "quanto"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_quantised_file_is_refused_with_the_tool_and_the_way_out(
+    tmp_path: Path, name: str, tool: str, suffix: str
+) -> None:
+    tensors = {"x.weight": torch.ones(4, dtype=torch.uint8), name: torch.ones(1)}
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".ckpt":
+        torch.save(tensors, path)
+    else:
+        safetensors.torch.save_file(tensors, path)
+    refused(path, rf"'{re.escape(name)}'.*quantised by {re.escape(tool)}.*fp16 or bf16")
+
+
+def test_names_of_whole_models_are_not_taken_for_quantised_ones(tmp_path: Path) -> None:
+    names = ("conditioner.embedders.1.model.logit_scale", "x.norm.scale", "x.scale_shift_table")
+    write_tensors(tmp_path / "x.safetensors", {name: torch.ones(1) for name in names})
+    assert set(Checkpoint(tmp_path / "x.safetensors").layout) == set(names)
+
+
+def test_plain_fp8_is_read_beside_other_types(tmp_path: Path) -> None:
+    tensors = {
+        "one": torch.tensor([1.0, -448.0, 0.25]).to(torch.float8_e4m3fn),
+        "two": torch.tensor([1.0, 57344.0]).to(torch.float8_e5m2),
+        "three": torch.ones(3).half(),
+    }
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    found = Checkpoint(tmp_path / "x.safetensors")
+    assert found.layout == layout_of(tensors)
+    assert found["one"].float().tolist() == [1.0, -448.0, 0.25]
+    assert found["two"].float().tolist() == [1.0, 57344.0]
+
+
+# Headers that lie
+
+
+def with_raw_header(header: str, data: bytes = b"\0" * 24) -> bytes:
+    return len(header).to_bytes(8, "little") + header.encode() + data
+
+
+T = '"t":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}'
+LIES: dict[str, tuple[bytes, str]] = {
+    "a name twice": (with_raw_header(f"{{{T},{T}}}"), "holds 't' twice"),
+    "a name of the metadata twice": (
+        with_raw_header(f'{{"__metadata__":{{"a":"1","a":"2"}},{T}}}'),
+        "holds 'a' twice",
+    ),
+    "metadata twice": (
+        with_raw_header(f'{{"__metadata__":{{}},"__metadata__":{{}},{T}}}'),
+        "__metadata__",
+    ),
+    "an empty tensor with a dimension of 2^63": (
+        with_header({**entry([0, 2**63], [0, 0]), "u": entry([6], [0, 24])["t"]}),
+        "no file of [0-9]+ bytes can hold",
+    ),
+    "an empty tensor with a dimension of 2^62": (
+        with_header({**entry([0, 2**62], [0, 0]), "u": entry([6], [0, 24])["t"]}),
+        "no file of [0-9]+ bytes can hold",
+    ),
+    "a thousand dimensions": (
+        with_header(entry([6] + [1] * 1000, [0, 24])),
+        "no file of [0-9]+ bytes can hold",
+    ),
+    "a line break in a name": (
+        with_header({"new\nline\x1b[2J": entry([6], [4, 28])["t"]}),
+        "invalid offset",
+    ),
+    "a name that is no string": (with_raw_header(f"{{{T},1:2}}"), "not a whole safetensors"),
+    "nested lists": (with_raw_header(f'{{{T},"u":{"[" * 9999}'), "recursion limit"),
+    "nested metadata": (
+        with_raw_header(f'{{"__metadata__":{{"a":{{"b":"c"}}}},{T}}}'),
+        "expected a string",
+    ),
+    "trailing bytes in the header": (with_raw_header(f"{{{T}}}\0\0"), "trailing characters"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("lie", LIES)
+def test_header_that_lies_is_refused(tmp_path: Path, lie: str, suffix: str) -> None:
+    content, saying = LIES[lie]
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    refused(path, saying)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_header_larger_than_a_small_file_needs_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(with_raw_header(f"{{{T}}}" + " " * (9 << 20)))
+    refused(path, r"9\.44 MB of its 9\.44 MB are no tensors")
+
+
+# .ckpt files as users have them, and as nobody should
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: {"model": t, "optimizer": {"lr": 0.1}},
+        lambda t: {"state_dict": {"state_dict": t}},
+        lambda t: {"model": {"state_dict": t}, "step": 3},
+        lambda t: {"ema": t},
+        lambda t: {"module": t, "global_step": 3},
+        lambda t: {"state_dict": t, "model": "sd15", "ema": {"one": torch.zeros(1)}},
+    ],
+)
+def test_tensors_are_found_in_the_wrappers_of_trainings(
+    tmp_path: Path, wrap: Callable[[dict[str, Tensor]], object]
+) -> None:
+    torch.save(wrap({"one": torch.arange(6.0)}), tmp_path / "x.ckpt")
+    found = Checkpoint(tmp_path / "x.ckpt")
+    assert found["one"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_table_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    table: dict[str, object] = {}
+    table["state_dict"] = table
+    torch.save(table, tmp_path / "x.ckpt")
+    refused(tmp_path / "x.ckpt", "'state_dict' is dict, not a tensor")
+
+
+def test_views_of_one_storage_are_read_as_themselves(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "whole": whole,
+        "again": whole,
+        "transposed": whole.T,
+        "column": whole[:, 2],
+        "part": whole[1:3, ::2],
+        "expanded": torch.ones(2, 1).expand(2, 3),
+        "negative": torch._neg_view(torch.ones(3)),
+    }
+    torch.save(tensors, tmp_path / "x.ckpt")
+    found = Checkpoint(tmp_path / "x.ckpt")
+    assert found.layout == layout_of(tensors)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    write(tmp_path / "x.safetensors", found.layout, found.__getitem__, {})
+    again = Checkpoint(tmp_path / "x.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+
+
+def test_one_number_that_stands_for_a_terabyte_is_refused(tmp_path: Path) -> None:
+    torch.save({"one": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "x.ckpt")
+    refused(tmp_path / "x.ckpt", r"'one' has the shape \[1000000, 1000000\]")
+
+
+def repacked(path: Path, change: Callable[[bytes], bytes], packed: bool = False) -> None:
+    """Write the archive at `path` anew with another pickle, or compressed."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    kind = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, data in members.items():
+            archive.writestr(name, change(data) if name.endswith("data.pkl") else data)
+
+
+def test_compressed_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    torch.save({"one": torch.zeros(1_000_000)}, path)
+    repacked(path, lambda data: data, packed=True)
+    refused(path, r"x/data\.pkl is compressed")
+
+
+@pytest.mark.parametrize("n_left", [5, 100, 700, -1, -30])
+def test_archive_that_was_cut_off_is_refused(tmp_path: Path, n_left: int) -> None:
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(good_ckpt(path)[:n_left])
+    refused(path, "(cut off or damaged|no archive).*download it again")
+
+
+@pytest.mark.parametrize(
+    ("pickled", "saying"),
+    [
+        (b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\x40\0\x85R.", "holds builtins.bytearray"),
+        (b"\x80\x02ctorch\nFloatTensor\nJ\0\0\0\x40\x85R.", "holds torch.FloatTensor"),
+        (b"\x80\x02X\xff\xff\xff\x7fabc.", "expected 2147483647 bytes"),
+        (b"\x80\x02}r\xff\xff\xff\xff.", "no tensors"),
+        (b"\x80\x02ctorch\nNoStorage\n.", "damaged, or holds more than tensors"),
+        (b"\x80\x02", "pickle exhausted"),
+    ],
+)
+def test_pickle_that_asks_for_memory_is_refused(
+    tmp_path: Path, pickled: bytes, saying: str
+) -> None:
+    good_ckpt(tmp_path / "x.ckpt")
+    repacked(tmp_path / "x.ckpt", lambda _: pickled)
+    refused(tmp_path / "x.ckpt", saying)
+
+
+def test_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    torch.save({"one": torch.arange(6.0)}, path)
+    repacked(path, lambda data: data.replace(b"K\x06\x85", b"J\xff\xff\xff\x7f\x85"))
+    refused(path, "not resizable")
+
+
+def test_name_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    torch.save({"lone \ud800": torch.ones(2)}, tmp_path / "x.ckpt")
+    refused(tmp_path / "x.ckpt", r"'lone \\ud800' is no Unicode")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory map of Linux")
+def test_opening_a_ckpt_reads_only_its_table(tmp_path: Path) -> None:
+    torch.save({"one": torch.ones(20_000_000), "two": torch.ones(2)}, tmp_path / "x.ckpt")
+    found = Checkpoint(tmp_path / "x.ckpt")
+
+    def resident() -> int:
+        line = Path("/proc/self/smaps_rollup").read_text().split("Rss:")[1]
+        return int(line.split()[0]) * 1024
+
+    before = resident()
+    again = Checkpoint(tmp_path / "x.ckpt")
+    assert resident() - before < 20e6
+    assert float(again["one"].sum()) == 20_000_000
+    assert resident() - before > 40e6
+    assert found.layout == again.layout

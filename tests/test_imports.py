@@ -15,7 +15,7 @@ PACKAGE = Path(bayesian_merger.__file__).parent
 PLUGINS = ("methods", "backends", "scorers")
 LAYERS = (
     ("data", "errors", "toml", "demo"),
-    ("checkpoint", "devices", "names", "registry"),
+    ("checkpoint", "devices", "kernels", "metadata", "names", "registry"),
     ("blocks", "folders", "lora", "plots", *PLUGINS),
     ("config", "space", "study", "merge", "recipes", "prompts", "report", "values"),
     ("setup",),
