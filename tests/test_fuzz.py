@@ -34,7 +34,7 @@ def fuzzed(n_examples: int) -> settings:
 
 
 def few_and_many(n_examples: int) -> pytest.MarkDecorator:
-    many = pytest.param(100 * n_examples, marks=pytest.mark.slow)
+    many = pytest.param(30 * n_examples, marks=pytest.mark.slow)
     return pytest.mark.parametrize("n_examples", [n_examples, many])
 
 
