@@ -17,7 +17,7 @@ LAYERS = (
     ("data", "errors", "toml", "demo"),
     ("checkpoint", "devices", "kernels", "metadata", "names", "registry"),
     ("blocks", "folders", "lora", "plots", *PLUGINS),
-    ("config", "space", "study", "merge", "recipes", "prompts", "report", "values"),
+    ("config", "curves", "space", "study", "merge", "recipes", "prompts", "report", "values"),
     ("setup",),
     ("outcome",),
     ("run",),
