@@ -1,9 +1,10 @@
 # make demo: run the embedded example.   make test: run the checks.   Each installs what it needs into .venv.
+# make peers: compare with sd-meh and sd-mecha, which it installs into .venv-peers.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test peers clean
 
 demo: .venv/installed
 	$(BIN)/bayesian-merger demo --run-dir runs/demo
@@ -13,6 +14,9 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+peers: .venv/installed-dev .venv-peers/installed
+	BAYESIAN_MERGER_PEERS=.venv-peers/bin/python $(BIN)/python -m pytest -m peers
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=python3.12 ...")'
@@ -26,5 +30,12 @@ test: .venv/installed-dev
 	$(INSTALL) --editable ".[diffusers,dev]"
 	touch $@
 
+# sd-meh needs tensordict without saying so.
+.venv-peers/installed: constraints.txt
+	$(PYTHON) -m venv --clear .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt torch sd-meh 'sd-mecha~=1.1' tensordict
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-peers runs
