@@ -23,11 +23,11 @@ peers: .venv/installed-dev .venv-peers/installed
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) --editable ".[diffusers]"
+	$(INSTALL) --editable ".[diffusers,fast]"
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(INSTALL) --editable ".[diffusers,dev]"
+	$(INSTALL) --editable ".[diffusers,fast,dev]"
 	touch $@
 
 # sd-meh needs tensordict without saying so.

@@ -100,7 +100,7 @@ def edited(old: str, new: str) -> Callable[[Path], None]:
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing file": (lambda f: (f / "one.safetensors").unlink(), "no such file"),
     "truncated file": (truncated, "not a whole safetensors file"),
-    "text file": (text_file, "not a whole safetensors file"),
+    "text file": (text_file, "such as a server sends in place of a file"),
     "empty file": (empty_file, "not a whole safetensors file"),
     "lying header": (lying_header, "not a whole safetensors file"),
     "pickled code": (pickled_code, "refused"),

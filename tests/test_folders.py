@@ -222,7 +222,7 @@ def test_folder_can_be_written_as_a_checkpoint(
 ) -> None:
     found = Folder(save(models("sdxl"), tmp_path / "model"))
     path = tmp_path / "model.safetensors"
-    write(path, found.layout, found.__getitem__, {})
+    write(path, found.layout, lambda name: [found[name]], {})
     assert Checkpoint(path).layout == found.layout
 
 
@@ -336,9 +336,11 @@ def test_other_architecture_is_refused(handmade: Path) -> None:
 
 
 def test_foreign_tensor_is_refused(handmade: Path) -> None:
-    tensors = {**load_file(weights(handmade)), "conv_in.weight.absmax": torch.ones(1)}
+    tensors = load_file(weights(handmade))
     save_file({**tensors, "encoder_hid_proj.weight": torch.ones(1)}, weights(handmade))
     refused(handmade, "model/unet: 1 tensors have no place .*encoder_hid_proj")
+    save_file({**tensors, "conv_in.weight.absmax": torch.ones(1)}, weights(handmade))
+    refused(handmade, "model/unet: .*absmax.*quantised by bitsandbytes")
 
 
 def test_pickled_weights_are_refused_with_the_way_out(handmade: Path) -> None:

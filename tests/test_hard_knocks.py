@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import toy_plugin
 from safetensors.torch import load_file, save_file
 from test_run import Silent, measured, start
@@ -307,3 +308,31 @@ def test_run_folder_that_cannot_be_made_is_bad_input(folder: Path) -> None:
     ready = begin(folder)
     with pytest.raises(ConfigError, match="cannot be made a run folder"):
         run.run(ready, folder / "config.toml" / "run", Silent())
+
+
+def test_range_that_the_method_does_not_take_is_a_mistake(folder: Path) -> None:
+    tensor_sum = ("merge.method=tensor_sum", 'search.ranges={"M00_beta" = [0.0, 2.0]}')
+    with pytest.raises(ConfigError, match=r"M00_beta in \[0, 2\], but tensor_sum takes 0 to 1"):
+        begin(folder, *tensor_sum)
+
+
+def test_presets_decide_what_is_searched(folder: Path) -> None:
+    ready = begin(folder, 'search.presets=["groups8"]')
+    assert len(ready.plan.space.parameters) == 8
+    with pytest.raises(ConfigError, match="did you mean 'groups8'"):
+        begin(folder, 'search.presets=["group8"]')
+    assert start(folder, 'search.presets=["single"]', into="single").finished
+
+
+def test_lora_is_searched_in_the_blocks_that_it_touches(folder: Path) -> None:
+    name = f"{toy_plugin.UNET}.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    state = {**load_file(folder / "zero.safetensors"), name: torch.zeros(4, 4)}
+    save_file(state, folder / "zero.safetensors")
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    pieces = {"lora_up": torch.ones(4, 1), "lora_down": torch.ones(1, 4)}
+    lora = {f"{module}.{piece}.weight": tensor for piece, tensor in pieces.items()}
+    save_file(lora, folder / "one.safetensors")
+    ready = begin(folder)
+    assert [p.name for p in ready.plan.space.parameters] == ["M00_alpha"]
+    merged = ready.merger.merge(ready.baseline("even"))
+    assert set(merged[name].flatten().tolist()) == {0.5}

@@ -41,6 +41,7 @@ HOMES = {
     "diffusers": {"backends"},
     "transformers": {"backends"},
     "sd_mecha": {"methods"},
+    "llvmlite": {"kernels"},
 }
 
 

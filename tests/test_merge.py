@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bayesian_merger import merge
 from bayesian_merger.blocks import SD1
 from bayesian_merger.checkpoint import PRECISIONS, Checkpoint
 from bayesian_merger.data import Model, Recipe, Weights
@@ -58,6 +59,10 @@ def one_value(tmp_path: Path, *values: float, **options: Any) -> Callable[[float
     """Weight -> the merged tensor of IN01, where each model holds one of `values`."""
     merger = merger_of(tmp_path, *({IN01: torch.full((4,), value)} for value in values))
     return lambda weight: merger.merge(recipe(alpha(weight), **options))[IN01]
+
+
+def values(tensor: Tensor) -> set[float]:
+    return set(tensor.flatten().tolist())
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -128,7 +133,7 @@ def test_result_is_the_nearest_number_of_the_precision(
     changes = {IN01: torch.tensor(values)}
     merger = merger_of(tmp_path, changes, changes)
     exact = np.array(values, np.float32)
-    for precision in PRECISIONS:
+    for precision in ("fp32", "fp16", "bf16"):
         merged = merger.merge(recipe(alpha(0.3), precision=precision))[IN01]
         assert merged.dtype == PRECISIONS[precision]
         if precision == "bf16":
@@ -196,13 +201,13 @@ def test_position_ids_are_made_anew(tmp_path: Path, corrupt: Tensor) -> None:
     assert saved[toy.POSITION_IDS].tolist() == [list(range(77))]
 
 
-def test_ema_and_schedule_stay_a_s(tmp_path: Path) -> None:
+def test_schedule_stays_a_s_and_averages_of_its_training_are_left_out(tmp_path: Path) -> None:
     merger = merger_of(tmp_path, {}, {})
     for vae in ("a", "b", "base"):
         merged = merger.merge(recipe(alpha(1.0), precision="fp16", vae=vae))
-        for name in (toy.EMA, toy.BETAS):
-            assert bits(merged[name]) == bits(merger.models[0][name])
-            assert merged.layout[name] == merger.models[0].layout[name]
+        assert bits(merged[toy.BETAS]) == bits(merger.models[0][toy.BETAS])
+        assert merged.layout[toy.BETAS] == merger.models[0].layout[toy.BETAS]
+        assert toy.EMA not in merged
 
 
 def test_vae_is_a_s_or_b_s_byte_for_byte_or_merged_with_the_base_weight(tmp_path: Path) -> None:
@@ -238,8 +243,8 @@ def test_tensor_that_b_lacks_stays_a_s_and_one_that_only_b_has_is_left_out(tmp_p
     )
     for vae in ("a", "b", "base"):
         merged = Merger([a, b]).merge(recipe(alpha(1.0), precision="fp16", vae=vae))
-        assert set(merged) == set(a.layout)
-        for name in (IN01, VAE, toy.EMA):
+        assert set(merged) == set(a.layout) - {toy.EMA}
+        for name in (IN01, VAE):
             assert bits(merged[name]) == bits(a[name])
         other = Merger([b, a]).merge(recipe(alpha(1.0), precision="fp16", vae=vae))
         assert set(other) == set(b.layout)
@@ -344,7 +349,7 @@ def test_saved_merge_has_a_s_tensors_and_is_what_was_merged(tmp_path: Path) -> N
     merged = merger.merge(recipe(alpha(0.4), precision="fp16"))
     merged.save(tmp_path / "m.safetensors")
     saved = safetensors.torch.load_file(tmp_path / "m.safetensors")
-    assert set(saved) == set(merger.models[0].layout)
+    assert set(saved) == set(merger.models[0].layout) - {toy.EMA}
     assert all(bits(saved[name]) == bits(merged[name]) for name in saved)
 
 
@@ -370,7 +375,7 @@ def test_merge_can_be_merged_again(tmp_path: Path) -> None:
     merger = merger_of(tmp_path, {}, {})
     merger.merge(recipe(alpha(0.5), precision="fp16")).save(tmp_path / "m.safetensors")
     again = Merger([Checkpoint(tmp_path / "m.safetensors"), merger.models[1]])
-    assert len(again.merge(recipe(alpha(0.5)))) == len(merger.models[0].layout)
+    assert set(again.merge(recipe(alpha(0.5)))) == set(merger.models[0].layout) - {toy.EMA}
 
 
 def test_merge_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
@@ -403,19 +408,17 @@ def test_references_know_models_by_name_content_and_place(tmp_path: Path) -> Non
 
 
 def test_even_weights_cover_every_weight_of_the_method_in_every_block() -> None:
-    assert even_weights("weighted_sum", SD1, 0.5) == alpha(0.5)
+    assert even_weights("weighted_sum", SD1.blocks, 0.5) == alpha(0.5)
 
 
 @pytest.mark.parametrize(
     ("changes", "saying"),
     [
         ({"method": "wieghted_sum"}, "did you mean 'weighted_sum'"),
-        ({"architecture": "sdxl"}, "unknown architecture 'sdxl'"),
-        ({"precision": "fp8"}, r"unknown precision 'fp8' \(known: fp32, fp16, bf16\)"),
+        ({"architecture": "sd9"}, r"unknown architecture 'sd9' \(known: sd1, "),
+        ({"precision": "fp8"}, r"unknown precision 'fp8' \(known: fp32, fp16, bf16, "),
         ({"vae": "c"}, "unknown vae 'c'"),
-        ({"models": (Model("a", "0"),)}, "merges 2 models, but 1 are named"),
-        ({"weights": {}}, "no alpha for block base"),
-        ({"weights": {"alpha": {b: 0.5 for b in SD1.blocks[:-1]}}}, "no alpha for block OUT11"),
+        ({"models": (Model("a", "0"),)}, "merges 2 models, but 1 are given"),
         ({"weights": {**alpha(0.5), "beta": {}}}, "weighted_sum has no weight 'beta'"),
         ({"weights": alpha(0.5, IN12=0.5)}, "no block 'IN12'"),
         ({"weights": alpha(0.5, IN03=torch.nan)}, "IN03.*nan"),
@@ -430,3 +433,206 @@ def test_recipe_that_describes_no_merge_is_refused(
     with pytest.raises(ConfigError, match=saying) as caught:
         check_recipe(replace(good, **changes))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_recipe_without_a_weight_for_a_block_of_the_models_is_refused(tmp_path: Path) -> None:
+    merger = merger_of(tmp_path, {}, {})
+    for weights, block in (
+        ({}, "base"),
+        ({"alpha": dict.fromkeys(SD1.blocks[:-1], 0.5)}, "OUT11"),
+    ):
+        with pytest.raises(ConfigError, match=f"no alpha for block {block}"):
+            merger.merge(recipe(weights))
+
+
+# Parts, variants, LoRAs
+
+
+def test_part_takes_its_own_weight_and_else_its_block_s(tmp_path: Path) -> None:
+    paths = [toy.write_toy(tmp_path / f"{v}.safetensors", value=float(v)) for v in (0, 8)]
+    merger = Merger([Checkpoint(p) for p in paths])
+    time_embed, last = toy.BLOCKS["IN00"][1], toy.BLOCKS["OUT11"][1]
+    assert {"TIME", "FINAL", "VAE"} == set(merger.parts)
+    follows = merger.merge(recipe(alpha(0.5)))
+    own = merger.merge(recipe(alpha(0.5, TIME=0.25)))
+    assert values(follows[time_embed]) == {4.0}
+    assert values(own[time_embed]) == {2.0}
+    assert values(own[toy.BLOCKS["IN00"][0]]) == {4.0}
+    assert values(own[last]) == {4.0}
+
+
+def test_vae_with_a_weight_of_its_own_is_merged(tmp_path: Path) -> None:
+    paths = [toy.write_toy(tmp_path / f"{v}.safetensors", value=float(v)) for v in (0, 8)]
+    merger = Merger([Checkpoint(p) for p in paths])
+    assert merger.merge(recipe(alpha(0.5)))[VAE].tolist() == [0.0] * 3
+    assert merger.merge(recipe(alpha(0.5, VAE=0.75)))[VAE].tolist() == [6.0] * 3
+
+
+def test_unet_alone_needs_no_weight_for_a_text_encoder(tmp_path: Path) -> None:
+    rest = {toy.POSITION_IDS, *toy.BLOCKS["base"], *toy.VAE_NAMES}
+    paths = [
+        toy.write_toy(tmp_path / f"{v}.safetensors", value=float(v), without=rest) for v in (0, 8)
+    ]
+    merger = Merger([Checkpoint(p) for p in paths])
+    assert merger.blocks == SD1.blocks[1:]
+    merged = merger.merge(recipe({"alpha": dict.fromkeys(merger.blocks, 0.5)}))
+    assert values(merged[IN01]) == {4.0}
+    with pytest.raises(ConfigError, match="no alpha for block OUT11"):
+        merger.merge(recipe({"alpha": dict.fromkeys(merger.blocks[:-1], 0.5)}))
+
+
+def test_bare_names_of_a_unet_are_those_of_a_whole_checkpoint(tmp_path: Path) -> None:
+    whole = Checkpoint(toy.write_toy(tmp_path / "whole.safetensors", value=8.0))
+    bare = {
+        name.removeprefix(f"{toy.UNET}."): torch.zeros(entry.shape)
+        for name, entry in whole.layout.items()
+        if name.startswith(toy.UNET)
+    }
+    safetensors.torch.save_file(bare, tmp_path / "bare.safetensors")
+    alone = Checkpoint(tmp_path / "bare.safetensors")
+    into_whole = Merger([whole, alone])
+    assert values(into_whole.merge(recipe(alpha(0.25)))[IN01]) == {6.0}
+    assert any("lacks" in note for note in into_whole.notes)
+    into_bare = Merger([alone, whole]).merge(recipe(alpha(0.25)))
+    assert set(into_bare) == set(bare)
+    assert values(into_bare[IN01.removeprefix(f"{toy.UNET}.")]) == {2.0}
+
+
+def test_models_of_other_input_channels_are_merged_where_both_have_them(tmp_path: Path) -> None:
+    first = toy.BLOCKS["IN00"][0]
+    plain, inpainting = torch.zeros(2, 4, 3, 3), torch.full((2, 9, 3, 3), 8.0)
+    a = toy.write_toy(tmp_path / "inpainting.safetensors", changes={first: inpainting})
+    b = toy.write_toy(tmp_path / "plain.safetensors", changes={first: plain})
+    merger = Merger([Checkpoint(a), Checkpoint(b)])
+    merged = merger.merge(recipe(alpha(0.25)))[first]
+    assert merged.shape == inpainting.shape
+    assert values(merged[:, :4]) == {6.0}
+    assert values(merged[:, 4:]) == {8.0}
+    assert "9 input channels" in merger.notes[0]
+    other_way = Merger([Checkpoint(b), Checkpoint(a)]).merge(recipe(alpha(0.25)))
+    assert other_way[first].shape == plain.shape
+    assert values(other_way[first]) == {2.0}
+    other_way.save(tmp_path / "m.safetensors")
+
+
+def test_lora_stands_for_model_a_with_the_lora_in_full(tmp_path: Path) -> None:
+    changed = f"{toy.UNET}.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    extra = {changed: torch.full((4, 4), 0.5)}
+    a = Checkpoint(toy.write_toy(tmp_path / "a.safetensors", changes=extra))
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    pieces = {
+        f"{module}.lora_up.weight": torch.full((4, 2), 2.0),
+        f"{module}.lora_down.weight": torch.full((2, 4), 1.0),
+        f"{module}.alpha": torch.tensor(1.0),
+    }
+    safetensors.torch.save_file(pieces, tmp_path / "lora.safetensors")
+    merger = Merger([a, Checkpoint(tmp_path / "lora.safetensors")])
+    assert merger.blocks == ("M00",)
+    merged = merger.merge(recipe({"alpha": {"M00": 0.25}}))
+    # 0.25 times up @ down times alpha / rank.
+    assert values(merged[changed]) == {0.5 + 0.25 * 4.0 * 0.5}
+    untouched = [name for name in merged if name != changed]
+    assert all(bits(merged[name]) == bits(a[name]) for name in untouched)
+
+
+def test_models_that_predict_different_things_are_noted(tmp_path: Path) -> None:
+    marker = {"v_pred": torch.empty(0)}
+    b = toy.write_toy(tmp_path / "v.safetensors", 1, changes=marker)
+    a = toy.write_toy(tmp_path / "a.safetensors", 0)
+    merger = Merger([Checkpoint(a), Checkpoint(b)])
+    assert any("predicts v" in note for note in merger.notes)
+    kept = Merger([Checkpoint(b), Checkpoint(a)]).merge(recipe(alpha(0.5)))
+    assert kept["v_pred"].shape == (0,)
+
+
+# Options
+
+
+def test_clip_keeps_each_value_between_a_s_and_b_s(tmp_path: Path) -> None:
+    merged = one_value(tmp_path, 2.0, 6.0)
+    clipped = replace(recipe(alpha(1.5)), clip=True)
+    merger = merger_of(
+        tmp_path, {IN01: torch.full((4,), 2.0)}, {IN01: torch.tensor([6.0, 2.0, -1.0, 3.0])}
+    )
+    assert merged(1.5).tolist() == [8.0] * 4
+    assert merger.merge(clipped)[IN01].tolist() == [6.0, 2.0, -1.0, 3.0]
+
+
+def test_chance_is_that_of_the_seed_and_the_tensor_alone(tmp_path: Path) -> None:
+    merger = merger_of(tmp_path, {}, {}, {})
+    weights = {**alpha(1.0), "density": dict.fromkeys(SD1.blocks, 0.5)}
+    wanted = recipe(weights, method="dare_add_difference")
+    once, again = merger.merge(wanted), merger.merge(wanted)
+    assert all(bits(once[name]) == bits(again[name]) for name in once)
+    other = merger.merge(replace(wanted, seed=1))
+    assert any(bits(once[name]) != bits(other[name]) for name in MERGED)
+
+
+@pytest.mark.parametrize("precision", ["fp8_e4m3fn", "fp8_e5m2"])
+def test_eight_bits_are_written_on_request(tmp_path: Path, precision: str) -> None:
+    merger = merger_of(tmp_path, {}, {})
+    merged = merger.merge(recipe(alpha(0.5), precision=precision))
+    merged.save(tmp_path / "m.safetensors")
+    saved, exact = Checkpoint(tmp_path / "m.safetensors"), merger.merge(recipe(alpha(0.5)))
+    for name in MERGED:
+        assert saved[name].dtype == PRECISIONS[precision]
+        assert torch.equal(saved[name].float(), exact[name].to(PRECISIONS[precision]).float())
+
+
+def test_weight_outside_the_method_s_domain_is_refused() -> None:
+    weights = {**alpha(1.0), "density": {**dict.fromkeys(SD1.blocks, 0.5), "IN03": 1.25}}
+    with pytest.raises(ConfigError, match=r"density of block IN03 is 1\.25, but .* takes 0 to 1"):
+        check_recipe(recipe(weights, method="dare_add_difference"))
+
+
+# The repeated merge
+
+
+@pytest.mark.parametrize("method", ["weighted_sum", "slerp"])
+def test_only_what_changed_since_is_written(tmp_path: Path, method: str) -> None:
+    merger = merger_of(tmp_path, {}, {})
+    first = merger.merge(recipe(alpha(0.5), method=method))
+    live = {name: torch.full(entry.shape, torch.nan) for name, entry in first.layout.items()}
+    assert first.write(live) == len(live)
+    second = merger.merge(recipe(alpha(0.5, M00=0.75), method=method))
+    live[IN01].fill_(-7.0)
+    assert second.write(live, since=first) == len(toy.BLOCKS["M00"])
+    assert values(live[IN01]) == {-7.0}  # not touched
+    for name in toy.BLOCKS["M00"]:
+        assert torch.equal(live[name], second[name])
+    assert second.write(live, since=second) == 0
+    assert merger.merge(recipe(alpha(0.5), method=method, vae="b")).write(live, since=first) == 2
+
+
+def test_merge_of_other_models_is_written_whole(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    one, other = (
+        merger_of(tmp_path, {}, {}),
+        merger_of(tmp_path / "other", {}, {IN01: torch.ones(4)}),
+    )
+    first, second = (merger.merge(recipe(alpha(0.5))) for merger in (one, other))
+    live = {name: torch.empty(entry.shape) for name, entry in first.layout.items()}
+    assert second.write(live, since=first) == len(live)
+
+
+def test_live_tensors_of_another_type_and_shape_hold_the_merge_in_its_precision(
+    tmp_path: Path,
+) -> None:
+    merged = merger_of(tmp_path, {}, {}).merge(recipe(alpha(0.3), precision="fp16"))
+    name = toy.BLOCKS["IN01"][0]
+    live = {name: torch.empty(2, 3, 1, 1)}
+    merged.write(live)
+    assert torch.equal(live[name].reshape(2, 3), merged[name].float())
+
+
+def test_elementwise_methods_are_merged_in_pieces_to_the_same_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merger = merger_of(tmp_path, {}, {}, {})
+    wanted = recipe({**alpha(0.3), "beta": alpha(0.6)["alpha"]}, method="multiply_difference")
+    whole = dict(merger.merge(wanted))
+    monkeypatch.setattr(merge, "_PIECE", 5)
+    pieces = merger.merge(wanted)
+    pieces.save(tmp_path / "m.safetensors")
+    saved = Checkpoint(tmp_path / "m.safetensors")
+    assert all(bits(pieces[n]) == bits(whole[n]) == bits(saved[n]) for n in whole)

@@ -12,7 +12,8 @@ import shutil
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,13 +335,14 @@ def _line(error: object) -> str:
 def write(
     path: Path,
     layout: Mapping[str, Layout],
-    read: Callable[[str], Tensor],
+    pieces: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file tensor by tensor; it appears whole or not at all.
+    """Write a safetensors file piece by piece; it appears whole or not at all.
 
-    `read` is called once for each name of `layout` and must return that shape and type. The same
-    arguments give the same bytes. CheckpointError if the disk cannot hold the file.
+    `pieces` is called once for each name of `layout` and gives the tensor's values in order, in its
+    type. A piece is written while the next one is made, so it must stay as it is for so long. The
+    same arguments give the same bytes. CheckpointError if the disk cannot hold the file.
     """
     # The widest types first keep every tensor aligned, as the format's own library does.
     names = sorted(layout, key=lambda name: (-layout[name].dtype.itemsize, name))
@@ -358,14 +360,18 @@ def write(
     head += b" " * (-len(head) % 8)
     require_space(path, 8 + len(head) + end)
     try:
-        with whole_file(path) as file:
-            file.write(len(head).to_bytes(8, "little") + head)
+        with whole_file(path) as file, ThreadPoolExecutor(1) as disk:
+            written = disk.submit(file.write, len(head).to_bytes(8, "little") + head)
             for name in names:
-                tensor, entry = read(name), layout[name]
-                assert tuple(tensor.shape) == entry.shape, name
-                assert tensor.dtype == entry.dtype, name
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                file.write(flat.view(torch.uint8).numpy().data)
+                n_left = layout[name].n_bytes
+                for piece in pieces(name):
+                    assert piece.dtype == layout[name].dtype, name
+                    data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                    n_left -= data.nbytes
+                    written.result()
+                    written = disk.submit(file.write, data.data)
+                assert n_left == 0, name
+            written.result()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
 

@@ -17,24 +17,27 @@ from typing import Any, NoReturn
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from bayesian_merger import __version__, recipes, run
+from bayesian_merger import __version__, methods, recipes, run
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
 from bayesian_merger.backends import backend
 from bayesian_merger.blocks import ARCHITECTURES
-from bayesian_merger.checkpoint import Checkpoint
-from bayesian_merger.data import RIVALS, Outcome, Result
+from bayesian_merger.checkpoint import PRECISIONS
+from bayesian_merger.curves import CURVES
+from bayesian_merger.data import RIVALS, Outcome, Recipe, Result
 from bayesian_merger.errors import CheckpointError, ConfigError, MergerError
-from bayesian_merger.methods import method
+from bayesian_merger.merge import Merged, Merger, check_recipe, n_used, open_model
 from bayesian_merger.registry import import_file
 from bayesian_merger.report import duration
 from bayesian_merger.scorers import scorer
 from bayesian_merger.setup import Setup, prepare
+from bayesian_merger.space import PRESETS
 
 _PACKAGE = Path(__file__).parent
 # What is printed holds names and reasons from files, which are not markup.
@@ -222,41 +225,155 @@ def _run(config: configuration.Config, base: Path, title: str, run_dir: Path) ->
 
 
 @_commands.command()
-@click.argument("recipe_file", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The merge: a .safetensors file."
+)
+@click.option("--method", "method_name", default="weighted_sum", show_default=True)
+@click.option(
+    "--alpha", help="A number, a preset (GRAD_V), or one number for each block: 0.1,0.2,..."
+)
+@click.option("--beta", help="The same for methods that have it.")
+@click.option("--alpha-blocks", help="Numbers for the blocks; without base, that keeps --alpha.")
+@click.option("--beta-blocks", help="The same for beta.")
+@click.option(
+    "-w",
+    "--weight",
+    "weights",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any weight: density=0.3, IN00_alpha=0.7, TE2_alpha=0; may be repeated.",
+)
+@click.option(
+    "--vae",
+    type=click.Choice(["a", "b", "base"]),
+    default="a",
+    show_default=True,
+    help="Whose VAE; base merges it with the weight of base.",
+)
+@click.option(
+    "--precision", type=click.Choice(list(PRECISIONS)), default="fp16", show_default=True
+)
+@click.option("--clip", is_flag=True, help="Keep each value between A's and B's.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of methods with chance.")
+@click.option("--dry-run", is_flag=True, help="Say what would happen to which block, and stop.")
 @click.option(
     "--models-dir",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where the models lie, if not where the recipe says (default: the recipe's folder).",
+    help="Where a recipe's models lie, if not where it says (default: the recipe's folder).",
 )
 @click.option(
     "--plugin",
     "plugins",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Python file with the recipe's method, if it is your own; it is run.",
+    help="Python file with a method of your own; it is run.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 def merge(
-    recipe_file: Path,
-    output: Path,
-    models_dir: Path | None,
+    files: Sequence[Path],
+    output: Path | None,
     plugins: Sequence[Path],
+    models_dir: Path | None,
+    dry_run: bool,
     overwrite: bool,
+    **options: Any,
 ) -> None:
-    """Rebuild the merge that RECIPE_FILE (best.toml) describes, bit for bit."""
+    """Merge models A B [C ...], or rebuild the merge of a recipe (best.toml), bit for bit.
+
+    Models are checkpoints (.safetensors, .ckpt), diffusers folders or, from B on, LoRAs.
+    """
     for plugin in plugins:
         import_file(plugin)
-    recipe = recipes.read_toml(recipe_file)
+    if output is None and not dry_run:
+        raise ConfigError("name the merge's file with -o, or see what it would be with --dry-run")
+    if files[0].suffix.lower() == ".toml":
+        context = click.get_current_context()
+        given = [
+            parameter.opts[0]
+            for parameter in context.command.params
+            if parameter.name in options
+            and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+        ]
+        if given or len(files) > 1:
+            raise ConfigError(
+                f"{files[0]} is a recipe, which says all; leave out {(given or files[1:])[0]}"
+            )
+        recipe = recipes.read_toml(files[0])
+        merger = recipes.open_models(recipe, models_dir or files[0].absolute().parent)
+    else:
+        merger = Merger([open_model(path) for path in files])
+        recipe = _recipe_of(merger, **options)
+    if output is not None:
+        _require_free(output, overwrite, merger)
+    merged = merger.merge(recipe)
+    for note in merger.notes:
+        _out.print(f"note: {note}", soft_wrap=True)
+    if dry_run:
+        _out.print(_plan_table(merger, merged))
+        return
+    assert output is not None
+    start = time.monotonic()
+    merged.save(output)
+    size, spent = output.stat().st_size / 1e6, duration(time.monotonic() - start)
+    _out.print(f"wrote {output} ({size:.1f} MB in {spent})", soft_wrap=True)
+
+
+def _recipe_of(merger: Merger, method_name: str, weights: Sequence[str], **options: Any) -> Recipe:
+    """The recipe that the options of `merge` describe; ConfigError if they describe none."""
+    given = [(key, options[key]) for key in ("alpha", "beta") if options[key] is not None]
+    given += [(k, options[f"{k}_blocks"]) for k in ("alpha", "beta") if options[f"{k}_blocks"]]
+    for text in weights:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--weight {text}: write it as NAME=VALUE")
+        given.append((name.strip(), value.strip()))
+    if n_used(methods.get(method_name), method_name, len(merger.models)) < len(merger.models):
+        raise ConfigError(
+            f"{method_name} merges {methods.n_models(methods.get(method_name))} models, "
+            f"but {len(merger.models)} are given"
+        )
+    merger.require_different()
+    recipe = Recipe(
+        method=method_name,
+        architecture=merger.architecture.name,
+        models=merger.references(),
+        weights=recipes.parse_weights(merger, method_name, given),
+        vae=options["vae"],
+        precision=options["precision"],
+        clip=options["clip"],
+        seed=options["seed"],
+    )
+    check_recipe(recipe)
+    return recipe
+
+
+def _require_free(output: Path, overwrite: bool, merger: Merger) -> None:
+    """ConfigError unless the merge may be written to `output`."""
     if output.suffix.lower() != ".safetensors":
         raise ConfigError(f"{output}: name the output .safetensors")
     if output.is_dir() or (output.exists() and not overwrite):
         raise ConfigError(f"{output} exists; choose another name or give --overwrite")
-    merger = recipes.open_models(recipe, models_dir or recipe_file.absolute().parent)
     if output.exists() and any(output.samefile(model.path) for model in merger.models):
-        raise ConfigError(f"{output} is one of the models of the recipe; choose another name")
-    merger.merge(recipe).save(output)
-    _out.print(f"wrote {output} (SHA-256 {Checkpoint(output).sha256})", soft_wrap=True)
+        raise ConfigError(f"{output} is one of the models; choose another name")
+
+
+def _plan_table(merger: Merger, merged: Merged) -> Table:
+    """What happens to each block."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("block", "tensors", "MB", "merged with"):
+        table.add_column(heading, justify="right" if heading in ("tensors", "MB") else "left")
+    rows: dict[tuple[str, str], list[int]] = {}
+    for name, entry in merged.layout.items():
+        place, weights = merger.places[name], merged.weights(name)
+        shown = ", ".join(f"{k} {v:g}" for k, v in (weights or {}).items())
+        how = (shown or merged.recipe.method) if weights is not None else "copied"
+        rows.setdefault((place.part or place.block or "other", how), []).append(entry.n_bytes)
+    architecture = merger.architecture
+    order = [*architecture.blocks, *architecture.parts, "other"]
+    for (block, how), sizes in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
+        table.add_row(block, str(len(sizes)), f"{sum(sizes) / 1e6:.1f}", how)
+    return table
 
 
 @_commands.command()
@@ -269,21 +386,37 @@ def report(run_dir: Path) -> None:
 
 
 @_commands.command(name="list")
-@click.argument("kind", type=click.Choice(["methods", "scorers", "backends", "architectures"]))
+@click.argument(
+    "kind", type=click.Choice(["methods", "architectures", "presets", "scorers", "backends"])
+)
 def list_command(kind: str) -> None:
-    """List what can be named in a configuration."""
+    """List what can be named in a configuration or on the command line."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     if kind == "architectures":
         for architecture in ARCHITECTURES.values():
-            table.add_row(
-                architecture.name, f"{architecture.title}: {' '.join(architecture.blocks)}"
-            )
+            blocks = f"{len(architecture.blocks)} blocks: {' '.join(architecture.blocks)}"
+            table.add_row(architecture.name, f"{architecture.title}, {blocks}")
+    elif kind == "presets":
+        for name, preset in PRESETS.items():
+            table.add_row(name, "search.presets", preset.about)
+        for name, curve in CURVES.items():
+            table.add_row(name, "merge --alpha", curve.about)
     else:
-        registry: Any = {"methods": method, "scorers": scorer, "backends": backend}[kind]
+        registry: Any = {"methods": methods.method, "scorers": scorer, "backends": backend}[kind]
         for name in registry.names():
-            told = (registry.get(name).__doc__ or "").strip()
-            table.add_row(name, told.partition("\n")[0])
+            plugin = registry.get(name)
+            told = (plugin.__doc__ or "").strip().partition("\n")[0]
+            needs = f" ({_needs(plugin)})" if kind == "methods" else ""
+            _out.print(f"{name}{needs}\n  {told}", soft_wrap=True)
+        return
     _out.print(table)
+
+
+def _needs(plugin: methods.Method) -> str:
+    """How many models a method takes, and its weights with their defaults."""
+    more = " or more" if methods.takes_more(plugin) else ""
+    weights = [f"{name} {value:.3g}" for name, value in methods.weights(plugin).items()]
+    return "; ".join([f"{methods.n_models(plugin)}{more} models", *weights])
 
 
 class _Progress:

@@ -60,7 +60,9 @@ class Merge(Section):
 
     method: str = "weighted_sum"
     vae: Literal["a", "b", "base"] = "a"
-    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    precision: Literal["fp16", "bf16", "fp32", "fp8_e4m3fn", "fp8_e5m2"] = "fp16"
+    clip: bool = False
+    seed: int = Field(0, ge=0, lt=2**31)
     device: str = "cpu"
 
 
@@ -71,6 +73,7 @@ class Search(Section):
     init_points: NonNegativeInt = 10
     n_iters: NonNegativeInt = 40
     seed: int = Field(0, ge=0, lt=2**31)
+    presets: list[str] = []
     freeze: dict[str, float] = {}
     ranges: dict[str, tuple[float, float]] = {}
     groups: list[list[str]] = []
@@ -128,7 +131,7 @@ class Config(Section):
     """The whole file."""
 
     models: Models
-    merge: Merge = Merge()
+    merge: Merge = Field(default_factory=lambda: Merge.model_validate({}))
     search: Search = Field(default_factory=lambda: Search.model_validate({}))
     panel: Panel
     heldout: Heldout = Field(default_factory=lambda: Heldout.model_validate({}))

@@ -34,9 +34,10 @@ class Model:
 class Recipe:
     """Everything that rebuilds a merge.
 
-    `weights` covers each block of the architecture for each weight of the method. `vae` names the
-    source of the VAE: "a" copies model A's, "base" merges it with the base weight. `precision` is
-    the type of the merged tensors: "fp32", "fp16" or "bf16".
+    `weights` covers each block of the models for each weight of the method; a part of a block may
+    have a weight of its own. `vae` names the source of the VAE: "a" and "b" copy a model's, "base"
+    merges it with the base weight. `precision` is the type of the merged tensors ("fp16"). `clip`
+    keeps each value between A's and B's. `seed` is that of methods with chance.
     """
 
     method: str
@@ -45,6 +46,8 @@ class Recipe:
     weights: Weights
     vae: str = "a"
     precision: str = "fp16"
+    clip: bool = False
+    seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, without the paths, so that it is the same on every machine."""
@@ -53,6 +56,8 @@ class Recipe:
             "architecture": self.architecture,
             "vae": self.vae,
             "precision": self.precision,
+            "clip": self.clip,
+            "seed": self.seed,
             "models": [{"name": m.name, "sha256": m.sha256} for m in self.models],
             "weights": {name: dict(blocks) for name, blocks in self.weights.items()},
         }
@@ -75,6 +80,8 @@ class Recipe:
             weights=weights,
             vae=str(data.get("vae", "a")),
             precision=str(data.get("precision", "fp16")),
+            clip=bool(data.get("clip", False)),
+            seed=int(data.get("seed", 0)),
         )
 
     def digest(self) -> str:

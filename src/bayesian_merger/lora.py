@@ -112,28 +112,28 @@ class Lora:
         self._require_fit(architecture)
         self.tensors = tuple(name for name in base if name in self._changes)
 
-    def delta(self, name: str) -> Tensor:
+    def delta(self, name: str, device: torch.device | None = None) -> Tensor:
         """What is added to A's tensor `name` at full strength, float32 and of its shape.
 
-        Computed each time. Modules that change the same rows add up; a tensor that none changes gets
-        zeros.
+        Computed each time, on `device`. Modules that change the same rows add up; a tensor that none
+        changes gets zeros.
         """
         shape = self._base[name].shape
         modules = self._changes.get(name, ())
         if (
             len(modules) == 1 and modules[0].target.of == 1
         ):  # the usual case, without a second copy
-            return self._read(modules[0]).reshape(shape)
-        total = torch.zeros(shape)
+            return self._read(modules[0], device).reshape(shape)
+        total = torch.zeros(shape, device=device)
         for module in modules:
             rows = total[module.target.rows(shape[0])]
-            rows += self._read(module).reshape(rows.shape)
+            rows += self._read(module, device).reshape(rows.shape)
         return total
 
-    def _read(self, module: _Module) -> Tensor:
-        return self._difference(
-            module, {piece: self._file[own].float() for piece, own in module.pieces.items()}
-        )
+    def _read(self, module: _Module, device: torch.device | None) -> Tensor:
+        files = module.pieces.items()
+        pieces = {piece: self._file[own].to(device, torch.float32) for piece, own in files}
+        return self._difference(module, pieces)
 
     def _piece(self, name: str) -> tuple[str, str]:
         """The module that the file's tensor `name` belongs to, and which piece of it it is."""

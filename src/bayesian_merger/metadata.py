@@ -89,7 +89,7 @@ def sd_merge(
         "vae": recipe.vae,
     }
     history: dict[str, Any] = {}
-    for model, metadata, legacy_hash in zip(recipe.models, models, legacy_hashes, strict=True):
+    for model, metadata, legacy_hash in zip(recipe.models, models, legacy_hashes, strict=False):
         history[model.sha256] = {
             "name": model.name,
             "legacy_hash": legacy_hash,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bayesian_merger import toml
-from bayesian_merger.checkpoint import Checkpoint
-from bayesian_merger.data import Recipe
+from bayesian_merger import curves, methods, toml
+from bayesian_merger.blocks import Architecture, short_names
+from bayesian_merger.data import Recipe, Weights
 from bayesian_merger.errors import CheckpointError, ConfigError
-from bayesian_merger.merge import Merger, check_recipe
+from bayesian_merger.merge import Merger, check_recipe, open_model
+from bayesian_merger.registry import nearest
 
 
 def to_toml(recipe: Recipe, paths: Mapping[str, Path | None]) -> str:
@@ -20,6 +21,8 @@ def to_toml(recipe: Recipe, paths: Mapping[str, Path | None]) -> str:
         f"architecture = {_quoted(recipe.architecture)}",
         f"vae = {_quoted(recipe.vae)}",
         f"precision = {_quoted(recipe.precision)}",
+        f"clip = {'true' if recipe.clip else 'false'}",
+        f"seed = {recipe.seed}",
     ]
     for model in recipe.models:
         lines += [
@@ -59,13 +62,13 @@ def open_models(recipe: Recipe, folder: Path) -> Merger:
     checkpoints = []
     for model in recipe.models:
         places = [p for p in (model.path, folder / Path(model.name).name) if p is not None]
-        found = next((p for p in places if p.is_file()), None)
+        found = next((p for p in places if p.exists()), None)
         if found is None:
             raise CheckpointError(
                 f"model {model.name}: not at {' nor at '.join(str(p) for p in places)}; "
                 f"put it there or name its folder with --models-dir"
             )
-        checkpoint = Checkpoint(found)
+        checkpoint = open_model(found)
         if checkpoint.sha256 != model.sha256:
             raise CheckpointError(
                 f"{found}: not the file of the recipe (SHA-256 {checkpoint.sha256[:10]}, "
@@ -78,6 +81,62 @@ def open_models(recipe: Recipe, folder: Path) -> Merger:
             f"the recipe is for {recipe.architecture}, its models are {merger.architecture.name}"
         )
     return merger
+
+
+def parse_weights(merger: Merger, method: str, given: Sequence[tuple[str, str]]) -> Weights:
+    """The weights that pairs of name and text ask for, later ones on top of earlier ones.
+
+    A name is a weight of the method ("alpha"), or a block's or part's ("IN00_alpha"). The text is a
+    number or, for all blocks, the name of a curve or as many numbers as there are blocks, with
+    commas between; one fewer leaves the first block (base) as it is. ConfigError for all else.
+    """
+    architecture = merger.architecture
+    defaults = methods.weights(methods.get(method))
+    weights = {w: dict.fromkeys(architecture.blocks, value) for w, value in defaults.items()}
+    places = {
+        alias: (weight, block)
+        for weight in weights
+        for alias, block in short_names(weight, architecture).items()
+    }
+    places |= {f"{p}_{w}": (w, p) for w in weights for p in merger.parts}
+    for name, text in given:
+        if name in weights:
+            weights[name] |= _spread(name, text, architecture)
+        elif name in places:
+            weight, block = places[name]
+            weights[weight][block] = _number(name, text)
+        else:
+            known = (*weights, *places)
+            raise ConfigError(
+                f"{name}: {method} has no such weight{nearest(name, known)} "
+                f"(known: {', '.join(weights) or 'none'}, or one block's as IN00_alpha)"
+            )
+    return weights
+
+
+def _spread(name: str, text: str, architecture: Architecture) -> Mapping[str, float]:
+    """The weight of each block that one text for all of them gives."""
+    blocks = architecture.blocks
+    if "," not in text:
+        try:
+            return dict.fromkeys(blocks, float(text))
+        except ValueError:
+            return curves.weights(text, architecture)
+    numbers = [_number(name, part) for part in text.split(",")]
+    if len(numbers) not in (len(blocks), len(blocks) - 1):
+        raise ConfigError(
+            f"{name}: {len(numbers)} numbers for the {len(blocks)} blocks of {architecture.title} "
+            f"({blocks[0]}, {blocks[1]} ... {blocks[-1]}); give {len(blocks)}, or {len(blocks) - 1} "
+            f"without {blocks[0]}"
+        )
+    return dict(zip(blocks[-len(numbers) :], numbers, strict=True))
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{name}: {text.strip()!r} is not a number") from None
 
 
 def _quoted(text: str) -> str:

@@ -81,10 +81,12 @@ def best_log(recipe: Recipe) -> str:
     The base weight, an empty line, the other blocks' weights with commas between, an empty line.
     """
     base, *others = ARCHITECTURES[recipe.architecture].blocks
-    return "".join(
-        f"{float(blocks[base])!r}\n\n{','.join(repr(float(blocks[b])) for b in others)}\n\n"
-        for blocks in recipe.weights.values()
-    )
+    lines = []
+    for blocks in recipe.weights.values():
+        # What the models do not hold, or hold alike, is A's, whatever its weight.
+        numbers = [repr(float(blocks.get(b, 0.0))) for b in others]
+        lines += [repr(float(blocks.get(base, 0.0))), "", ",".join(numbers), ""]
+    return "".join(f"{line}\n" for line in lines)
 
 
 @dataclass(frozen=True)

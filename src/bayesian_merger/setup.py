@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 from bayesian_merger import config as configuration
 from bayesian_merger import devices, methods, prompts, space
 from bayesian_merger.backends import Backend, backend
-from bayesian_merger.checkpoint import Checkpoint, sha256_of
+from bayesian_merger.checkpoint import sha256_of
 from bayesian_merger.config import Config
 from bayesian_merger.data import Prompt, Recipe, Weights
 from bayesian_merger.errors import ConfigError, MergerError
-from bayesian_merger.merge import Merger, even_weights
+from bayesian_merger.merge import Merger, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import Scorer, scorer
 from bayesian_merger.study import Plan
@@ -55,13 +55,15 @@ class Setup:
             weights=weights,
             vae=merge.vae,
             precision=merge.precision,
+            clip=merge.clip,
+            seed=merge.seed,
         )
 
     def baseline(self, name: str) -> Recipe:
         """Model A, model B, each with its own VAE, or the merge with every weight at one half."""
-        method = self.config.merge.method if name == "even" else "weighted_sum"
-        weights = even_weights(method, self.merger.architecture, BASELINES[name])
-        vae = self.config.merge.vae if name == "even" else name
+        merge = self.config.merge
+        method, vae = (merge.method, merge.vae) if name == "even" else ("weighted_sum", name)
+        weights = even_weights(method, self.plan.space.blocks, BASELINES[name])
         return replace(self.recipe(weights), method=method, vae=vae)
 
     def n_images(self) -> int:
@@ -82,7 +84,7 @@ class Setup:
         """What a report of the run needs to know beside its trials."""
         return {
             "title": self.title,
-            "blocks": self.merger.architecture.blocks,
+            "blocks": self.plan.space.blocks,
             "models": [Path(model.name).stem for model in self.merger.references()],
             "config": configuration.as_plain(self.config),
             "weights": dict(self.weights),
@@ -99,9 +101,10 @@ class Setup:
             for options in (plain["backend"], *plain["scorers"].values())
         )
         search = {
-            k: plain["search"][k] for k in ("optimiser", "seed", "freeze", "ranges", "groups")
+            k: plain["search"][k]
+            for k in ("optimiser", "seed", "presets", "freeze", "ranges", "groups")
         }
-        merge = {k: plain["merge"][k] for k in ("method", "vae", "precision")}
+        merge = {k: plain["merge"][k] for k in ("method", "vae", "precision", "clip", "seed")}
         panels = {
             "panel": self.panel,
             "select_panel": self.select_panel,
@@ -178,18 +181,19 @@ def _check_backend(engine: Backend, merger: Merger, panel: Sequence[Prompt]) -> 
 
 def _open_models(config: Config) -> Merger:
     chosen = config.models
-    method = methods.method.get(config.merge.method)
+    method = methods.get(config.merge.method)
     paths = [path for path in (chosen.a, chosen.b, chosen.c) if path is not None]
-    needed = methods.n_models(method)
-    if len(paths) < needed:
+    if len(paths) < methods.n_models(method):
         raise ConfigError(
-            f"merge.method {config.merge.method!r} merges {needed} models; name the third as models.c"
+            f"merge.method {config.merge.method!r} merges {methods.n_models(method)} models; "
+            f"name the third as models.c"
         )
+    needed = n_used(method, config.merge.method, len(paths))
     place = devices.device(config.merge.device, "merge.device")
     models, mistakes = [], []
     for path in paths[:needed]:
         try:
-            models.append(Checkpoint(path))
+            models.append(open_model(path))
         except MergerError as error:
             mistakes.append(str(error))
     if mistakes:
@@ -199,9 +203,7 @@ def _open_models(config: Config) -> Merger:
         raise ConfigError(
             f"merge.vae is {config.merge.vae!r}, but model B, {chosen.b.name}, holds no VAE"
         )
-    first, second, *_ = merger.references()
-    if first.sha256 == second.sha256:
-        raise ConfigError(f"models.a and models.b are the same file ({first.name}, {second.name})")
+    merger.require_different()
     return merger
 
 
@@ -209,18 +211,36 @@ def _plan(config: Config, merger: Merger) -> Plan:
     search = config.search
     if search.init_points + search.n_iters < 1:
         raise ConfigError("search.init_points and search.n_iters are both 0, so there is no trial")
-    weights = list(methods.weights(methods.method.get(config.merge.method)))
+    weights = methods.weights(methods.get(config.merge.method))
     if not weights:
         raise ConfigError(f"merge.method {config.merge.method!r} has no weights to search")
     found = space.build(
-        weights,
+        list(weights),
         merger.architecture,
+        presets=search.presets,
+        blocks=merger.blocks,
+        parts=merger.parts,
         freeze=search.freeze,
         ranges=search.ranges,
         groups=search.groups,
     )
+    _require_domains(found, config.merge.method)
     merge = config.merge
     return Plan(found, merge.method, merge.vae, search.optimiser, search.init_points, search.seed)
+
+
+def _require_domains(found: space.Space, method: str) -> None:
+    """ConfigError for a range or a frozen weight outside what the method takes."""
+    domains = methods.domains(methods.get(method))
+    spans = {name: (p.low, p.high) for p in found.parameters for name in p.members}
+    spans |= {name: (value, value) for name, value in found.frozen.items()}
+    for name, (low, high) in spans.items():
+        domain = domains.get(found.names[name][0])
+        if domain and not domain.low <= low <= high <= domain.high:
+            raise ConfigError(
+                f"search: {name} in [{low:g}, {high:g}], but {method} takes {domain.low:g} to "
+                f"{domain.high:g}; narrow search.ranges or search.freeze"
+            )
 
 
 def _panels(

@@ -39,6 +39,11 @@ class Space:
     parameters: tuple[Parameter, ...]
     frozen: Mapping[str, float]
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks, and the parts with weights of their own."""
+        return tuple(dict.fromkeys(block for _, block in self.names.values()))
+
     def weights(self, values: Mapping[str, float]) -> Weights:
         """The weight of each block when the parameters have `values`."""
         flat = dict(self.frozen)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import bayesian_merger
+from bayesian_merger.backends import Merge
 from bayesian_merger.backends import diffusers as module
 from bayesian_merger.backends.diffusers import Diffusers
 from bayesian_merger.checkpoint import Checkpoint
@@ -46,7 +47,7 @@ def live() -> Iterator[Diffusers]:
 
 
 def even(merger: Merger, alpha: float) -> tuple[Recipe, Merged]:
-    weights = even_weights("weighted_sum", merger.architecture, alpha)
+    weights = even_weights("weighted_sum", merger.blocks, alpha)
     recipe = Recipe("weighted_sum", "sd1", merger.references(), weights, precision="fp32")
     return recipe, merger.merge(recipe)
 
@@ -104,22 +105,30 @@ def check(back_end: Diffusers, wanted: list[Prompt]) -> list[str]:
     return back_end.check(wanted, "sd1", {name: entry.shape for name, entry in layout.items()})
 
 
-class Fickle(Mapping[str, Tensor]):
-    """Tensors that are others each time they are read, as if the live model had not kept them."""
+class Plain(Merge):
+    """Given tensors as a merge."""
 
     def __init__(self, merged: Mapping[str, Tensor]) -> None:
         self._merged = merged
-        self._reads = 0
 
     def __getitem__(self, name: str) -> Tensor:
-        self._reads += 1
-        return self._merged[name] + self._reads
+        return self._merged[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._merged)
 
     def __len__(self) -> int:
         return len(self._merged)
+
+
+class Fickle(Plain):
+    """Tensors that are others each time they are read, as if the live model had not kept them."""
+
+    reads = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.reads += 1
+        return super().__getitem__(name) + self.reads
 
 
 def test_live_model_that_does_not_hold_the_merge_fails_the_trial(
@@ -134,7 +143,7 @@ def test_checkpoint_without_some_tensors_fails_with_their_name(merger: Merger) -
     recipe, merged = even(merger, 0.5)
     some = {n: t for n, t in merged.items() if "output_blocks.3.1" not in n}
     with pytest.raises(ConfigError, match=r"lacks .* tensors of the unet"):
-        Diffusers(device="cpu", config=DEMO / "config").load(recipe, some)
+        Diffusers(device="cpu", config=DEMO / "config").load(recipe, Plain(some))
 
 
 def test_nan_images_fail_the_trial(merger: Merger) -> None:
@@ -143,7 +152,7 @@ def test_nan_images_fail_the_trial(merger: Merger) -> None:
     broken = dict(merged) | {
         "first_stage_model.decoder.conv_out.bias": torch.full((3,), float("inf")),
     }
-    back_end.load(recipe, broken)
+    back_end.load(recipe, Plain(broken))
     with pytest.raises(TrialError, match="NaN"):
         list(back_end.generate(prompts()[:1]))
 

@@ -15,6 +15,20 @@ from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.registry import Registry
 
 
+class Merge(Mapping[str, Tensor]):
+    """A merge as a back end gets it: tensors by name, each computed when it is read."""
+
+    def write(self, targets: Mapping[str, Tensor], since: Merge | None = None) -> int:
+        """Write tensors into `targets` (by name; of any type and device); how many were written.
+
+        `since` is the merge that `targets` hold: what both make alike may be left as it is. After
+        an error `targets` are to be written anew.
+        """
+        for name, target in targets.items():
+            target.copy_(self[name].reshape(target.shape))
+        return len(targets)
+
+
 class Backend(Protocol):
     """What the loop needs of a back end."""
 
@@ -33,7 +47,7 @@ class Backend(Protocol):
         """
         ...
 
-    def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
+    def load(self, recipe: Recipe, merged: Merge) -> None:
         """Make `merged` the live model and prove that it is; TrialError if it is not."""
         ...
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from bayesian_merger import devices
-from bayesian_merger.backends import backend
+from bayesian_merger.backends import Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.errors import ConfigError, TrialError
 from bayesian_merger.registry import nearest
@@ -79,6 +79,7 @@ class Diffusers:
         self._pipe: Any = None
         self._schedule: Any = None  # the model's own noise schedule, whatever sampler is in use
         self._live: dict[str, Tensor] = {}  # the checkpoint's name -> tensor of the pipeline
+        self._held: Merge | None = None  # what the live tensors are
         # For each part of the pipeline, its own name of each tensor -> the checkpoint's.
         self._tables: dict[str, dict[str, str]] = {}
 
@@ -109,15 +110,16 @@ class Diffusers:
             said.append(f"payload fields this back end does not use: {', '.join(extra)}")
         return said
 
-    def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
-        """Copy `merged` into the live pipeline, which is built on the first call, and read it back."""
+    def load(self, recipe: Recipe, merged: Merge) -> None:
+        """Write `merged` into the live pipeline, which is built on the first call, and read it back."""
         with _enough_memory("while loading the merge; close other programs on the GPU"):
             if not self._live:
                 self._build(recipe.architecture, merged)
+            held, self._held = self._held, None  # nothing is known of it until all is written
             with torch.inference_mode():
-                for name, live in self._live.items():
-                    live.copy_(merged[name].reshape(live.shape))
+                merged.write(self._live, since=held)
                 self._prove(merged)
+            self._held = merged
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
         """Images in batches of prompts with equal size, steps, CFG scale, sampler and scheduler."""
@@ -130,7 +132,7 @@ class Diffusers:
 
     def close(self) -> None:
         """Free the live model."""
-        self._pipe, self._live, self._tables = None, {}, {}
+        self._pipe, self._live, self._tables, self._held = None, {}, {}, None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -186,9 +188,16 @@ class Diffusers:
 
     def _plan(self, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """An empty pipeline and the tables of names; ConfigError if the checkpoint does not fill it."""
-        self._pipe = _pipeline(self._lib, self._config or _CONFIGS / architecture)
+        folder = self._config or _CONFIGS / architecture
+        if not folder.is_dir():
+            known = ", ".join(sorted(path.name for path in _CONFIGS.iterdir()))
+            raise ConfigError(
+                f"the back end 'diffusers' knows no {architecture} (known: {known}); name a folder "
+                f"in diffusers layout as backend.config"
+            )
+        self._pipe = _pipeline(self._lib, folder)
         self._schedule = self._pipe.scheduler.config
-        self._live = {}
+        self._live, self._held = {}, None
         n_layers = self._pipe.text_encoder.config.num_hidden_layers
         if self._clip_skip > n_layers:
             raise ConfigError(

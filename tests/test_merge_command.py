@@ -1,0 +1,195 @@
+"""`bayesian-merger merge` as a tool of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import toy
+from safetensors.torch import save_file
+from test_cli import Command
+from test_cli import command as command
+
+from bayesian_merger.blocks import SD1
+from bayesian_merger.checkpoint import Checkpoint
+from bayesian_merger.curves import CURVES
+
+IN05 = toy.BLOCKS["IN05"][0]
+BASE = toy.BLOCKS["base"][1]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with models a, b, c whose every number is 0, 8, 2."""
+    for name, value in (("a", 0.0), ("b", 8.0), ("c", 2.0)):
+        toy.write_toy(tmp_path / f"{name}.safetensors", value=value)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+AB = ("merge", "a.safetensors", "b.safetensors", "-o", "m.safetensors")
+
+
+def made(here: Path, tensor: str = IN05) -> float:
+    (value,) = set(Checkpoint(here / "m.safetensors")[tensor].flatten().tolist())
+    return float(value)
+
+
+def numbers(n: int) -> str:
+    return ",".join(str(i / 32) for i in range(n))
+
+
+@pytest.mark.parametrize(
+    ("flags", "in05", "base"),
+    [
+        ((), 4.0, 4.0),
+        (("--alpha", "0.25"), 2.0, 2.0),
+        (("--alpha", "-0.5"), -4.0, -4.0),
+        (("--alpha", "ALL_B"), 8.0, 8.0),
+        (("--alpha", "grad_v", "--precision", "fp32"), 8 * 7 / 12, 0.0),
+        (("--alpha", numbers(26)), 8 * 6 / 32, 0.0),
+        (("--alpha", "0.75", "--alpha-blocks", numbers(25)), 8 * 5 / 32, 6.0),
+        (("--alpha", "0.5", "-w", "IN05_alpha=1"), 8.0, 4.0),
+        (("-w", "alpha=1", "-w", "base_alpha=0", "-w", "block_5_alpha=0.25"), 2.0, 0.0),
+        (("--alpha", "2", "--clip"), 8.0, 8.0),
+    ],
+)
+def test_weights_are_given_as_number_preset_list_or_by_name(
+    here: Path, command: Command, flags: tuple[str, ...], in05: float, base: float
+) -> None:
+    code, out, err = command(*AB, *flags)
+    assert code == 0, err
+    assert "wrote m.safetensors" in out
+    assert made(here) == pytest.approx(in05, rel=1e-6)
+    assert made(here, BASE) == pytest.approx(base, rel=1e-6)
+
+
+def test_three_models_and_a_method_with_other_weights(here: Path, command: Command) -> None:
+    abc = ("merge", "a.safetensors", "b.safetensors", "c.safetensors", "-o", "m.safetensors")
+    assert command(*abc, "--method", "add_difference", "--alpha", "0.5")[0] == 0
+    assert made(here) == 3.0
+    flags = ("--method", "ties", "-w", "density=1", "--overwrite")
+    assert command(*abc, *flags)[0] == 0
+    assert made(here) == 5.0
+
+
+def test_part_named_by_its_weight_leaves_its_block(here: Path, command: Command) -> None:
+    assert command(*AB, "--alpha", "0", "-w", "TIME_alpha=1")[0] == 0
+    assert made(here, toy.BLOCKS["IN00"][1]) == 8.0
+    assert made(here, toy.BLOCKS["IN00"][0]) == 0.0
+
+
+def test_merge_is_rebuilt_from_the_recipe_in_its_own_metadata(
+    here: Path, command: Command
+) -> None:
+    assert command(*AB, "--alpha", "COSINE", "--vae", "base")[0] == 0
+    told = Checkpoint(here / "m.safetensors").metadata
+    recipe = json.loads(told["merge_recipe"])
+    assert recipe["weights"]["alpha"]["IN00"] == CURVES["COSINE"].at(0)
+    assert json.loads(told["sd_merge_recipe"])["interp_method"] == "weighted_sum"
+    assert {m["name"] for m in json.loads(told["sd_merge_models"]).values()} == {
+        "a.safetensors",
+        "b.safetensors",
+    }
+
+
+def test_dry_run_says_what_would_happen_and_writes_nothing(here: Path, command: Command) -> None:
+    before = sorted(here.iterdir())
+    code, out, err = command(
+        "merge", "a.safetensors", "b.safetensors", "--alpha", "GRAD_A", "--dry-run"
+    )
+    assert code == 0, err
+    assert sorted(here.iterdir()) == before
+    lines = [line.split() for line in out.splitlines()]
+    assert ["M00", "2", "0.0", "alpha", "1"] in lines
+    assert ["VAE", "2", "0.0", "copied"] in lines
+    assert {line[0] for line in lines} >= set(SD1.blocks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("a.safetensors", "b.safetensors"), "-o"),
+        ((*AB[1:], "--alpha", "GRAD_W"), "did you mean 'GRAD_V'"),
+        ((*AB[1:], "--alpha", numbers(20)), "20 numbers for the 26 blocks of SD1.5"),
+        ((*AB[1:], "--alpha", "0.1,x"), "'x' is not a number"),
+        ((*AB[1:], "--alpha", "nan"), "alpha of block base is nan"),
+        ((*AB[1:], "--beta", "0.1"), "weighted_sum has no such weight"),
+        ((*AB[1:], "-w", "IN5_alpha=0.1"), "did you mean 'IN05_alpha'"),
+        ((*AB[1:], "-w", "IN05_alpha"), "write it as NAME=VALUE"),
+        ((*AB[1:], "--method", "weigted_sum"), "did you mean 'weighted_sum'"),
+        ((*AB[1:], "--method", "add_difference"), "merges 3 models, but 2 are given"),
+        (("a.safetensors", "b.safetensors", "c.safetensors", *AB[3:]), "merges 2 models, but 3"),
+        (("a.safetensors", "a.safetensors", *AB[3:]), "models A and B are the same file"),
+        (("a.safetensors", "no.safetensors", *AB[3:]), "no such file"),
+        (("a.safetensors", "b.safetensors", "-o", "b.safetensors"), "exists"),
+        (("a.safetensors", "b.safetensors", "-o", "b.safetensors", "--overwrite"), "is one of"),
+        (("a.safetensors", "b.safetensors", "-o", "folder.safetensors"), "exists"),
+        (("a.safetensors", "b.safetensors", "-o", "m.ckpt"), "name the output .safetensors"),
+        ((*AB[1:], "--precision", "fp12"), "fp12"),
+    ],
+)
+def test_bad_input_is_told_and_nothing_is_written(
+    here: Path, command: Command, arguments: tuple[str, ...], said: str
+) -> None:
+    (here / "folder.safetensors").mkdir()
+    before = {p: p.stat().st_mtime_ns for p in here.iterdir()}
+    code, _, err = command("merge", *arguments)
+    assert code == 2
+    assert said in " ".join(err.split())
+    assert {p: p.stat().st_mtime_ns for p in here.iterdir()} == before
+
+
+def test_recipe_takes_no_weights_beside_it(here: Path, command: Command) -> None:
+    (here / "best.toml").write_text("")
+    code, _, err = command("merge", "best.toml", "--alpha", "0.5", "-o", "m.safetensors")
+    assert code == 2
+    assert "leave out --alpha" in err
+
+
+def test_disk_without_room_is_told_before_anything_is_written(
+    here: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    code, _, err = command(*AB)
+    assert code == 2
+    assert "free on that disk" in err
+    assert not (here / "m.safetensors").exists()
+
+
+def test_model_with_nan_is_named_with_its_tensor(here: Path, command: Command) -> None:
+    broken = {IN05: torch.full((2, 3), torch.nan)}
+    toy.write_toy(here / "b.safetensors", value=8.0, changes=broken)
+    code, _, err = command(*AB)
+    assert code == 2
+    assert f"tensor '{IN05}' of model B, b.safetensors, holds NaN" in " ".join(err.split())
+    assert not (here / "m.safetensors").exists()
+
+
+def test_notes_are_told(here: Path, command: Command) -> None:
+    first = toy.BLOCKS["IN00"][0]
+    for name, channels in (("a", 9), ("b", 4)):
+        toy.write_toy(here / f"{name}.safetensors", changes={first: torch.ones(2, channels, 3, 3)})
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, here / "lora.safetensors")
+    code, out, err = command(*AB)
+    assert code == 0, err
+    assert "an inpainting model (9 input channels)" in " ".join(out.split())
+    code, _, err = command("merge", "a.safetensors", "lora.safetensors", "--dry-run")
+    assert code == 2
+    assert "model B, lora.safetensors: 1 of 1 modules fit no tensor of model A" in err
+
+
+def test_method_of_the_user_that_fails_is_told_in_one_line(here: Path, command: Command) -> None:
+    (here / "mine.py").write_text(
+        "from bayesian_merger.methods import method\n@method\n"
+        "def falls(a, b, *, alpha: float = 0.5):\n    return a @ b\n"
+    )
+    code, _, err = command(*AB, "--plugin", "mine.py", "--method", "falls")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "falls, tensor" in err
+    assert not (here / "m.safetensors").exists()
