@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 20  # values at once: enough to hide the cost of a call, few enough to share fairly
+_PIECE = 1 << 22  # values at once: enough to hide the cost of a call, few enough to share fairly
 _STREAMED = 1 << 17  # values from which a result is too large to stay in the cache anyway
 _LANES = 32
 # What the compiled loop takes: the integer of a type's bits, and what infinity is in it.
@@ -112,7 +112,7 @@ def _run(item: Sum, loop: Callable[..., int], *arguments: Any) -> int:
 
 def _is_for_loop(tensors: Iterable[Tensor]) -> bool:
     return _compiler() is not None and all(
-        t.dtype in _STORED and t.device.type == "cpu" and t.is_contiguous() for t in tensors
+        t.dtype in _STORED and t.is_cpu and t.is_contiguous() for t in tensors
     )
 
 
@@ -181,8 +181,8 @@ def _split(factor: float) -> tuple[float, float]:
 
 
 @cache
-def _compiler() -> Any:
-    """LLVM for this processor, or None where it is not installed or of no use."""
+def _compiler() -> Callable[[], Any] | None:
+    """What makes LLVM's machine for this processor; None where it is not installed or of no use."""
     try:
         from llvmlite import binding
     except ImportError:
@@ -193,9 +193,12 @@ def _compiler() -> Any:
     is_x86 = binding.get_process_triple().startswith(("x86_64", "amd64"))
     if is_x86 and not features.get("f16c"):
         return None  # half precision would need a library that is not there
-    target = binding.Target.from_default_triple()
-    return target.create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3, jit=True
+    return partial(
+        binding.Target.from_default_triple().create_target_machine,
+        cpu=binding.get_host_cpu_name(),
+        features=features.flatten(),
+        opt=3,
+        jit=True,
     )
 
 
@@ -204,7 +207,9 @@ def _loop(inputs: tuple[torch.dtype, ...], out: torch.dtype, streams: bool) -> C
     """The compiled loop f(n, coefficients, out, *inputs) -> not 0 if a result is not finite."""
     from llvmlite import binding
 
-    machine = _compiler()
+    compiler = _compiler()
+    assert compiler is not None
+    machine = compiler()  # a new one each time, as the engine owns and frees it
     module = binding.parse_assembly(_ir(inputs, out, streams=streams) + "\n!0 = !{i32 1}")
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
     module.verify()

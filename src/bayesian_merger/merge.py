@@ -408,13 +408,14 @@ class Merged(Merge):
 
     def _sum(self, name: str, target: Tensor) -> Sum | None:
         """The merge as a weighted sum straight into `target`, where it is one."""
-        fits = target.dtype == self._dtype and target.device == self._merger.device
-        if not (fits and self._is_linear and self._ways[name][0] == "merge"):
+        if not (self._is_linear and self._ways[name][0] == "merge"):
             return None
-        inputs = self._inputs(name)
-        if any(x.shape != target.shape for x in inputs):
+        inputs = tuple(self._inputs(name))
+        if target.dtype != self._dtype or any(
+            x.shape != target.shape or x.device != target.device for x in inputs
+        ):
             return None
-        return Sum(self._coefficients(name), tuple(inputs), target)
+        return Sum(self._coefficients(name), inputs, target)
 
     def _coefficients(self, name: str) -> tuple[float, ...]:
         place = self._merger.places[name]
