@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_checkpoint import one_line
+from test_checkpoint import fuzzed, one_line
 from test_names import component, converter, known_layout, rebuilt
 from torch import Tensor
 
@@ -409,6 +411,25 @@ def test_index_that_lacks_a_tensor_is_refused(handmade: Path) -> None:
     first, second = listed
     listed[first] = listed[second]
     refused(sharded(handmade, listed), "do not hold the same tensors")
+
+
+WORDS = st.sampled_from([CONVOLUTION, "weight_map", "_class_name", "a-00001-of-00002.safetensors"])
+JSON = st.recursive(
+    st.none() | st.integers() | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+)
+
+
+@fuzzed
+@given(JSON, JSON)
+def test_any_json_is_read_or_refused(handmade: Path, listed: object, said: object) -> None:
+    (handmade / "model_index.json").write_text(json.dumps(said))
+    index = weights(handmade, ".safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": listed}))
+    weights(handmade).unlink(missing_ok=True)
+    with pytest.raises(CheckpointError) as caught:
+        Folder(handmade)
+    one_line(caught.value)
 
 
 def test_missing_shard_is_named(handmade: Path) -> None:

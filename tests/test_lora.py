@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import toy
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_checkpoint import one_line
+from test_checkpoint import fuzzed, one_line
 from test_names import Shapes, known_layout
 from torch import Tensor
 
@@ -368,6 +370,13 @@ def test_fused_layer_of_open_clip_takes_three_modules(tmp_path: Path) -> None:
     assert torch.equal(found, torch.cat((q, torch.zeros(4, 4), v)))
 
 
+def test_module_of_a_part_leaves_the_other_rows(tmp_path: Path) -> None:
+    name = "joint_blocks.0.x_block.attn.qkv.bias"
+    change = {"transformer.transformer_blocks.0.attn.to_v.diff_b": torch.ones(2)}
+    found = lora(tmp_path, change, {name: (6,)}, "sd3")
+    assert found.delta(name).tolist() == [0, 0, 0, 0, 1, 1]
+
+
 def test_projection_of_open_clip_is_transposed(tmp_path: Path) -> None:
     name = "conditioner.embedders.1.model.text_projection"
     found = lora(tmp_path, factors("lora_te2_text_projection", 4), {name: (4, 4)}, "sdxl")
@@ -485,6 +494,12 @@ def test_kind_that_cannot_be_read_is_named(tmp_path: Path, piece: str, kind: str
     refused(tmp_path, tensors, f"this is {kind}")
 
 
+@pytest.mark.parametrize("piece", ["lora_A.second.weight", "diff", "lokr_w1", "hada_w1_a"])
+def test_two_loras_in_one_file_are_refused(tmp_path: Path, piece: str) -> None:
+    tensors = {**factors(LINEAR_MODULE), f"{LINEAR_MODULE}.{piece}": torch.ones(2, 4)}
+    refused(tmp_path, tensors, "is it several LoRAs in one file")
+
+
 def test_foreign_tensor_is_named(tmp_path: Path) -> None:
     tensors = {**factors(LINEAR_MODULE), "stranger": torch.ones(1)}
     refused(tmp_path, tensors, "'stranger' is no piece")
@@ -514,9 +529,12 @@ def test_lora_of_another_width_hints_at_the_architecture(tmp_path: Path) -> None
     refused(tmp_path, factors(module, n_in=1024), saying)
 
 
-def test_lora_of_another_model_of_the_architecture_is_refused(tmp_path: Path) -> None:
-    tensors = factors(LINEAR_MODULE, n_out=5)
-    refused(tmp_path, tensors, r"has shape \[5, 4\].*; is it for another model\?")
+@pytest.mark.parametrize(("n_out", "n_in"), [(5, 4), (6, 5), (4, 6)])
+def test_lora_of_another_model_of_the_architecture_is_refused(
+    tmp_path: Path, n_out: int, n_in: int
+) -> None:
+    tensors = factors(LINEAR_MODULE, n_out, n_in)
+    refused(tmp_path, tensors, rf"has shape \[{n_out}, {n_in}\].*; is it for another model\?")
 
 
 @pytest.mark.parametrize(
@@ -578,3 +596,32 @@ def test_product_larger_than_its_target_is_refused_before_it_is_made(tmp_path: P
         f"{LINEAR_MODULE}.lora_down.weight": torch.ones(1, wide),
     }
     refused(tmp_path, tensors, r"has shape \[300000, 300000\]")
+
+
+PIECES = st.sampled_from(
+    [
+        ["lora_up.weight", "lora_down.weight", "alpha"],
+        ["lora_up.weight", "lora_down.weight", "lora_mid.weight"],
+        ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"],
+        ["lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha"],
+        ["lokr_w1_a", "lokr_w1_b", "lokr_w2", "alpha"],
+        ["diff", "diff_b"],
+    ]
+)
+SHAPES = st.lists(st.integers(0, 3), max_size=4)
+
+
+@fuzzed
+@given(st.data())
+def test_any_shapes_are_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    base = {CONV: tuple(data.draw(SHAPES)), CONV.replace("weight", "bias"): (2,)}
+    tensors = {
+        f"{CONV_MODULE}.{piece}": torch.ones(data.draw(SHAPES)) for piece in data.draw(PIECES)
+    }
+    try:
+        found = lora(tmp_path, tensors, base)
+    except CheckpointError as error:
+        one_line(error)
+    else:
+        for name in found.tensors:
+            assert found.delta(name).shape == base[name]

@@ -131,7 +131,7 @@ class Folder:
             )
         try:
             layouts = [piece.layout for piece in pieces]
-        except RuntimeError as error:
+        except (IndexError, RuntimeError) as error:
             raise CheckpointError(f"{where} has too few axes; save the folder again") from error
         if len(pieces) == 1:
             return layouts[0]

@@ -101,12 +101,8 @@ class Lora:
         self._file = file
         self._base = base
         self._settings = _peft_settings(file)
-        pieces: dict[str, dict[str, str]] = {}
-        for name in file.layout:
-            of, piece = self._piece(name)
-            pieces.setdefault(of, {})[piece] = name
         self._changes: dict[str, list[_Module]] = {}
-        for module in self._placed(pieces, architecture):
+        for module in self._placed(self._modules(), architecture):
             self._changes.setdefault(module.target.tensor, []).append(module)
         self._require_numbers()
         self._require_fit(architecture)
@@ -120,9 +116,8 @@ class Lora:
         """
         shape = self._base[name].shape
         modules = self._changes.get(name, ())
-        if (
-            len(modules) == 1 and modules[0].target.of == 1
-        ):  # the usual case, without a second copy
+        # One module for the whole tensor is usual, and needs no second tensor of that size.
+        if len(modules) == 1 and modules[0].target.of == 1:
             return self._read(modules[0], device).reshape(shape)
         total = torch.zeros(shape, device=device)
         for module in modules:
@@ -134,6 +129,22 @@ class Lora:
         files = module.pieces.items()
         pieces = {piece: self._file[own].to(device, torch.float32) for piece, own in files}
         return self._difference(module, pieces)
+
+    def _modules(self) -> dict[str, dict[str, str]]:
+        """The pieces of each module, by the file's names."""
+        modules: dict[str, dict[str, str]] = {}
+        for name in self._file.layout:
+            module, piece = self._piece(name)
+            pieces = modules.setdefault(module, {})
+            # A scale and a bias go with every kind.
+            kinds = {p.partition("_")[0] for p in (piece, *pieces) if p not in ("alpha", "diff_b")}
+            if piece in pieces or len(kinds) > 1:
+                raise CheckpointError(
+                    f"{self.name}: tensor {name!r} does not go with the others of its module; is it "
+                    f"several LoRAs in one file?"
+                )
+            pieces[piece] = name
+        return modules
 
     def _piece(self, name: str) -> tuple[str, str]:
         """The module that the file's tensor `name` belongs to, and which piece of it it is."""
@@ -313,9 +324,10 @@ def _product(pieces: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     if any(piece.startswith("lokr_") for piece in pieces):
         one = pieces["lokr_w1"] if "lokr_w1" in pieces else _factors(pieces, "lokr_w1", "")
         two = pieces["lokr_w2"] if "lokr_w2" in pieces else _factors(pieces, "lokr_w2", "lokr_t2")
-        factored = [p for p in ("lokr_w1_b", "lokr_w2_b") if p in pieces]
+        factored = [name for name in ("lokr_w1", "lokr_w2") if name not in pieces]
         # Two whole factors have no rank, whatever alpha the file says.
-        return torch.kron(one, two.flatten(1)), len(pieces[factored[0]]) if factored else 0
+        rank = len(pieces[f"{factored[0]}_b"]) if factored else 0
+        return torch.kron(one, two.flatten(1)), rank
     up, down = pieces["lora_up"].flatten(1), pieces["lora_down"].flatten(1)
     if "lora_mid" in pieces:
         return _tucker(pieces["lora_mid"], up.mT, down), len(down)

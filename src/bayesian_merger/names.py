@@ -40,7 +40,7 @@ class Target:
     def arrange(self, values: Tensor) -> Tensor:
         """`values` of the other naming as they lie in the checkpoint."""
         if self.form == "transposed":
-            return values.mT
+            return values.transpose(0, 1)
         if self.form == "swapped":
             return torch.cat(values.chunk(2)[::-1])
         if self.form == "conv" and values.ndim == 2:
