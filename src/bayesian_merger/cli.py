@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,7 @@ from bayesian_merger.curves import CURVES
 from bayesian_merger.data import RIVALS, Outcome, Recipe, Result
 from bayesian_merger.errors import CheckpointError, ConfigError, MergerError
 from bayesian_merger.merge import Merged, Merger, check_recipe, n_used, open_model
+from bayesian_merger.methods import mecha
 from bayesian_merger.registry import import_file
 from bayesian_merger.report import duration
 from bayesian_merger.scorers import scorer
@@ -403,8 +405,11 @@ def list_command(kind: str) -> None:
             table.add_row(name, "merge --alpha", curve.about)
     else:
         registry: Any = {"methods": methods.method, "scorers": scorer, "backends": backend}[kind]
-        for name in registry.names():
-            plugin = registry.get(name)
+        names = registry.names()
+        if kind == "methods" and find_spec("sd_mecha"):
+            names += mecha.names()
+        for name in names:
+            plugin = methods.get(name) if kind == "methods" else registry.get(name)
             told = (plugin.__doc__ or "").strip().partition("\n")[0]
             needs = f" ({_needs(plugin)})" if kind == "methods" else ""
             _out.print(f"{name}{needs}\n  {told}", soft_wrap=True)

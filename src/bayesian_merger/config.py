@@ -63,7 +63,7 @@ class Merge(Section):
     precision: Literal["fp16", "bf16", "fp32", "fp8_e4m3fn", "fp8_e5m2"] = "fp16"
     clip: bool = False
     seed: int = Field(0, ge=0, lt=2**31)
-    device: str = "cpu"
+    device: str = "auto"
 
 
 class Search(Section):

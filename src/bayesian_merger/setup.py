@@ -189,7 +189,7 @@ def _open_models(config: Config) -> Merger:
             f"name the third as models.c"
         )
     needed = n_used(method, config.merge.method, len(paths))
-    place = devices.device(config.merge.device, "merge.device")
+    place = devices.device(config.merge.device, "merge.device", float64=True)
     models, mistakes = [], []
     for path in paths[:needed]:
         try:
