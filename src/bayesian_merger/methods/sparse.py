@@ -93,9 +93,10 @@ def _trimmed(difference: Tensor, density: float) -> Tensor:
     n_kept = round(density * difference.numel())
     if n_kept == 0:
         return torch.zeros_like(difference)
-    sizes = difference.abs()
-    least = sizes.flatten().kthvalue(difference.numel() - n_kept + 1).values
-    return torch.where(sizes >= least, difference, 0.0)
+    sizes = difference.detach().abs().flatten()
+    least = sizes.kthvalue(difference.numel() - n_kept + 1).values
+    # It keeps what is larger than its threshold.
+    return torch.hardshrink(difference, float(least.nextafter(torch.zeros_like(least))))
 
 
 def _sampled(difference: Tensor, density: float, epsilon: float, generator: Generator) -> Tensor:
@@ -121,7 +122,7 @@ def _mean_of_elected(differences: Sequence[Tensor], votes: Tensor) -> Tensor:
     elected = votes.sign()
     total, count = torch.zeros_like(votes), torch.zeros_like(votes)
     for difference in differences:
-        agrees = difference.sign() == elected
-        total += difference * agrees
-        count += agrees
-    return total.div_(count.clamp_(min=1))
+        agreeing = (difference * elected).clamp_(min=0)
+        total += agreeing
+        count += agreeing.sign_()
+    return total.mul_(elected).div_(count.clamp_(min=1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -76,4 +78,4 @@ def n_average(a: Tensor, b: Tensor, *more: Tensor) -> Tensor:
 
     The uniform soup of Wortsman et al. 2022, arXiv:2203.05482, section 2; in this field, sd-mecha.
     """
-    return sum(more, a + b).div_(2 + len(more))
+    return reduce(Tensor.add_, more, a + b).div_(2 + len(more))
