@@ -65,7 +65,6 @@ def main() -> None:
                 repeated(models, torch.device("cuda"))
             if kind == "sd1":
                 exactness(models)
-                other_methods(models)
             files(models[:2], options.peers, folder)
 
 
@@ -189,30 +188,6 @@ def exactness(models: list[Path]) -> None:
             error += float(errors.sum())
             worst = max(worst, float(errors.max()))
         print(f"  {method:15} {100 * right / total:.3f} %, {error / total:.3f}, {worst:.4f}")
-
-
-def other_methods(models: list[Path]) -> None:
-    """Every other method on one block, beside the same bytes by weighted_sum."""
-    merger = Merger([Checkpoint(path) for path in models])
-    sample = [n for n, place in merger.places.items() if place.block == "OUT05"]
-    n_bytes = sum(merger.models[0].layout[n].n_bytes for n in sample)
-    print(f"every method on block OUT05, {n_bytes / 1e6:.0f} MB; peak of further memory")
-    for name in methods.method.names():
-        merged = merger.merge(recipe(merger, name))
-        live = {n: torch.zeros(merged.layout[n].shape, dtype=torch.float16) for n in sample}
-        merged.write(live)
-        times = []
-        for _ in range(3):
-            before = anonymous_gb()
-            with Peak() as peak:
-                start = time.perf_counter()
-                merged.write(live)
-                times.append(time.perf_counter() - start)
-        largest = max(merged.layout[n].n_bytes for n in sample) * 2
-        print(
-            f"  {name:26} {1e3 * statistics.median(times):8.1f} ms, "
-            f"{1e3 * (peak.gb - before):6.0f} MB (largest tensor in fp32: {largest / 1e6:.0f} MB)"
-        )
 
 
 def files(models: list[Path], peers: Path | None, folder: Path) -> None:

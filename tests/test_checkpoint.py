@@ -199,6 +199,18 @@ def test_failed_write_leaves_nothing_and_keeps_what_was_there(
     assert old.read_bytes() == before
 
 
+def test_part_of_a_killed_process_goes_when_the_file_is_written_again(tmp_path: Path) -> None:
+    old, young, other = (
+        tmp_path / f".{n}.part" for n in ("x.safetensors.1", "x.safetensors.2", "y")
+    )
+    for part in (old, young, other):
+        part.write_bytes(b"half")
+    for part in (old, other):
+        os.utime(part, (0, 0))
+    write_tensors(tmp_path / "x.safetensors", {"t": torch.ones(2)})
+    assert sorted(tmp_path.iterdir()) == sorted([young, other, tmp_path / "x.safetensors"])
+
+
 def test_full_disk_is_told_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -92,6 +93,7 @@ _WRAPPERS = ("state_dict", "model", "module", "model_ema", "ema")
 # A header or a pickle takes up to 70 times its size in memory, so a small file has a small one.
 _TABLE_BYTES = 8 << 20
 _TABLE_SHARE = 64
+_ABANDONED_S = 600  # a writer that lives adds to its file every moment
 
 _short = reprlib.Repr()
 _short.maxstring, _short.maxlevel = 160, 2
@@ -358,8 +360,9 @@ def write(
         }
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
-    require_space(path, 8 + len(head) + end)
     try:
+        _remove_abandoned(path)
+        require_space(path, 8 + len(head) + end)
         with whole_file(path) as file, ThreadPoolExecutor(1) as disk:
             written = disk.submit(file.write, len(head).to_bytes(8, "little") + head)
             for name in names:
@@ -374,6 +377,13 @@ def write(
             written.result()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed processes had written of `path`: parts that nobody has added to for long."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if time.time() - part.stat().st_mtime > _ABANDONED_S:
+            part.unlink()
 
 
 def require_space(path: Path, n_bytes: int) -> None:
