@@ -11,6 +11,7 @@ repeated merge is measured there too.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -95,7 +96,7 @@ def made(kind: str, seed: int, folder: Path) -> Path:
 
 
 def hash_of(text: str) -> int:
-    return int.from_bytes(text.encode()[-7:], "big")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def shapes(kind: str) -> dict[str, Layout]:

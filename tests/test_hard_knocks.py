@@ -336,3 +336,24 @@ def test_lora_is_searched_in_the_blocks_that_it_touches(folder: Path) -> None:
     assert [p.name for p in ready.plan.space.parameters] == ["M00_alpha"]
     merged = ready.merger.merge(ready.baseline("even"))
     assert set(merged[name].flatten().tolist()) == {0.5}
+
+
+def test_baselines_need_no_c_for_what_only_a_and_b_hold(folder: Path) -> None:
+    state = load_file(folder / "one.safetensors")
+    alone = {n: t / 2 for n, t in state.items() if n.startswith(toy_plugin.UNET)}
+    save_file(alone, folder / "unet.safetensors")
+    three = ("models.c=unet.safetensors", "merge.method=add_difference")
+    ready = begin(folder, *three)
+    assert "base_alpha" not in ready.plan.space.names
+    for name in setup.BASELINES:
+        assert len(ready.merger.merge(ready.baseline(name))) == len(state)
+
+
+def test_vae_of_b_leaves_no_vae_to_search(folder: Path) -> None:
+    for name in ("zero", "one"):
+        state = load_file(folder / f"{name}.safetensors")
+        vae = {"first_stage_model.encoder.conv_in.weight": torch.ones(2)}
+        save_file({**state, **vae}, folder / f"{name}.safetensors")
+    with pytest.raises(ConfigError, match="no weight of the VAE to search"):
+        begin(folder, "merge.vae=b", 'search.presets=["vae"]')
+    assert "VAE_alpha" in begin(folder, 'search.presets=["vae"]').plan.space.names

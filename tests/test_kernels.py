@@ -166,3 +166,31 @@ def test_tensors_that_nobody_else_holds_are_read_before_they_go(
     sums = (Sum((1.0,), (torch.full((5000,), float(i)),), r) for i, r in enumerate(results))
     assert combine(sums) == []
     assert [set(r.tolist()) for r in results] == [{float(i)} for i in range(50)]
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, *FP8], ids=str)
+def test_values_are_rounded_to_the_precision_and_stored_in_a_wider_type(
+    precision: torch.dtype,
+) -> None:
+    a, b = normal(10_007, torch.float16), normal(10_007, torch.float16, 1)
+    narrow, wide = torch.empty(10_007, dtype=precision), torch.empty(10_007)
+    both = [Sum((0.3, 0.7), (a, b), narrow), Sum((0.3, 0.7), (a, b), wide, precision)]
+    assert combine(both) == []
+    assert torch.equal(narrow.float(), wide)
+    large = torch.full((40,), 60000.0)
+    assert combine([Sum((1e36,), (large,), torch.empty(40), precision)]) == [0]
+
+
+@pytest.mark.usefixtures("either")
+def test_tensor_that_is_not_its_memory_is_read_right() -> None:
+    negative = torch._neg_view(torch.ones(100, dtype=torch.float16))
+    zeros = torch._efficientzerotensor(100, dtype=torch.float16)
+    assert set(summed((1.0, 1.0), (negative, zeros), torch.float16).tolist()) == {-1.0}
+
+
+def test_sum_may_be_written_over_one_of_its_inputs() -> None:
+    a, b = normal(100_000, torch.float16), normal(100_000, torch.float16, 1)
+    expected = summed((0.3, 0.7), (a, b), torch.float16)
+    assert combine([Sum((0.3, 0.7), (a, b), a)]) == []
+    assert torch.equal(a, expected)

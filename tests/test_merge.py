@@ -241,11 +241,16 @@ def test_tensor_that_b_lacks_stays_a_s_and_one_that_only_b_has_is_left_out(tmp_p
             without={IN01, VAE, toy.POSITION_IDS, toy.EMA},
         )
     )
+    merged = Merger([a, b]).merge(recipe(alpha(1.0), precision="fp16"))
+    assert set(merged) == set(a.layout) - {toy.EMA}
+    for name in (IN01, VAE):
+        assert bits(merged[name]) == bits(a[name])
+    for vae in ("b", "base"):
+        with pytest.raises(
+            ConfigError, match=f"vae is '{vae}', but model B, b.safetensors, holds no whole VAE"
+        ):
+            Merger([a, b]).merge(recipe(alpha(1.0), vae=vae))
     for vae in ("a", "b", "base"):
-        merged = Merger([a, b]).merge(recipe(alpha(1.0), precision="fp16", vae=vae))
-        assert set(merged) == set(a.layout) - {toy.EMA}
-        for name in (IN01, VAE):
-            assert bits(merged[name]) == bits(a[name])
         other = Merger([b, a]).merge(recipe(alpha(1.0), precision="fp16", vae=vae))
         assert set(other) == set(b.layout)
 
@@ -636,3 +641,28 @@ def test_elementwise_methods_are_merged_in_pieces_to_the_same_values(
     pieces.save(tmp_path / "m.safetensors")
     saved = Checkpoint(tmp_path / "m.safetensors")
     assert all(bits(pieces[n]) == bits(whole[n]) == bits(saved[n]) for n in whole)
+
+
+def test_copied_tensor_with_nan_is_refused_as_a_merged_one_is(tmp_path: Path) -> None:
+    merger = merger_of(tmp_path, {VAE: torch.full((3,), torch.nan)}, {})
+    with pytest.raises(TrialError, match=r"model A, a\.safetensors, holds NaN"):
+        merger.merge(recipe(alpha(0.5)))[VAE]
+    # A schedule without signal at its end holds infinity, and is no part of the network.
+    endless = {toy.BETAS: torch.tensor([0.5, 1, 2, 3, torch.inf], dtype=torch.float64)}
+    kept = merger_of(tmp_path, endless, {}).merge(recipe(alpha(0.5)))
+    assert kept[toy.BETAS].tolist() == [0.5, 1, 2, 3, torch.inf]
+
+
+def test_input_with_nan_is_refused_where_the_method_would_hide_it(tmp_path: Path) -> None:
+    merger = merger_of(tmp_path, {}, {IN01: torch.tensor([1.0, torch.nan, 1.0, 1.0])})
+    weights = {**alpha(0.25), "beta": dict.fromkeys(SD1.blocks, 0.0)}
+    with pytest.raises(TrialError, match=r"model B, b\.safetensors, holds NaN"):
+        merger.merge(recipe(weights, method="tensor_sum"))[IN01]
+
+
+def test_live_parameters_may_be_written_to(tmp_path: Path) -> None:
+    merged = merger_of(tmp_path, {}, {}).merge(recipe(alpha(0.5), precision="fp16"))
+    for kind in (torch.float16, torch.float32):
+        live = {n: torch.nn.Parameter(torch.zeros(4, dtype=kind)) for n in (IN01,)}
+        merged.write(live)
+        assert torch.equal(live[IN01].detach().float(), merged[IN01].float())

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import toy
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from test_cli import Command
 from test_cli import command as command
@@ -131,6 +132,9 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(here: Path, command: 
         (("a.safetensors", "b.safetensors", "-o", "folder.safetensors"), "exists"),
         (("a.safetensors", "b.safetensors", "-o", "m.ckpt"), "name the output .safetensors"),
         ((*AB[1:], "--precision", "fp12"), "fp12"),
+        ((*AB[1:], "--alpha-blocks", ""), "unknown preset of weights ''"),
+        ((*AB[1:3], "-o", "m" * 300 + ".safetensors"), "cannot be written (File name too long)"),
+        ((*AB[1:], "--vae", "b", "-w", "VAE_alpha=1"), "leave out one"),
     ],
 )
 def test_bad_input_is_told_and_nothing_is_written(
@@ -193,3 +197,63 @@ def test_method_of_the_user_that_fails_is_told_in_one_line(here: Path, command: 
     assert len(err.splitlines()) == 1
     assert "falls, tensor" in err
     assert not (here / "m.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("signature", "body", "said"),
+    [
+        ("a, b, *, alpha", "a", "its weight alpha needs a number as default"),
+        ("a, b, *, alpha: float = 'half'", "a", "its weight alpha needs a number as default"),
+        ("a, b, *, alpha: '0 to 1' = 0.5", "a", "the annotation of alpha cannot be read"),
+        ("a, b, *, alpha: float = 0.5", "None", ", tensor '"),
+        ("a, b, *, alpha: float = 0.5", "a > b", "not floating point numbers"),
+    ],
+)
+def test_method_of_the_user_that_breaks_the_contract_is_told_in_one_line(
+    here: Path, command: Command, signature: str, body: str, said: str
+) -> None:
+    # A method is known for good, so each has a name of its own.
+    name = f"own{abs(hash((signature, body)))}"
+    text = f"def {name}({signature}):\n    return {body}\n"
+    (here / "mine.py").write_text(f"from bayesian_merger.methods import method\n@method\n{text}")
+    code, _, err = command(*AB, "--plugin", "mine.py", "--method", name)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert said in err
+
+
+def test_vae_of_b_is_asked_for_in_vain(here: Path, command: Command) -> None:
+    toy.write_toy(here / "b.safetensors", value=8.0, without=toy.VAE_NAMES)
+    code, _, err = command(*AB, "--vae", "b")
+    assert code == 2
+    assert "vae is 'b', but model B, b.safetensors, holds no whole VAE" in err
+
+
+def test_file_of_a_model_that_is_a_folder_is_not_overwritten(here: Path, command: Command) -> None:
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=2,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+    )
+    unet.save_pretrained(here / "model" / "unet")
+    index = {"_class_name": "StableDiffusionPipeline"}
+    (here / "model" / "model_index.json").write_text(json.dumps(index))
+    weights = here / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copytree(here / "model", here / "other")
+    before = weights.read_bytes()
+    code, _, err = command("merge", "model", "other", "-o", weights, "--overwrite", "--dry-run")
+    assert code == 2
+    assert "is one of the models or in it" in " ".join(err.split())
+    assert weights.read_bytes() == before
+
+
+def test_names_from_files_do_not_speak_to_the_terminal(here: Path, command: Command) -> None:
+    (here / "best.toml").write_text(
+        'method = "weighted_sum"\narchitecture = "sd1"\n[weights.alpha]\nbase = 0.5\n'
+        '[[models]]\nname = "a\\u001b]0;x"\nsha256 = "0"\n'
+        '[[models]]\nname = "b"\nsha256 = "1"\n'
+    )
+    code, _, err = command("merge", "best.toml", "-o", "m.safetensors")
+    assert code == 2
+    assert "\x1b]0" not in err

@@ -31,7 +31,7 @@ from bayesian_merger.backends import backend
 from bayesian_merger.blocks import ARCHITECTURES
 from bayesian_merger.checkpoint import PRECISIONS
 from bayesian_merger.curves import CURVES
-from bayesian_merger.data import RIVALS, Outcome, Recipe, Result
+from bayesian_merger.data import RIVALS, Model, Outcome, Recipe, Result
 from bayesian_merger.errors import CheckpointError, ConfigError, MergerError
 from bayesian_merger.merge import Merged, Merger, check_recipe, n_used, open_model
 from bayesian_merger.methods import mecha
@@ -76,8 +76,13 @@ def main() -> NoReturn:
 
 def _complain(error: object, code: int) -> NoReturn:
     for line in str(error).splitlines():
-        _err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+        _err.print(Text.assemble(("error: ", "bold red"), _plain(line)), soft_wrap=True)
     sys.exit(code)
+
+
+def _plain(text: str) -> str:
+    """`text` without what a terminal would obey: names from files are anybody's."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _interrupted() -> NoReturn:
@@ -285,6 +290,7 @@ def merge(
 
     Models are checkpoints (.safetensors, .ckpt), diffusers folders or, from B on, LoRAs.
     """
+    start = time.monotonic()
     for plugin in plugins:
         import_file(plugin)
     if output is None and not dry_run:
@@ -305,26 +311,35 @@ def merge(
         merger = recipes.open_models(recipe, models_dir or files[0].absolute().parent)
     else:
         merger = Merger([open_model(path) for path in files])
-        recipe = _recipe_of(merger, **options)
+        merger.require_different(by_content=not dry_run)
+        # To know a file by its SHA-256 it must be read whole, which only takes time here.
+        unread = tuple(Model(model.name, "") for model in merger.models)
+        recipe = _recipe_of(merger, unread if dry_run else merger.references(), **options)
     if output is not None:
         _require_free(output, overwrite, merger)
     merged = merger.merge(recipe)
     for note in merger.notes:
-        _out.print(f"note: {note}", soft_wrap=True)
+        _out.print(f"note: {_plain(note)}", soft_wrap=True)
     if dry_run:
         _out.print(_plan_table(merger, merged))
         return
     assert output is not None
-    start = time.monotonic()
     merged.save(output)
     size, spent = output.stat().st_size / 1e6, duration(time.monotonic() - start)
     _out.print(f"wrote {output} ({size:.1f} MB in {spent})", soft_wrap=True)
 
 
-def _recipe_of(merger: Merger, method_name: str, weights: Sequence[str], **options: Any) -> Recipe:
+def _recipe_of(
+    merger: Merger,
+    models: tuple[Model, ...],
+    method_name: str,
+    weights: Sequence[str],
+    **options: Any,
+) -> Recipe:
     """The recipe that the options of `merge` describe; ConfigError if they describe none."""
     given = [(key, options[key]) for key in ("alpha", "beta") if options[key] is not None]
-    given += [(k, options[f"{k}_blocks"]) for k in ("alpha", "beta") if options[f"{k}_blocks"]]
+    blocks = {key: options[f"{key}_blocks"] for key in ("alpha", "beta")}
+    given += [(key, text) for key, text in blocks.items() if text is not None]
     for text in weights:
         name, equals, value = text.partition("=")
         if not equals:
@@ -335,11 +350,10 @@ def _recipe_of(merger: Merger, method_name: str, weights: Sequence[str], **optio
             f"{method_name} merges {methods.n_models(methods.get(method_name))} models, "
             f"but {len(merger.models)} are given"
         )
-    merger.require_different()
     recipe = Recipe(
         method=method_name,
         architecture=merger.architecture.name,
-        models=merger.references(),
+        models=models,
         weights=recipes.parse_weights(merger, method_name, given),
         vae=options["vae"],
         precision=options["precision"],
@@ -347,6 +361,8 @@ def _recipe_of(merger: Merger, method_name: str, weights: Sequence[str], **optio
         seed=options["seed"],
     )
     check_recipe(recipe)
+    if recipe.vae == "b" and any("VAE" in blocks for blocks in recipe.weights.values()):
+        raise ConfigError("--vae b copies B's VAE, so it has no weight; leave out one")
     return recipe
 
 
@@ -354,10 +370,16 @@ def _require_free(output: Path, overwrite: bool, merger: Merger) -> None:
     """ConfigError unless the merge may be written to `output`."""
     if output.suffix.lower() != ".safetensors":
         raise ConfigError(f"{output}: name the output .safetensors")
-    if output.is_dir() or (output.exists() and not overwrite):
+    try:
+        exists, place = output.exists(), output.resolve()
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written ({error.strerror})") from error
+    if output.is_dir() or (exists and not overwrite):
         raise ConfigError(f"{output} exists; choose another name or give --overwrite")
-    if output.exists() and any(output.samefile(model.path) for model in merger.models):
-        raise ConfigError(f"{output} is one of the models; choose another name")
+    for model in merger.models:
+        # A model may be a folder, whose files are the model as well.
+        if place.is_relative_to(model.path.resolve()) or (exists and output.samefile(model.path)):
+            raise ConfigError(f"{output} is one of the models or in it; choose another name")
 
 
 def _plan_table(merger: Merger, merged: Merged) -> Table:

@@ -80,7 +80,7 @@ class Recipe:
             weights=weights,
             vae=str(data.get("vae", "a")),
             precision=str(data.get("precision", "fp16")),
-            clip=bool(data.get("clip", False)),
+            clip=_flag(data.get("clip", False)),
             seed=int(data.get("seed", 0)),
         )
 
@@ -90,6 +90,12 @@ class Recipe:
         content = self.to_dict() | {"models": [model.sha256 for model in self.models]}
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
 
 
 @dataclass(frozen=True)

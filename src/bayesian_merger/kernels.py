@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 _PIECE = 1 << 22  # values at once: enough to hide the cost of a call, few enough to share fairly
+_TORCH_PIECE = 1 << 17  # the same for torch, whose every step goes over all of the piece
 _STREAMED = 1 << 17  # values from which a result is too large to stay in the cache anyway
 _LANES = 32
 # What the compiled loop takes: the integer of a type's bits, and what infinity is in it.
@@ -41,13 +42,15 @@ _STORED = {
 class Sum:
     """One weighted sum to be written into `out`.
 
-    `inputs` have the shape and device of `out`, and floating point types. `coefficients` are finite,
-    one for each input.
+    `inputs` have the shape and device of `out`, and floating point types; one may be `out` itself, but
+    they must not overlap it otherwise. `coefficients` are finite, one for each input. Values are
+    rounded to `precision`, which is the type of `out` unless it is given.
     """
 
     coefficients: tuple[float, ...]
     inputs: tuple[Tensor, ...]
     out: Tensor
+    precision: torch.dtype | None = None
 
 
 def combine(sums: Iterable[Sum]) -> list[int]:
@@ -91,15 +94,16 @@ def stays_finite(values: Tensor, dtype: torch.dtype) -> bool:
 def _pieces(sums: Iterable[Sum]) -> Iterator[tuple[int, Callable[[], int]]]:
     """For each piece of the sums its sum's place, and what computes it; not 0 if it is not finite."""
     for place, item in enumerate(sums):
-        factors, inputs = item.coefficients, item.inputs
-        if not _is_for_loop((item.out, *inputs)):
-            yield place, partial(_by_torch, factors, inputs, item.out)
+        factors, inputs, out = item.coefficients, item.inputs, item.out
+        precision = item.precision or out.dtype
+        if not _is_for_loop((out, *inputs), precision):
+            yield place, partial(_by_torch, factors, inputs, out, precision)
             continue
-        start, n = item.out.data_ptr(), item.out.numel()
+        start, n = out.data_ptr(), out.numel()
         streams = start % 64 == 0 and n >= _STREAMED
-        loop = _loop(tuple(x.dtype for x in inputs), item.out.dtype, streams)
+        loop = _loop(tuple(x.dtype for x in inputs), precision, out.dtype, streams)
         numbers = (ctypes.c_double * len(factors))(*factors)
-        starts = [(t.data_ptr(), t.element_size()) for t in (item.out, *inputs)]
+        starts = [(t.data_ptr(), t.element_size()) for t in (out, *inputs)]
         for first in range(0, n, _PIECE):
             addresses = (start + first * size for start, size in starts)
             yield place, partial(_run, item, loop, min(_PIECE, n - first), numbers, *addresses)
@@ -110,29 +114,42 @@ def _run(item: Sum, loop: Callable[..., int], *arguments: Any) -> int:
     return loop(*arguments)
 
 
-def _is_for_loop(tensors: Iterable[Tensor]) -> bool:
-    return _compiler() is not None and all(
-        t.dtype in _STORED and t.is_cpu and t.is_contiguous() for t in tensors
+def _is_for_loop(tensors: Sequence[Tensor], precision: torch.dtype) -> bool:
+    """Whether the loop is there, and the tensors' memory is their values, of types that it knows."""
+    if _compiler() is None or precision not in _STORED:
+        return False
+    if tensors[0].dtype not in (precision, torch.float32):
+        return False
+    return all(
+        t.dtype in _STORED and t.is_cpu and t.is_contiguous() and not t.is_neg() and t.data_ptr()
+        for t in tensors
     )
 
 
-def _by_torch(factors: Sequence[float], inputs: Sequence[Tensor], out: Tensor) -> bool:
+def _by_torch(
+    factors: Sequence[float], inputs: Sequence[Tensor], out: Tensor, precision: torch.dtype
+) -> bool:
     """The same sum by torch; whether a value is not finite."""
-    if out.device.type != "cpu":
-        return _on_device(factors, inputs, out)
+    is_lerp = len(inputs) == 2 and sum(factors) == 1.0 and precision in _STORED
+    if is_lerp and not out.is_cpu and {t.dtype for t in (*inputs, out)} == {precision}:
+        # One pass over the GPU's memory, with float32 inside.
+        torch.lerp(inputs[0], inputs[1], factors[1], out=out)
+        return not stays_finite(out, precision)
     if not out.is_contiguous():
-        whole = torch.empty(out.shape, dtype=out.dtype)
-        strange = _by_torch(factors, inputs, whole)
+        whole = torch.empty(out.shape, dtype=precision, device=out.device)
+        strange = _by_torch(factors, inputs, whole, precision)
         out.copy_(whole)
         return strange
-    add = _split_sum if all(t.element_size() <= 2 for t in (*inputs, out)) else _wide_sum
+    is_narrow = out.is_cpu and precision.itemsize <= 2 and all(x.itemsize <= 2 for x in inputs)
+    add = _split_sum if is_narrow else _wide_sum
     values, flat = out.view(-1), [x.reshape(-1) for x in inputs]
+    size = _TORCH_PIECE if out.is_cpu else _PIECE
     strange = False
-    for first in range(0, len(values), _PIECE):
-        some = slice(first, first + _PIECE)
+    for first in range(0, len(values), size):
+        some = slice(first, first + size)
         total = add(factors, [x[some] for x in flat])
-        strange = strange or not stays_finite(total, out.dtype)
-        values[some] = total
+        strange = strange or not stays_finite(total, precision)
+        values[some] = total.to(precision)
     return strange
 
 
@@ -159,18 +176,6 @@ def _wide_sum(factors: Sequence[float], inputs: Sequence[Tensor]) -> Tensor:
     for factor, x in zip(factors[1:], inputs[1:], strict=True):
         total = total + x.double() * factor
     return total
-
-
-def _on_device(factors: Sequence[float], inputs: Sequence[Tensor], out: Tensor) -> bool:
-    if len(inputs) == 2 and sum(factors) == 1.0 and all(x.dtype == out.dtype for x in inputs):
-        # One pass over memory, in float32 inside.
-        torch.lerp(inputs[0], inputs[1], factors[1], out=out)
-    else:
-        total = inputs[0].float() * factors[0]
-        for factor, x in zip(factors[1:], inputs[1:], strict=True):
-            total.add_(x, alpha=factor)
-        out.copy_(total)
-    return not stays_finite(out, out.dtype)
 
 
 def _split(factor: float) -> tuple[float, float]:
@@ -203,14 +208,16 @@ def _compiler() -> Callable[[], Any] | None:
 
 
 @cache
-def _loop(inputs: tuple[torch.dtype, ...], out: torch.dtype, streams: bool) -> Callable[..., int]:
+def _loop(
+    inputs: tuple[torch.dtype, ...], precision: torch.dtype, out: torch.dtype, streams: bool
+) -> Callable[..., int]:
     """The compiled loop f(n, coefficients, out, *inputs) -> not 0 if a result is not finite."""
     from llvmlite import binding
 
     compiler = _compiler()
     assert compiler is not None
     machine = compiler()  # a new one each time, as the engine owns and frees it
-    module = binding.parse_assembly(_ir(inputs, out, streams=streams) + "\n!0 = !{i32 1}")
+    module = binding.parse_assembly(_ir(inputs, precision, out, streams=streams))
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
     module.verify()
     options = binding.create_pipeline_tuning_options(speed_level=3)
@@ -224,15 +231,17 @@ def _loop(inputs: tuple[torch.dtype, ...], out: torch.dtype, streams: bool) -> C
     return lambda *arguments, engine=engine: call(*arguments)
 
 
-def _ir(inputs: Sequence[torch.dtype], out: torch.dtype, *, streams: bool) -> str:
-    """LLVM's text of the loop for inputs and output of these types.
+def _ir(
+    inputs: Sequence[torch.dtype], precision: torch.dtype, out: torch.dtype, *, streams: bool
+) -> str:
+    """LLVM's text of the loop for inputs, rounding and output of these types.
 
     It goes by `_LANES` values at once and then one by one. If it `streams`, results go to memory past
     the cache, from an address that is a multiple of 64.
     """
     n = len(inputs)
-    stored, exponent = _STORED[out]
-    is_wide = any(kind.itemsize > 2 for kind in (*inputs, out))
+    stored, exponent = _STORED[precision]
+    is_wide = any(kind.itemsize > 2 for kind in (*inputs, precision))
     before = [f"%c{k} = call double @factor(ptr %factors, i64 {k})" for k in range(n)]
     for k in range(n):
         before += [] if is_wide else _split_factor(k)
@@ -253,13 +262,13 @@ def _ir(inputs: Sequence[torch.dtype], out: torch.dtype, *, streams: bool) -> st
         *before,
         f"%whole = and i64 %n, {-_LANES}",
         "br label %many",
-        *_steps(many, "many", "%whole", "0", "entry", inputs, out, streams=streams),
+        *_steps(many, "many", "%whole", "0", "entry", inputs, precision, out, streams=streams),
         "many.end:",
         f"%most.both = call {stored} @llvm.vector.reduce.umax.v{_LANES}{stored}"
         f"({many.of(stored)} %many.most)",
         "fence seq_cst",  # what was streamed is there for all to see
         "br label %one",
-        *_steps(one, "one", "%n", "%whole", "many.end", inputs, out, streams=False),
+        *_steps(one, "one", "%n", "%whole", "many.end", inputs, precision, out, streams=False),
         "one.end:",
         f"%strange.both = icmp uge {stored} %most.both, {exponent}",
         f"%strange.one = icmp uge {stored} %one.most, {exponent}",
@@ -267,6 +276,7 @@ def _ir(inputs: Sequence[torch.dtype], out: torch.dtype, *, streams: bool) -> st
         "%flag = zext i1 %strange to i32",
         "ret i32 %flag",
         "}",
+        "!0 = !{i32 1}",
     ]
     return "\n".join(lines)
 
@@ -326,14 +336,15 @@ def _steps(
     start: str,
     previous: str,
     inputs: Sequence[torch.dtype],
+    precision: torch.dtype,
     out: torch.dtype,
     *,
     streams: bool,
 ) -> list[str]:
     """The loop `label` from `start` to `end`; %label.most keeps the largest bits of a result."""
-    stored, _ = _STORED[out]
+    (stored, _), (kept, _) = _STORED[precision], _STORED[out]
     whole, real = lanes.of(stored), lanes.of("float")
-    is_wide = any(kind.itemsize > 2 for kind in (*inputs, out))
+    is_wide = any(kind.itemsize > 2 for kind in (*inputs, precision))
     body: list[str] = []
     for k, kind in enumerate(inputs):
         body += _load(lanes, k, kind)
@@ -346,13 +357,13 @@ def _steps(
         body += [f"%sum = fptrunc {lanes.of('double')} %s{last} to {real}"]
     else:
         body += [f"%sum = fadd {real} %s{last}, %l{last}"]
-    body += _round(lanes, out)
+    body += [*_round(lanes, precision), *_widened(lanes, precision, out)]
     aligned = f", align {min(64, lanes.n * out.itemsize)}, !nontemporal !0" if streams else ""
     body += [
-        f"%place = getelementptr {stored}, ptr %out, i64 %i",
-        f"store {whole} %bits, ptr %place{aligned or f', align {out.itemsize}'}",
+        f"%place = getelementptr {kept}, ptr %out, i64 %i",
+        f"store {lanes.of(kept)} %kept, ptr %place{aligned or f', align {out.itemsize}'}",
         # Without their sign, infinity and NaN are the largest of all bits.
-        f"%size = and {whole} %check, {lanes.constant(stored, 2 ** (8 * out.itemsize - 1) - 1)}",
+        f"%size = and {whole} %check, {lanes.constant(stored, 2 ** (8 * precision.itemsize - 1) - 1)}",
         f"%most.next = call {whole} {lanes.function('umax', stored)}({whole} %most, {whole} %size)",
         f"%i.next = add i64 %i, {lanes.n}",
     ]
@@ -459,4 +470,21 @@ def _round(lanes: _Lanes, kind: torch.dtype) -> list[str]:
         f"%nan = fcmp uno {real} %sum, %sum",
         f"%check = select {lanes.of('i1')} %nan, {narrow} {lanes.constant('i16', 32767)}, "
         f"{narrow} %bits",
+    ]
+
+
+def _widened(lanes: _Lanes, precision: torch.dtype, out: torch.dtype) -> list[str]:
+    """The rounded %bits as %kept, the bits of the same number in the type that is stored."""
+    bits, wide = lanes.of(_STORED[precision][0]), lanes.of("i32")
+    if out == precision:
+        return [f"%kept = or {bits} %bits, {lanes.constant(_STORED[precision][0], 0)}"]
+    if precision == torch.bfloat16:
+        return [
+            f"%above = zext {bits} %bits to {wide}",
+            f"%kept = shl {wide} %above, {lanes.constant('i32', 16)}",
+        ]
+    return [
+        f"%rounded = bitcast {bits} %bits to {lanes.of('half')}",
+        f"%full = fpext {lanes.of('half')} %rounded to {lanes.of('float')}",
+        f"%kept = bitcast {lanes.of('float')} %full to {wide}",
     ]

@@ -33,7 +33,8 @@ from bayesian_merger.lora import Lora, is_lora
 
 _CPU = torch.device("cpu")
 _LEVEL = ".text_model."
-_PIECE = 1 << 22  # values of a tensor merged at once where the method allows it
+# Values of a tensor merged at once where the method allows it; no more than one of `kernels`' pieces.
+_PIECE = 1 << 22
 
 
 Source: TypeAlias = Checkpoint | Folder
@@ -72,6 +73,7 @@ class Merger:
         }
         self.notes: list[str] = []
         self._mergeable: dict[int, Set[str]] = {}
+        self._known_finite: set[tuple[int, str]] = set()
         self._first = _Aligned(first, self.places, device)
         self._others = tuple(
             self._fitted(model, letter)
@@ -92,19 +94,25 @@ class Merger:
 
     @property
     def has_vae_of_b(self) -> bool:
-        """Whether B holds every tensor of A's VAE."""
+        """Whether there is a B that holds every tensor of A's VAE."""
         vae = [name for name, place in self.places.items() if place.component == "vae"]
-        return all(name in self._others[0].layout for name in vae)
+        return all(name in other.layout for other in self._others[:1] for name in vae)
 
-    def require_different(self) -> None:
-        """ConfigError if two of the models are the same file."""
+    def require_different(self, *, by_content: bool = True) -> None:
+        """ConfigError if two of the models are the same file, by its content or only by its place."""
+        marks = [m.sha256 for m in self.references()] if by_content else []
         seen: dict[str, str] = {}
-        for letter, model in zip(ascii_uppercase, self.references(), strict=False):
-            if model.sha256 in seen:
+        for letter, model, mark in zip(
+            ascii_uppercase,
+            self.models,
+            marks or [str(model.path.resolve()) for model in self.models],
+            strict=False,
+        ):
+            if mark in seen:
                 raise ConfigError(
-                    f"models {seen[model.sha256]} and {letter} are the same file ({model.name})"
+                    f"models {seen[mark]} and {letter} are the same file ({model.name})"
                 )
-            seen[model.sha256] = letter
+            seen[mark] = letter
 
     def references(self) -> tuple[Model, ...]:
         """The models as a recipe names them; reads each file once for its SHA-256."""
@@ -121,6 +129,17 @@ class Merger:
         ConfigError if the recipe does not fit these models.
         """
         return Merged(self, recipe)
+
+    def finite(self, number: int, name: str) -> Tensor:
+        """A model's tensor as it is; TrialError if it is one of the network with NaN or infinity."""
+        tensor = (self._first, *self._others)[number].read(name)
+        is_new = (number, name) not in self._known_finite
+        # A schedule may well end in infinity.
+        if is_new and tensor.is_floating_point() and self.places[name].component != "other":
+            if not stays_finite(tensor.float(), torch.float32):
+                raise TrialError(_says_not_finite(name, number, self.models[number].name))
+            self._known_finite.add((number, name))
+        return tensor
 
     def _fitted(self, model: Source, letter: str) -> _Aligned | _Applied:
         """A model other than A under A's names; CheckpointError if it does not fit."""
@@ -283,6 +302,9 @@ class Merged(Merge):
         n_models = n_used(self._method, recipe.method, len(merger.models))
         self._merger = merger
         self._models = (merger._first, *merger._others)[:n_models]
+        if recipe.vae != "a" and not merger.has_vae_of_b:
+            name = merger.models[1].name if len(merger.models) > 1 else "which there is not"
+            raise ConfigError(f"vae is {recipe.vae!r}, but model B, {name}, holds no whole VAE")
         self._dtype = PRECISIONS[recipe.precision]
         self._is_random = methods.is_random(self._method)
         self._is_linear = methods.is_linear(self._method) and not recipe.clip
@@ -323,7 +345,8 @@ class Merged(Merge):
 
         def sums() -> Iterator[Sum]:
             for name in todo:
-                target = targets[name].view(self._shape(name))
+                # The values alone: a live model's parameter may not be written to as such.
+                target = targets[name].detach().view(self._shape(name))
                 found = self._sum(name, target)
                 if found is None:
                     target.copy_(self._made(name))
@@ -360,7 +383,7 @@ class Merged(Merge):
         return self._by_place[self._merger.places[name]] if way[0] == "merge" else None
 
     def _way(self, name: str) -> tuple[object, ...]:
-        if name.endswith(".position_ids"):
+        if name.endswith(".position_ids") and self._shape(name):
             return ("count",)
         place = self._merger.places[name]
         if place.component == "vae" and self.recipe.vae == "b" and name in self._models[1].layout:
@@ -411,11 +434,9 @@ class Merged(Merge):
         if not (self._is_linear and self._ways[name][0] == "merge"):
             return None
         inputs = tuple(self._inputs(name))
-        if target.dtype != self._dtype or any(
-            x.shape != target.shape or x.device != target.device for x in inputs
-        ):
+        if any(x.shape != target.shape or x.device != target.device for x in inputs):
             return None
-        return Sum(self._coefficients(name), inputs, target)
+        return Sum(self._coefficients(name), inputs, target, self._dtype)
 
     def _coefficients(self, name: str) -> tuple[float, ...]:
         place = self._merger.places[name]
@@ -434,7 +455,7 @@ class Merged(Merge):
             # Averages and half precision corrupt these counters, so they are made anew.
             return torch.arange(entry.shape[-1]).expand(entry.shape)
         if kind == "copy":
-            return self._models[_number(rest)].read(name)
+            return self._merger.finite(_number(rest), name)
         out = torch.empty(entry.shape, dtype=self._dtype, device=self._merger.device)
         inputs = self._inputs(name)
         if self._is_for_pieces(inputs):
@@ -473,10 +494,15 @@ class Merged(Merge):
     def _applied(self, name: str, inputs: Sequence[Tensor]) -> Tensor:
         """The method's result on (a piece of) the tensor, finite, in the type of the result."""
         wide = [x.to(torch.float32) for x in inputs]
+        # Not every method shows what it was given.
+        if not all(stays_finite(x, torch.float32) for x in wide):
+            raise TrialError(self._not_finite(name))
         weights = dict(self._by_place[self._merger.places[name]])
         chance = {"generator": _chance(self.recipe.seed, name)} if self._is_random else {}
         try:
             merged = self._method(*wide, **weights, **chance)
+            if not merged.is_floating_point():
+                raise TypeError(f"the result is {merged.dtype}, not floating point numbers")
         except MergerError:
             raise
         except Exception as error:  # a method of the user's may raise anything
@@ -495,9 +521,9 @@ class Merged(Merge):
         return merged.to(self._dtype)
 
     def _not_finite(self, name: str) -> str:
-        for letter, model in zip(ascii_uppercase, self._models, strict=False):
+        for number, model in enumerate(self._models):
             if not stays_finite(model.read(name).float(), torch.float32):
-                return f"tensor {name!r} of model {letter}, {model.name}, holds NaN or infinity"
+                return _says_not_finite(name, number, model.name)
         return (
             f"tensor {name!r} is not finite after the merge in {self.recipe.precision}; "
             f"try precision fp32 or weights nearer to [0, 1]"
@@ -600,6 +626,11 @@ def _is_alike_but_for_channels(one: Layout, other: Layout) -> bool:
 
 def _legacy_hash(path: Path) -> str:
     return metadata.legacy_hash(path) if path.is_file() else ""
+
+
+def _says_not_finite(name: str, number: int, model: str) -> str:
+    letter = ascii_uppercase[number]
+    return f"tensor {name!r} of model {letter}, {model}, holds NaN or infinity"
 
 
 def _number(rest: Sequence[object]) -> int:

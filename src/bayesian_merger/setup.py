@@ -63,7 +63,11 @@ class Setup:
         """Model A, model B, each with its own VAE, or the merge with every weight at one half."""
         merge = self.config.merge
         method, vae = (merge.method, merge.vae) if name == "even" else ("weighted_sum", name)
-        weights = even_weights(method, self.plan.space.blocks, BASELINES[name])
+        if vae == "b" and not self.merger.has_vae_of_b:
+            vae = "a"
+        # Two of three models may share blocks that all three do not.
+        blocks = dict.fromkeys((*self.merger.architecture.blocks, *self.plan.space.blocks))
+        weights = even_weights(method, blocks, BASELINES[name])
         return replace(self.recipe(weights), method=method, vae=vae)
 
     def n_images(self) -> int:
@@ -169,9 +173,12 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
     if mistakes or not (merger and plan and panels and engine):
         raise ConfigError("\n".join(mistakes))
     built = {name: found for name, found in scorers.items() if found is not None}
-    return Setup(
+    setup = Setup(
         config, folder, title, merger, plan, *panels, engine, built, weights, tuple(warnings or ())
     )
+    for name in BASELINES:
+        merger.merge(setup.baseline(name))
+    return setup
 
 
 def _check_backend(engine: Backend, merger: Merger, panel: Sequence[Prompt]) -> list[str]:
@@ -199,10 +206,6 @@ def _open_models(config: Config) -> Merger:
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     merger = Merger(models, place)
-    if config.merge.vae != "a" and not merger.has_vae_of_b:
-        raise ConfigError(
-            f"merge.vae is {config.merge.vae!r}, but model B, {chosen.b.name}, holds no VAE"
-        )
     merger.require_different()
     return merger
 
@@ -226,6 +229,10 @@ def _plan(config: Config, merger: Merger) -> Plan:
     )
     _require_domains(found, config.merge.method)
     merge = config.merge
+    if merge.vae == "b" and "VAE" in found.blocks:
+        raise ConfigError(
+            "merge.vae is 'b', so there is no weight of the VAE to search; leave out one"
+        )
     return Plan(found, merge.method, merge.vae, search.optimiser, search.init_points, search.seed)
 
 

@@ -110,8 +110,18 @@ def is_random(function: Method) -> bool:
 
 
 def weights(function: Method) -> dict[str, float]:
-    """The names of the method's weights with their defaults, in order."""
-    return {p.name: p.default for p in _keywords(function) if p.name != "generator"}
+    """The names of the method's weights with their defaults, in order.
+
+    ConfigError if a weight has no number as its default.
+    """
+    found = {p.name: p.default for p in _keywords(function) if p.name != "generator"}
+    for name, default in found.items():
+        if not isinstance(default, (int, float)):
+            raise ConfigError(
+                f"merge method {getattr(function, '__name__', function)}: its weight {name} needs a "
+                f"number as default"
+            )
+    return found
 
 
 def domains(function: Method) -> dict[str, Domain]:
@@ -140,7 +150,7 @@ def _annotation(function: Method, parameter: inspect.Parameter) -> object:
     try:
         while isinstance(annotation, str):
             annotation = eval(annotation, names)
-    except NameError as error:
+    except (NameError, SyntaxError) as error:
         raise ConfigError(
             f"merge method {getattr(function, '__name__', function)}: the annotation of "
             f"{parameter.name} cannot be read ({error}); import the name at the top of the file"
