@@ -124,11 +124,6 @@ class Architecture:
         full = {place.block for place in places if place.component in ("unet", "te")}
         return tuple(block for block in self.blocks if block in full)
 
-    def parts_in(self, tensors: Iterable[str]) -> tuple[str, ...]:
-        """The parts of which `tensors` hold something; CheckpointError as in `places`."""
-        held = {place.part for place in self.places(tensors).values()}
-        return tuple(part for part in self.parts if part in held)
-
     def variant(self, channels: int) -> str:
         """What a model of this many input channels is, in words: "an inpainting model (9 ...)"."""
         return f"{self.variants.get(channels, 'an unknown variant')} ({channels} input channels)"
