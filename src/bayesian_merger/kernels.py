@@ -85,7 +85,9 @@ def stays_finite(values: Tensor, dtype: torch.dtype) -> bool:
     """Whether `values` are finite and are so still when they are rounded to `dtype`."""
     if not values.numel():
         return True
-    largest = values.abs().amax()
+    # NaN is both the smallest and the largest of what it is among.
+    low, high = values.aminmax()
+    largest = torch.maximum(-low, high)
     if dtype == torch.float8_e4m3fn:  # has no infinity: torch makes 448 of all that is larger
         return bool(largest <= torch.finfo(dtype).max)
     return bool(torch.isfinite(largest.to(dtype).float()))

@@ -136,7 +136,8 @@ class Merger:
         is_new = (number, name) not in self._known_finite
         # A schedule may well end in infinity.
         if is_new and tensor.is_floating_point() and self.places[name].component != "other":
-            if not stays_finite(tensor.float(), torch.float32):
+            whole = tensor if tensor.element_size() > 1 else tensor.float()
+            if not stays_finite(whole, whole.dtype):
                 raise TrialError(_says_not_finite(name, number, self.models[number].name))
             self._known_finite.add((number, name))
         return tensor
