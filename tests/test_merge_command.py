@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +22,7 @@ from test_cli import command as command
 from bayesian_merger.blocks import SD1
 from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.curves import CURVES
+from bayesian_merger.methods import method
 
 IN05 = toy.BLOCKS["IN05"][0]
 BASE = toy.BLOCKS["base"][1]
@@ -54,6 +59,10 @@ def numbers(n: int) -> str:
         (("--alpha", "grad_v", "--precision", "fp32"), 8 * 7 / 12, 0.0),
         (("--alpha", numbers(26)), 8 * 6 / 32, 0.0),
         (("--alpha", "0.75", "--alpha-blocks", numbers(25)), 8 * 5 / 32, 6.0),
+        (("--alpha", "0.75", "--alpha-blocks", "FLAT_25"), 2.0, 6.0),
+        (("--alpha", "0.75", "--alpha-blocks", "0.25"), 2.0, 6.0),
+        (("--alpha-blocks", numbers(26)), 8 * 6 / 32, 0.0),
+        (("--alpha", "GRAD_V", "-w", "base=0.5", "-w", "IN05=1"), 8.0, 4.0),
         (("--alpha", "0.5", "-w", "IN05_alpha=1"), 8.0, 4.0),
         (("-w", "alpha=1", "-w", "base_alpha=0", "-w", "block_5_alpha=0.25"), 2.0, 0.0),
         (("--alpha", "2", "--clip"), 8.0, 8.0),
@@ -117,6 +126,8 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(here: Path, command: 
         (("a.safetensors", "b.safetensors"), "-o"),
         ((*AB[1:], "--alpha", "GRAD_W"), "did you mean 'GRAD_V'"),
         ((*AB[1:], "--alpha", numbers(20)), "20 numbers for the 26 blocks of SD1.5"),
+        ((*AB[1:], "--alpha", numbers(25)), "25 numbers for the 26 blocks of SD1.5"),
+        ((*AB[1:], "--alpha", "0.1 0.2 0.3"), "write the numbers with commas between"),
         ((*AB[1:], "--alpha", "0.1,x"), "'x' is not a number"),
         ((*AB[1:], "--alpha", "nan"), "alpha of block base is nan"),
         ((*AB[1:], "--beta", "0.1"), "weighted_sum has no such weight"),
@@ -212,11 +223,11 @@ def test_method_of_the_user_that_fails_is_told_in_one_line(here: Path, command: 
 def test_method_of_the_user_that_breaks_the_contract_is_told_in_one_line(
     here: Path, command: Command, signature: str, body: str, said: str
 ) -> None:
-    # A method is known for good, so each has a name of its own.
-    name = f"own{abs(hash((signature, body)))}"
+    name = "own"
     text = f"def {name}({signature}):\n    return {body}\n"
     (here / "mine.py").write_text(f"from bayesian_merger.methods import method\n@method\n{text}")
     code, _, err = command(*AB, "--plugin", "mine.py", "--method", name)
+    method._found.pop(name)
     assert (code, len(err.splitlines())) == (2, 1)
     assert said in err
 
@@ -257,3 +268,19 @@ def test_names_from_files_do_not_speak_to_the_terminal(here: Path, command: Comm
     code, _, err = command("merge", "best.toml", "-o", "m.safetensors")
     assert code == 2
     assert "\x1b]0" not in err
+
+
+def test_merge_that_is_told_to_stop_leaves_nothing(here: Path) -> None:
+    large = {IN05: torch.zeros(6000, 6000)}
+    for name in ("a", "b"):
+        toy.write_toy(here / f"{name}.safetensors", int(name == "b"), changes=large)
+    before = sorted(here.iterdir())
+    command = [sys.executable, "-m", "bayesian_merger", *AB, "--precision", "fp32"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and sorted(here.iterdir()) == before:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (0, 130), err  # 0 if it was done by then
+    assert not list(here.glob(".*.part"))
+    assert ("stopped" in err) == (process.returncode == 130)

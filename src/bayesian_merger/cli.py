@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the run could not go on, 2 bad input and nothing started, 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -53,6 +54,17 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    stopped: list[int] = []
+
+    def stop(number: int, _: object) -> NoReturn:
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    # A closed terminal or a shutdown stops the program as Ctrl-C does, which cleans up.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         _commands.main(standalone_mode=False)
         sys.exit(0)
@@ -72,6 +84,11 @@ def main() -> NoReturn:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _complain(f"{where}{error.strerror or error}; the same command goes on from here", 1)
+    except Exception:
+        # Compiled code may turn an interruption into an error of its own.
+        if stopped:
+            _interrupted()
+        raise
 
 
 def _complain(error: object, code: int) -> NoReturn:
@@ -86,7 +103,8 @@ def _plain(text: str) -> str:
 
 
 def _interrupted() -> NoReturn:
-    _err.print("stopped; the same command goes on from here")
+    resumes = sys.argv[1:2] in (["run"], ["demo"])
+    _err.print("stopped; the same command goes on from here" if resumes else "stopped")
     sys.exit(130)
 
 
@@ -339,7 +357,7 @@ def _recipe_of(
     """The recipe that the options of `merge` describe; ConfigError if they describe none."""
     given = [(key, options[key]) for key in ("alpha", "beta") if options[key] is not None]
     blocks = {key: options[f"{key}_blocks"] for key in ("alpha", "beta")}
-    given += [(key, text) for key, text in blocks.items() if text is not None]
+    given += [(f"{key}_blocks", text) for key, text in blocks.items() if text is not None]
     for text in weights:
         name, equals, value = text.partition("=")
         if not equals:
@@ -425,6 +443,11 @@ def list_command(kind: str) -> None:
             table.add_row(name, "search.presets", preset.about)
         for name, curve in CURVES.items():
             table.add_row(name, "merge --alpha", curve.about)
+        _out.print(table)
+        _out.print(
+            "Presets of --alpha give text encoders 0, but for ALL_B; -w base=0.5 sets theirs."
+        )
+        return
     else:
         registry: Any = {"methods": methods.method, "scorers": scorer, "backends": backend}[kind]
         names = registry.names()

@@ -136,8 +136,8 @@ def disagreement(predictions: Sequence[tuple[str, Prediction]]) -> str:
     if "epsilon" not in first or "v" not in first:
         return ""
     return (
-        f"{first['epsilon']} predicts epsilon, but {first['v']} predicts v: their merge predicts "
-        f"neither, and its images are mostly noise; merge models of one kind"
+        f"{first['v']} predicts v, but {first['epsilon']} says nothing of it and is taken to predict "
+        f"epsilon: if so, their merge predicts neither, and its images are mostly noise"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -86,9 +87,10 @@ def open_models(recipe: Recipe, folder: Path) -> Merger:
 def parse_weights(merger: Merger, method: str, given: Sequence[tuple[str, str]]) -> Weights:
     """The weights that pairs of name and text ask for, later ones on top of earlier ones.
 
-    A name is a weight of the method ("alpha"), or a block's or part's ("IN00_alpha"). The text is a
-    number or, for all blocks, the name of a curve or as many numbers as there are blocks, with
-    commas between; one fewer leaves the first block (base) as it is. ConfigError for all else.
+    A name is a weight of the method ("alpha"), or a block's or part's ("IN00_alpha", or "IN00" for
+    the first weight). The text is a number or, for all blocks, the name of a curve or as many numbers
+    as there are blocks, with commas between. "alpha_blocks" is the same for all but the first block
+    (base), which it leaves as it is unless it has a number for it. ConfigError for all else.
     """
     architecture = merger.architecture
     defaults = methods.weights(methods.get(method))
@@ -99,9 +101,14 @@ def parse_weights(merger: Merger, method: str, given: Sequence[tuple[str, str]])
         for alias, block in short_names(weight, architecture).items()
     }
     places |= {f"{p}_{w}": (w, p) for w in weights for p in merger.parts}
+    if weights:
+        first = next(iter(weights))
+        places |= {block: (first, block) for block in (*architecture.blocks, *merger.parts)}
     for name, text in given:
-        if name in weights:
-            weights[name] |= _spread(name, text, architecture)
+        weight = name.removesuffix("_blocks")
+        if weight in weights:
+            n_least = len(architecture.blocks) - (weight != name)
+            weights[weight] |= _spread(name, text, architecture, n_least)
         elif name in places:
             weight, block = places[name]
             weights[weight][block] = _number(name, text)
@@ -114,20 +121,23 @@ def parse_weights(merger: Merger, method: str, given: Sequence[tuple[str, str]])
     return weights
 
 
-def _spread(name: str, text: str, architecture: Architecture) -> Mapping[str, float]:
-    """The weight of each block that one text for all of them gives."""
+def _spread(name: str, text: str, architecture: Architecture, n_least: int) -> Mapping[str, float]:
+    """The weight of each block, or of the last `n_least`, that one text for all of them gives."""
     blocks = architecture.blocks
     if "," not in text:
         try:
-            return dict.fromkeys(blocks, float(text))
+            return dict.fromkeys(blocks[-n_least:], float(text))
         except ValueError:
-            return curves.weights(text, architecture)
+            if re.search(r"\d[\s;]+[\d.-]", text):
+                raise ConfigError(f"{name}: write the numbers with commas between") from None
+            found = curves.weights(text, architecture)
+            return {block: found[block] for block in blocks[-n_least:]}
     numbers = [_number(name, part) for part in text.split(",")]
-    if len(numbers) not in (len(blocks), len(blocks) - 1):
+    if len(numbers) not in (len(blocks), n_least):
         raise ConfigError(
             f"{name}: {len(numbers)} numbers for the {len(blocks)} blocks of {architecture.title} "
-            f"({blocks[0]}, {blocks[1]} ... {blocks[-1]}); give {len(blocks)}, or {len(blocks) - 1} "
-            f"without {blocks[0]}"
+            f"({blocks[0]}, {blocks[1]} ... {blocks[-1]}); without {blocks[0]} they go to "
+            f"--alpha-blocks, beside --alpha for {blocks[0]}"
         )
     return dict(zip(blocks[-len(numbers) :], numbers, strict=True))
 
