@@ -37,6 +37,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def _methods_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is known to no other."""
+    method.names()
+    monkeypatch.setattr(method, "_found", dict(method._found))
+
+
 AB = ("merge", "a.safetensors", "b.safetensors", "-o", "m.safetensors")
 
 
@@ -227,7 +234,6 @@ def test_method_of_the_user_that_breaks_the_contract_is_told_in_one_line(
     text = f"def {name}({signature}):\n    return {body}\n"
     (here / "mine.py").write_text(f"from bayesian_merger.methods import method\n@method\n{text}")
     code, _, err = command(*AB, "--plugin", "mine.py", "--method", name)
-    method._found.pop(name)
     assert (code, len(err.splitlines())) == (2, 1)
     assert said in err
 
