@@ -352,8 +352,14 @@ def test_baselines_need_no_c_for_what_only_a_and_b_hold(folder: Path) -> None:
 def test_vae_of_b_leaves_no_vae_to_search(folder: Path) -> None:
     for name in ("zero", "one"):
         state = load_file(folder / f"{name}.safetensors")
-        vae = {"first_stage_model.encoder.conv_in.weight": torch.ones(2)}
-        save_file({**state, **vae}, folder / f"{name}.safetensors")
-    with pytest.raises(ConfigError, match="no weight of the VAE to search"):
+        number = float(name == "one")
+        state["first_stage_model.encoder.conv_in.weight"] = torch.full((2,), number)
+        save_file(state, folder / f"{name}.safetensors")
+    with pytest.raises(ConfigError, match="vae 'b' copies B's VAE, which then has no weight"):
         begin(folder, "merge.vae=b", 'search.presets=["vae"]')
-    assert "VAE_alpha" in begin(folder, 'search.presets=["vae"]').plan.space.names
+    ready = begin(folder, 'search.presets=["vae"]')
+    assert "VAE_alpha" in ready.plan.space.names
+    # A parent's VAE is its own, by weight 0 or 1.
+    for name, expected in (("a", 0.0), ("b", 1.0)):
+        vae = ready.merger.merge(ready.baseline(name))["first_stage_model.encoder.conv_in.weight"]
+        assert set(vae.tolist()) == {expected}

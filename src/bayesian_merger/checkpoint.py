@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bayesian_merger.errors import CheckpointError
+from bayesian_merger.errors import CheckpointError, first_line, one_line
 
 # Names of the types in a safetensors header.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -323,14 +323,18 @@ def _unwrapped(data: Any) -> Any:
 
 def _reason(error: Exception) -> str:
     """What stopped torch, without its advice to load the file unsafely."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = first_line(error)
     advice = "weights" in first.lower()
-    return "it is damaged, or holds more than tensors" if advice else _line(first)
+    return "it is damaged, or holds more than tensors" if advice else _printable(first)
 
 
-def _line(error: object) -> str:
-    """A message of another library in one line that no terminal takes for a command."""
-    text = " ".join(str(error).split()) or type(error).__name__
+def _line(error: Exception) -> str:
+    """A message of another library, which may quote the file, in one line."""
+    return _printable(one_line(error))
+
+
+def _printable(text: str) -> str:
+    """The beginning of `text`, without what a terminal would obey."""
     return "".join(c for c in text if c.isprintable())[:200]
 
 

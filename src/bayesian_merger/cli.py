@@ -379,8 +379,6 @@ def _recipe_of(
         seed=options["seed"],
     )
     check_recipe(recipe)
-    if recipe.vae == "b" and any("VAE" in blocks for blocks in recipe.weights.values()):
-        raise ConfigError("--vae b copies B's VAE, so it has no weight; leave out one")
     return recipe
 
 
@@ -443,11 +441,9 @@ def list_command(kind: str) -> None:
             table.add_row(name, "search.presets", preset.about)
         for name, curve in CURVES.items():
             table.add_row(name, "merge --alpha", curve.about)
-        _out.print(table)
-        _out.print(
-            "Presets of --alpha give text encoders 0, but for ALL_B; -w base=0.5 sets theirs."
+        table.caption = (
+            "--alpha NAME gives text encoders 0, but for ALL_B; -w base=0.5 sets theirs"
         )
-        return
     else:
         registry: Any = {"methods": methods.method, "scorers": scorer, "backends": backend}[kind]
         names = registry.names()

@@ -33,6 +33,11 @@ class NothingChangedError(TrialError):
     """Different weights made the very same images: the merge does not reach the back end."""
 
 
+def one_line(error: BaseException) -> str:
+    """An error's whole message in one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

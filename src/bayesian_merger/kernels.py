@@ -2,7 +2,7 @@
 
 On a CPU with llvmlite (the extra "fast") one compiled loop reads each input once and writes the
 result once; without it, or with tensors that it cannot take, torch does the same arithmetic, bit for
-bit, in pieces. Other devices have torch's own float32 sum.
+bit, in pieces. On other devices it is torch's sum in float64, or its interpolation of two models.
 
 The arithmetic: where every type has 16 bits or less, a coefficient is split into its upper 12 bits
 and the rest. A value's product with the former is exact in float32, so that only the sums are rounded,

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -75,10 +75,9 @@ class Merger:
         self._mergeable: dict[int, Set[str]] = {}
         self._known_finite: set[tuple[int, str]] = set()
         self._first = _Aligned(first, self.places, device)
-        self._others = tuple(
-            self._fitted(model, letter)
-            for letter, model in zip(ascii_uppercase[1:], self.models[1:], strict=False)
-        )
+        others = zip(ascii_uppercase[1:], self.models[1:], strict=False)
+        # Every model under A's names of its tensors.
+        self.aligned = (self._first, *(self._fitted(model, letter) for letter, model in others))
         predictions = [(m.name, metadata.prediction(m.layout, m.metadata)) for m in self.models]
         if warning := metadata.disagreement(predictions):
             self.notes.append(warning)
@@ -96,18 +95,15 @@ class Merger:
     def has_vae_of_b(self) -> bool:
         """Whether there is a B that holds every tensor of A's VAE."""
         vae = [name for name, place in self.places.items() if place.component == "vae"]
-        return all(name in other.layout for other in self._others[:1] for name in vae)
+        return all(name in other.layout for other in self.aligned[1:2] for name in vae)
 
     def require_different(self, *, by_content: bool = True) -> None:
         """ConfigError if two of the models are the same file, by its content or only by its place."""
-        marks = [m.sha256 for m in self.references()] if by_content else []
+        if by_content:
+            self.references()  # reads all files at once
         seen: dict[str, str] = {}
-        for letter, model, mark in zip(
-            ascii_uppercase,
-            self.models,
-            marks or [str(model.path.resolve()) for model in self.models],
-            strict=False,
-        ):
+        for letter, model in zip(ascii_uppercase, self.models, strict=False):
+            mark = model.sha256 if by_content else str(model.path.resolve())
             if mark in seen:
                 raise ConfigError(
                     f"models {seen[mark]} and {letter} are the same file ({model.name})"
@@ -132,7 +128,7 @@ class Merger:
 
     def finite(self, number: int, name: str) -> Tensor:
         """A model's tensor as it is; TrialError if it is one of the network with NaN or infinity."""
-        tensor = (self._first, *self._others)[number].read(name)
+        tensor = self.aligned[number].read(name)
         is_new = (number, name) not in self._known_finite
         # A schedule may well end in infinity.
         if is_new and tensor.is_floating_point() and self.places[name].component != "other":
@@ -213,7 +209,7 @@ class Merger:
     def mergeable(self, n_models: int) -> Set[str]:
         """The tensors of numbers that the first `n_models` hold, and that one has other than A."""
         if n_models not in self._mergeable:
-            models = (self._first, *self._others)[:n_models]
+            models = self.aligned[:n_models]
             self._mergeable[n_models] = {
                 name
                 for name, place in self.places.items()
@@ -291,6 +287,17 @@ class _Applied:
         return ours.float() + self._lora.delta(name, ours.device)
 
 
+class _Way(NamedTuple):
+    """How a tensor of the result is made: counted, copied from model number `source`, or merged.
+
+    `of` is all that decides the merged values beside the models.
+    """
+
+    kind: Literal["count", "copy", "merge"]
+    source: int = 0
+    of: tuple[object, ...] = ()
+
+
 class Merged(Merge):
     """The tensors of one merge by name, in A's order; a tensor is computed each time it is read.
 
@@ -302,7 +309,7 @@ class Merged(Merge):
         self._method = methods.get(recipe.method)
         n_models = n_used(self._method, recipe.method, len(merger.models))
         self._merger = merger
-        self._models = (merger._first, *merger._others)[:n_models]
+        self._models = merger.aligned[:n_models]
         if recipe.vae != "a" and not merger.has_vae_of_b:
             name = merger.models[1].name if len(merger.models) > 1 else "which there is not"
             raise ConfigError(f"vae is {recipe.vae!r}, but model B, {name}, holds no whole VAE")
@@ -311,7 +318,7 @@ class Merged(Merge):
         self._is_linear = methods.is_linear(self._method) and not recipe.clip
         self._by_place: dict[Place, dict[str, float]] = {}
         self._factors: dict[Place, tuple[float, ...]] = {}
-        self._ways_by_place: dict[Place, tuple[object, ...]] = {}
+        self._ways_by_place: dict[Place, _Way] = {}
         self._mergeable = merger.mergeable(n_models)
         # What makes each tensor; equal ways from the same models make equal tensors.
         self._ways = {name: self._way(name) for name in merger.places}
@@ -380,23 +387,24 @@ class Merged(Merge):
 
     def weights(self, name: str) -> Mapping[str, float] | None:
         """The weights that the tensor is merged with; None for one that is copied."""
-        way = self._ways[name]
-        return self._by_place[self._merger.places[name]] if way[0] == "merge" else None
+        is_merged = self._ways[name].kind == "merge"
+        return self._by_place[self._merger.places[name]] if is_merged else None
 
-    def _way(self, name: str) -> tuple[object, ...]:
+    def _way(self, name: str) -> _Way:
         if name.endswith(".position_ids") and self._shape(name):
-            return ("count",)
+            return _Way("count")
         place = self._merger.places[name]
         if place.component == "vae" and self.recipe.vae == "b" and name in self._models[1].layout:
-            return ("copy", 1)
+            return _Way("copy", 1)
         is_wanted = place.component in ("unet", "te") or self._is_vae_merged(place)
         if not (is_wanted and name in self._mergeable):
-            return ("copy", 0)
+            return _Way("copy")
         if place not in self._ways_by_place:
             recipe = self.recipe
             weights = self._by_place[place] = _weights_at(place, recipe, self._method)
             extras = (recipe.precision, recipe.clip, recipe.seed if self._is_random else None)
-            self._ways_by_place[place] = ("merge", recipe.method, *weights.values(), *extras)
+            of = (recipe.method, *weights.values(), *extras)
+            self._ways_by_place[place] = _Way("merge", of=of)
         return self._ways_by_place[place]
 
     def _is_vae_merged(self, place: Place) -> bool:
@@ -404,12 +412,10 @@ class Merged(Merge):
         return place.component == "vae" and (self.recipe.vae == "base" or own_weight)
 
     def _result(self, name: str) -> Layout:
-        kind, *rest = self._ways[name]
-        if kind == "count":
-            return Layout(self._shape(name), torch.int64)
-        if kind == "merge":
-            return Layout(self._shape(name), self._dtype)
-        return self._models[_number(rest)].layout[name]
+        way = self._ways[name]
+        if way.kind == "copy":
+            return self._models[way.source].layout[name]
+        return Layout(self._shape(name), torch.int64 if way.kind == "count" else self._dtype)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self._models[0].layout[name].shape
@@ -432,7 +438,7 @@ class Merged(Merge):
 
     def _sum(self, name: str, target: Tensor) -> Sum | None:
         """The merge as a weighted sum straight into `target`, where it is one."""
-        if not (self._is_linear and self._ways[name][0] == "merge"):
+        if not (self._is_linear and self._ways[name].kind == "merge"):
             return None
         inputs = tuple(self._inputs(name))
         if any(x.shape != target.shape or x.device != target.device for x in inputs):
@@ -450,13 +456,12 @@ class Merged(Merge):
 
     def _made(self, name: str) -> Tensor:
         """The tensor of the result, in its type; a copied one is the file's own, not to be changed."""
-        kind, *rest = self._ways[name]
-        entry = self.layout[name]
-        if kind == "count":
+        way, entry = self._ways[name], self.layout[name]
+        if way.kind == "count":
             # Averages and half precision corrupt these counters, so they are made anew.
             return torch.arange(entry.shape[-1]).expand(entry.shape)
-        if kind == "copy":
-            return self._merger.finite(_number(rest), name)
+        if way.kind == "copy":
+            return self._merger.finite(way.source, name)
         out = torch.empty(entry.shape, dtype=self._dtype, device=self._merger.device)
         inputs = self._inputs(name)
         if self._is_for_pieces(inputs):
@@ -474,7 +479,7 @@ class Merged(Merge):
 
     def _pieces(self, name: str, buffers: _Buffers) -> Iterator[Tensor]:
         """The tensor in flat pieces; each stays as it is until the one after the next is made."""
-        inputs = self._inputs(name) if self._ways[name][0] == "merge" else []
+        inputs = self._inputs(name) if self._ways[name].kind == "merge" else []
         if not (inputs and self._is_for_pieces(inputs)):
             yield self._made(name).reshape(-1)
             return
@@ -567,6 +572,10 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.vae not in ("a", "b", "base"):
         raise ConfigError(f"recipe: unknown vae {recipe.vae!r} (known: a, b, base)")
+    if recipe.vae == "b" and any("VAE" in blocks for blocks in recipe.weights.values()):
+        raise ConfigError(
+            "recipe: vae 'b' copies B's VAE, which then has no weight; leave out one"
+        )
     n_used(method, recipe.method, len(recipe.models))
     architecture = ARCHITECTURES[recipe.architecture]
     domains = methods.domains(method)
@@ -632,12 +641,6 @@ def _legacy_hash(path: Path) -> str:
 def _says_not_finite(name: str, number: int, model: str) -> str:
     letter = ascii_uppercase[number]
     return f"tensor {name!r} of model {letter}, {model}, holds NaN or infinity"
-
-
-def _number(rest: Sequence[object]) -> int:
-    (number,) = rest
-    assert isinstance(number, int)
-    return number
 
 
 def _cut(tensors: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bayesian_merger import toml
 from bayesian_merger.data import Prompt
-from bayesian_merger.errors import ConfigError
+from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.registry import nearest
 
 _WILDCARD = re.compile(r"__(?!\s)([^\n]+?)(?<!\s)__")
@@ -212,8 +212,7 @@ def _tables(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
         yaml.YAMLError,
     ) as error:  # PyYAML: a ValueError for a day 32
         kind = "TOML" if path.suffix.lower() == ".toml" else "YAML"
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"payload {path}: not valid {kind}: {reason}") from error
+        raise ConfigError(f"payload {path}: not valid {kind}: {one_line(error)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f'payload {path}: no fields; add a line prompt = "..."')
     # sd-webui-bayesian-merger wrote one name with the fields below it.

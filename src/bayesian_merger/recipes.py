@@ -10,7 +10,7 @@ from pathlib import Path
 from bayesian_merger import curves, methods, toml
 from bayesian_merger.blocks import Architecture, short_names
 from bayesian_merger.data import Recipe, Weights
-from bayesian_merger.errors import CheckpointError, ConfigError
+from bayesian_merger.errors import CheckpointError, ConfigError, one_line
 from bayesian_merger.merge import Merger, check_recipe, open_model
 from bayesian_merger.registry import nearest
 
@@ -48,7 +48,7 @@ def read_toml(path: Path) -> Recipe:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, toml.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not a recipe ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{path}: not a recipe ({one_line(error)})") from error
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ConfigError(
             f"{path}: not a recipe ({type(error).__name__}: {error}); expected method, architecture, "

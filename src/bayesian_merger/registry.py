@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from bayesian_merger.errors import ConfigError, MergerError
+from bayesian_merger.errors import ConfigError, MergerError, one_line
 
 _HERE = Path()
 T = TypeVar("T", bound=Callable[..., Any])
@@ -97,8 +97,9 @@ class Registry(Generic[T]):
         except MergerError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{self.kind} {name}: {type(error).__name__}: {reason}") from error
+            raise ConfigError(
+                f"{self.kind} {name}: {type(error).__name__}: {one_line(error)}"
+            ) from error
 
     def files(
         self, name: str, options: Mapping[str, Any], folder: Path = _HERE
@@ -128,8 +129,7 @@ def import_file(path: Path) -> None:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a user's file may raise anything
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"plugin {path}: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"plugin {path}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _options_model(name: str, plugin: Callable[..., Any]) -> type[BaseModel]:

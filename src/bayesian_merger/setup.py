@@ -16,7 +16,7 @@ from bayesian_merger.checkpoint import sha256_of
 from bayesian_merger.config import Config
 from bayesian_merger.data import Prompt, Recipe, Weights
 from bayesian_merger.errors import ConfigError, MergerError
-from bayesian_merger.merge import Merger, even_weights, n_used, open_model
+from bayesian_merger.merge import Merger, check_recipe, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import Scorer, scorer
 from bayesian_merger.study import Plan
@@ -62,9 +62,11 @@ class Setup:
     def baseline(self, name: str) -> Recipe:
         """Model A, model B, each with its own VAE, or the merge with every weight at one half."""
         merge = self.config.merge
-        method, vae = (merge.method, merge.vae) if name == "even" else ("weighted_sum", name)
-        if vae == "b" and not self.merger.has_vae_of_b:
-            vae = "a"
+        method, vae = merge.method, str(merge.vae)
+        if name != "even":
+            # A VAE that is searched has a weight, by which a parent's is merged too.
+            is_copied = "VAE" not in self.plan.space.blocks and self.merger.has_vae_of_b
+            method, vae = "weighted_sum", name if is_copied else "a"
         # Two of three models may share blocks that all three do not.
         blocks = dict.fromkeys((*self.merger.architecture.blocks, *self.plan.space.blocks))
         weights = even_weights(method, blocks, BASELINES[name])
@@ -177,6 +179,7 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
         config, folder, title, merger, plan, *panels, engine, built, weights, tuple(warnings or ())
     )
     for name in BASELINES:
+        check_recipe(setup.baseline(name))
         merger.merge(setup.baseline(name))
     return setup
 
@@ -229,10 +232,6 @@ def _plan(config: Config, merger: Merger) -> Plan:
     )
     _require_domains(found, config.merge.method)
     merge = config.merge
-    if merge.vae == "b" and "VAE" in found.blocks:
-        raise ConfigError(
-            "merge.vae is 'b', so there is no weight of the VAE to search; leave out one"
-        )
     return Plan(found, merge.method, merge.vae, search.optimiser, search.init_points, search.seed)
 
 

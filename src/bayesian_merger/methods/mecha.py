@@ -11,7 +11,7 @@ from typing import Any, get_origin
 import torch
 from torch import Generator, Tensor
 
-from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.errors import ConfigError, TrialError, one_line
 from bayesian_merger.registry import nearest
 
 PREFIX = "mecha:"
@@ -93,8 +93,8 @@ def _adapted(theirs: Any) -> Callable[..., Tensor]:
         try:
             result: Tensor = theirs.__wrapped__(*arguments, **given)
         except Exception as error:  # it may raise anything
-            reason = " ".join(str(error).split())
-            raise TrialError(f"{merged.__name__}: {type(error).__name__}: {reason}") from error
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise TrialError(f"{merged.__name__}: {reason}") from error
         return (a + result if returns_difference else result).to(a.dtype)
 
     merged.__name__ = PREFIX + theirs.identifier
