@@ -40,6 +40,7 @@ from bayesian_merger.merge import Merger
 
 LISTS = {"sd1": "sd1-ldm", "sdxl": "sdxl-sgm"}
 N_TIMES = 7
+CPU = torch.device("cpu")
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
         for kind in ("sd1", "sdxl") if options.sdxl else ("sd1",):
             models = [made(kind, seed, folder) for seed in range(3 if kind == "sd1" else 2)]
             print(f"\n{kind}: {models[0].stat().st_size / 1e9:.3f} GB fp16")
-            repeated(models, torch.device("cpu"))
+            repeated(models, CPU)
             if torch.cuda.is_available():
                 repeated(models, torch.device("cuda"))
             if kind == "sd1":
@@ -130,7 +131,7 @@ def repeated(models: list[Path], device: torch.device) -> None:
     merged = [n for n in layout if merger.merge(recipe(merger, "weighted_sum")).weights(n)]
     n_bytes = sum(layout[n].n_bytes for n in merged)
     # Of a model that fills the memory only a part is copied for comparison.
-    n_copied = min(n_bytes, 2_000_000_000)
+    n_copied = n_bytes if n_bytes < 2e9 else 500_000_000
     source, target = (torch.empty(n_copied // 2, dtype=torch.float16, device=device) for _ in "ab")
     for tensor in (source, target):
         tensor.zero_()
@@ -142,7 +143,7 @@ def repeated(models: list[Path], device: torch.device) -> None:
         def once(method: str = method) -> None:
             merger.merge(recipe(merger, method)).write(live)
 
-        ours, part = alternately(once, lambda: target.copy_(source), device=device)
+        ours, part = alternately(once, lambda: target.copy_(source), device)
         copy = part * n_bytes / n_copied
         reads = methods.n_models(methods.get(method))
         speed = n_bytes * (reads + 1) / ours / 1e9
@@ -197,14 +198,13 @@ def exactness(models: list[Path]) -> None:
 def files(models: list[Path], peers: Path | None, folder: Path) -> None:
     """A merge from files to a file: ours and a plain write of as many bytes, then the peers."""
     out = folder / "out.safetensors"
-    print("to a file, each in a process of its own (files cached by the system)")
-    for _ in range(3):
-        line = child([sys.executable, __file__, "--only-file", str(out), *map(str, models)])
-        print(
-            f"  ours {line['s']:.2f} s ({line['s'] / line['write_s']:.2f} x a plain write with fsync, "
-            f"{line['write_s']:.2f} s), {1e3 * line['gb']:.0f} MB of memory of its own, "
-            f"{1e3 * line['all_gb']:.0f} MB with what the imports took"
-        )
+    line = child([sys.executable, __file__, "--only-file", str(out), *map(str, models)])
+    print(
+        f"to a file, each tool in processes of its own, files cached by the system\n"
+        f"  ours {line['s']:.2f} s ({line['s'] / line['write_s']:.2f} x a plain write with fsync, "
+        f"{line['write_s']:.2f} s), {1e3 * line['gb']:.0f} MB of memory of its own, "
+        f"{1e3 * line['all_gb']:.0f} MB with what the imports took"
+    )
     if peers is None:
         return
     script = Path(__file__).with_name("merge_peers.py")
@@ -222,25 +222,28 @@ def files(models: list[Path], peers: Path | None, folder: Path) -> None:
 
 
 def measure_file(out: Path, *models: Path) -> None:
-    """Print the figures of one merge to `out`, and of a plain write of as many bytes."""
+    """Print the figures of merges to `out`, and of plain writes of as many bytes, in turn."""
     before = anonymous_gb()
-    with Peak() as peak:
-        start = time.perf_counter()
+
+    def merge() -> None:
         merger = Merger([Checkpoint(path) for path in models])
         merger.merge(recipe(merger, "weighted_sum")).save(out)
-        seconds = time.perf_counter() - start
-    block = os.urandom(1 << 24)
+
+    merge()  # so that the system holds the models
     n_bytes = out.stat().st_size
-    out.unlink()
-    start = time.perf_counter()
-    with out.open("wb") as file:
-        for first in range(0, n_bytes, len(block)):
-            file.write(block[: n_bytes - first])
-        file.flush()
-        os.fsync(file.fileno())
-    write = time.perf_counter() - start
-    out.unlink()
-    print(json.dumps({"s": seconds, "write_s": write, "gb": peak.gb - before, "all_gb": peak.gb}))
+    block = os.urandom(1 << 24)
+
+    def write() -> None:
+        with out.open("wb") as file:
+            for first in range(0, n_bytes, len(block)):
+                file.write(block[: n_bytes - first])
+            file.flush()
+            os.fsync(file.fileno())
+
+    with Peak() as peak:
+        seconds, plain = alternately(merge, write, after=out.unlink)
+    found = {"s": seconds, "write_s": plain, "gb": peak.gb - before, "all_gb": peak.gb}
+    print(json.dumps(found))
 
 
 def child(command: list[str]) -> dict[str, Any]:
@@ -259,9 +262,12 @@ def recipe(merger: Merger, method: str, weights: Weights | None = None) -> Recip
 
 
 def alternately(
-    one: Callable[[], object], other: Callable[[], object], device: torch.device
+    one: Callable[[], object],
+    other: Callable[[], object],
+    device: torch.device = CPU,
+    after: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
-    """Medians of both in seconds, one after the other in turn."""
+    """Medians of both in seconds, one after the other in turn; what is done `after` is not counted."""
     times: Mapping[Callable[[], object], list[float]] = {one: [], other: []}
     for _ in range(N_TIMES):
         for run, spent in times.items():
@@ -270,6 +276,7 @@ def alternately(
             run()
             wait(device)
             spent.append(time.perf_counter() - start)
+            after()
     return statistics.median(times[one]), statistics.median(times[other])
 
 
