@@ -15,6 +15,7 @@ from test_run import folder as folder
 from test_run import start
 
 from bayesian_merger import cli
+from bayesian_merger.cli import screen
 from bayesian_merger.methods import method
 
 Command = Callable[..., tuple[int, str, str]]
@@ -27,8 +28,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["bayesian-merger", *map(str, arguments)])
         # Consoles are made at import, before pytest's capture.
-        monkeypatch.setattr(cli._out, "file", sys.stdout)
-        monkeypatch.setattr(cli._err, "file", sys.stderr)
+        monkeypatch.setattr(screen.out, "file", sys.stdout)
+        monkeypatch.setattr(screen.err, "file", sys.stderr)
         with pytest.raises(SystemExit) as stop:
             cli.main()
         out, err = capsys.readouterr()

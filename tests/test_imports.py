@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 import bayesian_merger
+from bayesian_merger.cli import COMMANDS, commands
 
 PACKAGE = Path(bayesian_merger.__file__).parent
 PLUGINS = ("methods", "backends", "scorers")
@@ -111,7 +115,7 @@ def test_module_imports_only_from_lower_layers(module: str) -> None:
         if not other:  # __version__
             assert module == "cli"
         elif top(other) == top(module):
-            assert top(module) in PLUGINS
+            assert top(module) in (*PLUGINS, "cli")
         elif layer(module) == layer(other) == MIDDLE:
             pass
         else:
@@ -147,7 +151,7 @@ def test_large_dependency_has_one_home(module: str) -> None:
 def test_only_the_command_line_prints(module: str) -> None:
     calls = [node for node in ast.walk(tree(module)) if isinstance(node, ast.Call)]
     printed = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
-    assert module == "cli" or not printed
+    assert top(module) == "cli" or not printed
 
 
 @every_module
@@ -155,6 +159,26 @@ def test_listing_plugins_imports_no_heavy_library(module: str) -> None:
     if top(module) in PLUGINS:
         heavy = {"diffusers", "transformers", "httpx", "open_clip", "onnxruntime", "sd_mecha"}
         assert not heavy & {top(name) for name in imports(module, at_import=True)}
+
+
+def test_help_and_merges_wait_for_no_search() -> None:
+    for module, heavy in (
+        ("cli", {"torch", "optuna", "pydantic", "matplotlib"}),
+        ("cli.merging", {"optuna", "matplotlib", "scipy", "diffusers", "transformers", "jinja2"}),
+    ):
+        script = f"import sys, bayesian_merger.{module}; print(*sys.modules)"
+        told = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        )
+        assert not heavy & set(told.stdout.split())
+
+
+def test_every_command_is_where_the_help_says() -> None:
+    context = click.Context(commands)
+    for name, (_, told) in COMMANDS.items():
+        command = commands.get_command(context, name)
+        assert command is not None
+        assert command.get_short_help_str(limit=1000) == told
 
 
 def test_layers_name_no_module_that_is_gone() -> None:

@@ -71,6 +71,7 @@ def numbers(n: int) -> str:
         (("--alpha-blocks", numbers(26)), 8 * 6 / 32, 0.0),
         (("--alpha", "GRAD_V", "-w", "base=0.5", "-w", "IN05=1"), 8.0, 4.0),
         (("--alpha", "0.5", "-w", "IN05_alpha=1"), 8.0, 4.0),
+        (("--alpha", "1", "-w", "IN*=0.25"), 2.0, 8.0),
         (("-w", "alpha=1", "-w", "base_alpha=0", "-w", "block_5_alpha=0.25"), 2.0, 0.0),
         (("--alpha", "2", "--clip"), 8.0, 8.0),
     ],
@@ -94,6 +95,12 @@ def test_three_models_and_a_method_with_other_weights(here: Path, command: Comma
     assert made(here) == 5.0
 
 
+def test_weight_far_off_is_noted(here: Path, command: Command) -> None:
+    _, out, _ = command(*AB, "--alpha", "15", "-w", "base=0.5")
+    assert "note: alpha is far from 0 to 1 in 25 of 26 blocks: 15 (IN00)" in out
+    assert "note" not in command(*AB, "--alpha", "1.5", "--overwrite")[1]
+
+
 def test_part_named_by_its_weight_leaves_its_block(here: Path, command: Command) -> None:
     assert command(*AB, "--alpha", "0", "-w", "TIME_alpha=1")[0] == 0
     assert made(here, toy.BLOCKS["IN00"][1]) == 8.0
@@ -112,6 +119,8 @@ def test_merge_is_rebuilt_from_the_recipe_in_its_own_metadata(
         "a.safetensors",
         "b.safetensors",
     }
+    assert command("merge", "m.safetensors", "-o", "again.safetensors")[0] == 0
+    assert (here / "again.safetensors").read_bytes() == (here / "m.safetensors").read_bytes()
 
 
 def test_dry_run_says_what_would_happen_and_writes_nothing(here: Path, command: Command) -> None:
@@ -131,6 +140,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(here: Path, command: 
     ("arguments", "said"),
     [
         (("a.safetensors", "b.safetensors"), "-o"),
+        (("a.safetensors", *AB[3:]), "name model B as well"),
         ((*AB[1:], "--alpha", "GRAD_W"), "did you mean 'GRAD_V'"),
         ((*AB[1:], "--alpha", numbers(20)), "20 numbers for the 26 blocks of SD1.5"),
         ((*AB[1:], "--alpha", numbers(25)), "25 numbers for the 26 blocks of SD1.5"),
@@ -167,8 +177,8 @@ def test_bad_input_is_told_and_nothing_is_written(
 
 
 def test_recipe_takes_no_weights_beside_it(here: Path, command: Command) -> None:
-    (here / "best.toml").write_text("")
-    code, _, err = command("merge", "best.toml", "--alpha", "0.5", "-o", "m.safetensors")
+    assert command(*AB)[0] == 0
+    code, _, err = command("merge", "m.safetensors", "--alpha", "0.5", "-o", "n.safetensors")
     assert code == 2
     assert "leave out --alpha" in err
 

@@ -14,7 +14,7 @@ from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.data import Model, Recipe
 from bayesian_merger.errors import CheckpointError, ConfigError
 from bayesian_merger.merge import Merger, even_weights
-from bayesian_merger.recipes import open_models, read_toml, to_toml
+from bayesian_merger.recipes import open_models, read, to_toml
 
 HALF = even_weights("weighted_sum", SD1.blocks, 0.5)
 GOOD = to_toml(
@@ -38,7 +38,7 @@ ODD_NAMES = [
 
 def reread(recipe: Recipe, path: Path, paths: Mapping[str, Path | None] | None = None) -> Recipe:
     path.write_text(to_toml(recipe, paths or {}), encoding="utf-8")
-    return read_toml(path)
+    return read(path)
 
 
 def of_models(*paths: Path, method: str = "weighted_sum") -> Recipe:
@@ -96,7 +96,7 @@ def test_models_may_have_any_name_and_lie_in_any_folder(tmp_path: Path, name: st
 
 def test_recipe_of_windows_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "best.toml").write_text(GOOD.replace("\n", "\r\n"), encoding="utf-8-sig")
-    assert read_toml(tmp_path / "best.toml").weights == HALF
+    assert read(tmp_path / "best.toml").weights == HALF
 
 
 # Recipes that are none
@@ -146,21 +146,22 @@ def test_malformed_recipe_is_refused_in_one_line(tmp_path: Path, what: str) -> N
     path = tmp_path / "best.toml"
     path.write_text(MALFORMED[what], encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
-        read_toml(path)
+        read(path)
     assert str(caught.value).strip()
     assert "\n" not in str(caught.value)
 
 
 def test_file_that_cannot_be_read_as_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "folder.toml").mkdir()
     (tmp_path / "latin.toml").write_bytes('method = "é"'.encode("latin-1"))
     for path, saying in (
         (tmp_path / "no.toml", "no such file"),
-        (tmp_path, "not a recipe"),
+        (tmp_path / "folder.toml", "not a recipe"),
         (tmp_path / "latin.toml", "not a recipe"),
-        (toy.write_toy(tmp_path / "a.safetensors"), "not a recipe"),
+        (toy.write_toy(tmp_path / "a.safetensors"), "no merge_recipe in its metadata"),
     ):
         with pytest.raises(ConfigError, match=saying) as caught:
-            read_toml(path)
+            read(path)
         assert path.name in str(caught.value)
         assert "\n" not in str(caught.value)
 

@@ -123,7 +123,7 @@ def test_result_json_counts_images_and_trials(folder: Path) -> None:
 
 def test_best_toml_rebuilds_best_safetensors_byte_for_byte(folder: Path) -> None:
     start(folder)
-    recipe = recipes.read_toml(folder / "run" / "best.toml")
+    recipe = recipes.read(folder / "run" / "best.toml")
     recipes.open_models(recipe, folder).merge(recipe).save(folder / "again.safetensors")
     best = (folder / "run" / "best.safetensors").read_bytes()
     assert (folder / "again.safetensors").read_bytes() == best

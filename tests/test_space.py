@@ -188,13 +188,18 @@ def test_name_that_touches_no_tensor_is_a_mistake(name: str) -> None:
 @pytest.mark.parametrize("limits", [(0.5, 0.2), (0.5, 0.5), (math.nan, 1.0), (0.0, math.inf)])
 def test_range_without_room_is_a_mistake(limits: tuple[float, float]) -> None:
     (only,) = mistakes(ranges={"M00": limits})
-    assert only.startswith("search.ranges: M00_alpha = [")
+    assert only.startswith("search.ranges: M00 = [")
+
+
+def test_mistake_in_a_pattern_is_told_once() -> None:
+    (only,) = mistakes({"OUT*": math.nan}, ranges={"IN*": (1.0, 0.0)})[1:]
+    assert "IN*" in only
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weight_frozen_at_no_number_is_a_mistake(value: float) -> None:
     (only,) = mistakes({"M00": value})
-    assert only == f"search.freeze: M00_alpha is {value}"
+    assert only == f"search.freeze: M00 is {value}"
 
 
 def test_frozen_weight_with_a_range_or_a_group_is_a_mistake() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -366,14 +366,21 @@ class Merged(Merge):
             raise TrialError(self._not_finite(summed[place]))
         return len(todo)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, told: Callable[[int], object] = lambda _: None) -> None:
         """Write the merge as a checkpoint with the recipe in its metadata, and check what was written.
 
-        CheckpointError if the disk is too small or a tensor is not finite; nothing is left then.
+        `told` is called with the number of bytes of each piece that is made. CheckpointError if the
+        disk is too small or a tensor is not finite; nothing is left then.
         """
         buffers = _Buffers(self._dtype, self._merger.device)
+
+        def pieces(name: str) -> Iterator[Tensor]:
+            for piece in self._pieces(name, buffers):
+                told(piece.nbytes)
+                yield piece
+
         try:
-            write(path, self.layout, lambda name: self._pieces(name, buffers), self._metadata())
+            write(path, self.layout, pieces, self._metadata())
         except TrialError as error:
             raise CheckpointError(f"{path.name} was not written: {error}") from error
         if Checkpoint(path).layout != self.layout:
@@ -383,7 +390,12 @@ class Merged(Merge):
 
     def require_space(self, path: Path) -> None:
         """CheckpointError if `path` has no room for the merge."""
-        require_space(path, sum(entry.n_bytes for entry in self.layout.values()))
+        require_space(path, self.n_bytes)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.n_bytes for entry in self.layout.values())
 
     def weights(self, name: str) -> Mapping[str, float] | None:
         """The weights that the tensor is merged with; None for one that is copied."""
@@ -563,35 +575,32 @@ def check_recipe(recipe: Recipe) -> None:
     method = methods.get(recipe.method)
     if recipe.architecture not in ARCHITECTURES:
         raise ConfigError(
-            f"recipe: unknown architecture {recipe.architecture!r} "
-            f"(known: {', '.join(ARCHITECTURES)})"
+            f"unknown architecture {recipe.architecture!r} (known: {', '.join(ARCHITECTURES)})"
         )
     if recipe.precision not in PRECISIONS:
         raise ConfigError(
-            f"recipe: unknown precision {recipe.precision!r} (known: {', '.join(PRECISIONS)})"
+            f"unknown precision {recipe.precision!r} (known: {', '.join(PRECISIONS)})"
         )
     if recipe.vae not in ("a", "b", "base"):
-        raise ConfigError(f"recipe: unknown vae {recipe.vae!r} (known: a, b, base)")
+        raise ConfigError(f"unknown vae {recipe.vae!r} (known: a, b, base)")
     if recipe.vae == "b" and any("VAE" in blocks for blocks in recipe.weights.values()):
-        raise ConfigError(
-            "recipe: vae 'b' copies B's VAE, which then has no weight; leave out one"
-        )
+        raise ConfigError("vae 'b' copies B's VAE, which then has no weight; leave out one")
     n_used(method, recipe.method, len(recipe.models))
     architecture = ARCHITECTURES[recipe.architecture]
     domains = methods.domains(method)
     for weight, given in recipe.weights.items():
         if weight not in methods.weights(method):
             known = ", ".join(methods.weights(method)) or "none"
-            raise ConfigError(f"recipe: {recipe.method} has no weight {weight!r} (known: {known})")
+            raise ConfigError(f"{recipe.method} has no weight {weight!r} (known: {known})")
         for block, value in given.items():
             if block not in (*architecture.blocks, *architecture.parts):
-                raise ConfigError(f"recipe: {recipe.architecture} has no block {block!r}")
+                raise ConfigError(f"{recipe.architecture} has no block {block!r}")
             if not math.isfinite(value):
-                raise ConfigError(f"recipe: {weight} of block {block} is {value}")
+                raise ConfigError(f"{weight} of block {block} is {value}")
             domain = domains.get(weight)
             if domain and not domain.low <= value <= domain.high:
                 raise ConfigError(
-                    f"recipe: {weight} of block {block} is {value}, but {recipe.method} takes "
+                    f"{weight} of block {block} is {value}, but {recipe.method} takes "
                     f"{domain.low:g} to {domain.high:g}"
                 )
 
@@ -611,7 +620,7 @@ def _weights_at(place: Place, recipe: Recipe, method: methods.Method) -> dict[st
         blocks = recipe.weights.get(weight, {})
         value = blocks.get(place.part, blocks.get(place.block))
         if value is None:
-            raise ConfigError(f"recipe: no {weight} for block {place.block}")
+            raise ConfigError(f"the recipe has no {weight} for block {place.block}")
         found[weight] = value
     return found
 

@@ -83,7 +83,10 @@ def sd_merge(
         },
         "interp_method": recipe.method,
         "multiplier": alphas.pop() if len(alphas) == 1 else None,
-        "weights": {weight: dict(blocks) for weight, blocks in recipe.weights.items()},
+        # Sorted, so that one recipe gives the same bytes from wherever it was read.
+        "weights": {
+            name: dict(sorted(recipe.weights[name].items())) for name in sorted(recipe.weights)
+        },
         "save_as_half": recipe.precision == "fp16",
         "precision": recipe.precision,
         "vae": recipe.vae,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -41,21 +42,45 @@ def to_toml(recipe: Recipe, paths: Mapping[str, Path | None]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read_toml(path: Path) -> Recipe:
-    """The recipe in a TOML file; ConfigError in one line if it is not one."""
+def read(path: Path) -> Recipe:
+    """The recipe in a TOML file, or of a merge in its metadata; ConfigError in one line if neither."""
     try:
-        recipe = Recipe.from_dict(toml.loads(path.read_text(encoding="utf-8-sig")))
+        if path.suffix.lower() == ".toml":
+            data = toml.loads(path.read_text(encoding="utf-8-sig"))
+        else:
+            data = json.loads(_metadata(path)["merge_recipe"])
+        recipe = Recipe.from_dict(data)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, toml.TOMLDecodeError) as error:
+    except (
+        OSError,
+        UnicodeDecodeError,
+        toml.TOMLDecodeError,
+        json.JSONDecodeError,
+        RecursionError,
+    ) as error:
         raise ConfigError(f"{path}: not a recipe ({one_line(error)})") from error
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ConfigError(
             f"{path}: not a recipe ({type(error).__name__}: {error}); expected method, architecture, "
             f"[[models]] with name and sha256, and [weights.alpha]"
         ) from error
-    check_recipe(recipe)
+    try:
+        check_recipe(recipe)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return recipe
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    """What a merge says of itself; ConfigError if it does not say how it was made."""
+    found = open_model(path).metadata
+    if "merge_recipe" not in found:
+        raise ConfigError(
+            f"{path}: one model alone, and no merge of this program (no merge_recipe in its metadata); "
+            f"name model B as well"
+        )
+    return found
 
 
 def open_models(recipe: Recipe, folder: Path) -> Merger:
@@ -87,10 +112,11 @@ def open_models(recipe: Recipe, folder: Path) -> Merger:
 def parse_weights(merger: Merger, method: str, given: Sequence[tuple[str, str]]) -> Weights:
     """The weights that pairs of name and text ask for, later ones on top of earlier ones.
 
-    A name is a weight of the method ("alpha"), or a block's or part's ("IN00_alpha", or "IN00" for
-    the first weight). The text is a number or, for all blocks, the name of a curve or as many numbers
-    as there are blocks, with commas between. "alpha_blocks" is the same for all but the first block
-    (base), which it leaves as it is unless it has a number for it. ConfigError for all else.
+    A name is a weight of the method ("alpha"), a block's or part's ("IN00_alpha", or "IN00" for the
+    first weight), or a pattern for blocks ("OUT*"). The text is a number or, for all blocks, the name
+    of a curve or as many numbers as there are blocks, with commas between. "alpha_blocks" is the same
+    for all but the first block (base), which it leaves as it is unless it has a number for it.
+    ConfigError for all else.
     """
     architecture = merger.architecture
     defaults = methods.weights(methods.get(method))
@@ -104,14 +130,17 @@ def parse_weights(merger: Merger, method: str, given: Sequence[tuple[str, str]])
     if weights:
         first = next(iter(weights))
         places |= {block: (first, block) for block in (*architecture.blocks, *merger.parts)}
+    # As in a configuration, a part is meant only by its full name.
+    of_blocks = [alias for alias, (_, block) in places.items() if block in architecture.blocks]
     for name, text in given:
         weight = name.removesuffix("_blocks")
         if weight in weights:
             n_least = len(architecture.blocks) - (weight != name)
             weights[weight] |= _spread(name, text, architecture, n_least)
-        elif name in places:
-            weight, block = places[name]
-            weights[weight][block] = _number(name, text)
+        elif hits := [name] if name in places else fnmatch.filter(of_blocks, name):
+            for hit in hits:
+                weight, block = places[hit]
+                weights[weight][block] = _number(name, text)
         else:
             known = (*weights, *places)
             raise ConfigError(

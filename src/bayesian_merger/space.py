@@ -136,12 +136,13 @@ def build(
     book = _Names(names, weights, architecture, mistakes)
     frozen = book.table("freeze", freeze)
     spans = book.table("ranges", ranges)
-    for name, value in frozen.items():
+    for name, value in freeze.items():
         if not math.isfinite(value):
             book.mistake(f"search.freeze: {name} is {value}")
+    for name in frozen:
         if name in spans:
             book.mistake(f"search: {name} is both frozen and given a range; keep one of them")
-    for name, (low, high) in spans.items():
+    for name, (low, high) in ranges.items():
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             book.mistake(
                 f"search.ranges: {name} = [{low}, {high}] is upside down; put the low end first"

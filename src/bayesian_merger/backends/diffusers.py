@@ -192,8 +192,8 @@ class Diffusers:
         if not folder.is_dir():
             known = ", ".join(sorted(path.name for path in _CONFIGS.iterdir()))
             raise ConfigError(
-                f"the back end 'diffusers' knows no {architecture} (known: {known}); name a folder "
-                f"in diffusers layout as backend.config"
+                f"the back end 'diffusers' makes images with {known} only, not yet with "
+                f"{architecture}; bayesian-merger merge merges it without a search"
             )
         self._pipe = _pipeline(self._lib, folder)
         self._schedule = self._pipe.scheduler.config

@@ -1,0 +1,136 @@
+"""The command line: arguments, progress, exit codes; the only package that prints.
+
+Exit codes: 0 done, 1 the run could not go on, 2 bad input and nothing started, 130 interrupted.
+A command's module is imported when the command is called, so that help comes at once and a merge does
+not wait for what only a search needs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+# A thread that waits for its turn by spinning starves the others on a busy machine: without this,
+# two programs on two cores were seen to take a hundred times as long. Read once, when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import click
+from rich.text import Text
+
+from bayesian_merger import __version__
+from bayesian_merger.cli.screen import err, plain
+from bayesian_merger.errors import CheckpointError, ConfigError, MergerError
+
+# Each command's module, where it is called NAME_command, and the first line of its help.
+COMMANDS = {
+    "demo": (
+        "search",
+        "Run the embedded example: two small checkpoints, a scorer, a better merge, a report.",
+    ),
+    "init": (
+        "search",
+        "Write a commented configuration and example payloads into FOLDER (default: here).",
+    ),
+    "check": (
+        "search",
+        "Check all that CONFIG_FILE names, make a merge and a few images, say how long a run takes.",
+    ),
+    "run": (
+        "search",
+        "Search the best merge as CONFIG_FILE says; the same command resumes a stopped run.",
+    ),
+    "merge": (
+        "merging",
+        "Merge models A B [C ...], or rebuild the merge of a recipe (best.toml), bit for bit.",
+    ),
+    "report": (
+        "search",
+        "Write the report and the figures of RUN_DIR again, from its study alone.",
+    ),
+    "list": ("lists", "List what can be named in a configuration or on the command line."),
+}
+
+
+def main() -> NoReturn:
+    """Run the command line; every error the user can act on is one line and an exit code."""
+    # Cut pipes and old consoles cannot show every character; a "?" is better than a stack trace.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    stopped: list[int] = []
+
+    def stop(number: int, _: object) -> NoReturn:
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    # A closed terminal or a shutdown stops the program as Ctrl-C does, which cleans up.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        commands.main(standalone_mode=False)
+        sys.exit(0)
+    except click.exceptions.Abort:
+        _interrupted()
+    except KeyboardInterrupt:
+        _interrupted()
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (ConfigError, CheckpointError) as error:
+        _complain(error, 2)
+    except MergerError as error:
+        _complain(error, 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror or error}; the same command goes on from here", 1)
+    except Exception:
+        # Compiled code may turn an interruption into an error of its own.
+        if stopped:
+            _interrupted()
+        raise
+
+
+def _complain(error: object, code: int) -> NoReturn:
+    for line in str(error).splitlines():
+        err.print(Text.assemble(("error: ", "bold red"), plain(line)), soft_wrap=True)
+    sys.exit(code)
+
+
+def _interrupted() -> NoReturn:
+    resumes = sys.argv[1:2] in (["run"], ["demo"])
+    err.print("stopped; the same command goes on from here" if resumes else "stopped")
+    sys.exit(130)
+
+
+class _Commands(click.Group):
+    """Commands that are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"{__name__}.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, told) for name, (_, told) in COMMANDS.items()])
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="bayesian-merger")
+def commands() -> None:
+    """Find the merge of Stable Diffusion checkpoints that makes the best images."""

@@ -1,0 +1,58 @@
+"""`list`: what can be named in a configuration or on the command line."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import click
+from rich.table import Table
+
+from bayesian_merger import methods
+from bayesian_merger.backends import backend
+from bayesian_merger.blocks import ARCHITECTURES
+from bayesian_merger.cli.screen import out
+from bayesian_merger.curves import CURVES
+from bayesian_merger.methods import mecha
+from bayesian_merger.scorers import scorer
+from bayesian_merger.space import PRESETS
+
+
+@click.command()
+@click.argument(
+    "kind", type=click.Choice(["methods", "architectures", "presets", "scorers", "backends"])
+)
+def list_command(kind: str) -> None:
+    """List what can be named in a configuration or on the command line."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    if kind == "architectures":
+        for architecture in ARCHITECTURES.values():
+            blocks = f"{len(architecture.blocks)} blocks: {' '.join(architecture.blocks)}"
+            table.add_row(architecture.name, f"{architecture.title}, {blocks}")
+    elif kind == "presets":
+        for name, preset in PRESETS.items():
+            table.add_row(name, "search.presets", preset.about)
+        for name, curve in CURVES.items():
+            table.add_row(name, "merge --alpha", curve.about)
+        table.caption = (
+            "--alpha NAME gives text encoders 0, but for ALL_B; -w base=0.5 sets theirs"
+        )
+    else:
+        registry: Any = {"methods": methods.method, "scorers": scorer, "backends": backend}[kind]
+        names = registry.names()
+        if kind == "methods" and find_spec("sd_mecha"):
+            names += mecha.names()
+        for name in names:
+            plugin = methods.get(name) if kind == "methods" else registry.get(name)
+            told = (plugin.__doc__ or "").strip().partition("\n")[0]
+            needs = f" ({_needs(plugin)})" if kind == "methods" else ""
+            out.print(f"{name}{needs}\n  {told}", soft_wrap=True)
+        return
+    out.print(table)
+
+
+def _needs(plugin: methods.Method) -> str:
+    """How many models a method takes, and its weights with their defaults."""
+    more = " or more" if methods.takes_more(plugin) else ""
+    weights = [f"{name} {value:.3g}" for name, value in methods.weights(plugin).items()]
+    return "; ".join([f"{methods.n_models(plugin)}{more} models", *weights])

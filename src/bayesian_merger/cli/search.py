@@ -1,0 +1,260 @@
+"""The commands of a search: demo, init, check, run, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bayesian_merger import config as configuration
+from bayesian_merger import outcome as outcomes
+from bayesian_merger import run
+from bayesian_merger.cli.screen import out
+from bayesian_merger.data import RIVALS, Outcome, Result
+from bayesian_merger.errors import ConfigError
+from bayesian_merger.report import duration
+from bayesian_merger.setup import Setup, prepare
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def _run_options(command: Any) -> Any:
+    options = [
+        click.option("--init-points", "--init_points", type=int, help="Exploring trials."),
+        click.option("--n-iters", "--n_iters", type=int, help="Trials after the exploration."),
+        click.option(
+            "--batch-size", "--batch_size", type=int, help="Images per payload and trial."
+        ),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="SECTION.KEY=VALUE",
+            help="Any key of the configuration; may be repeated.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _load(
+    path: Path,
+    overrides: Sequence[str],
+    init_points: int | None,
+    n_iters: int | None,
+    batch_size: int | None,
+) -> configuration.Config:
+    named = {
+        "search.init_points": init_points,
+        "search.n_iters": n_iters,
+        "panel.batch_size": batch_size,
+    }
+    given = [f"{key}={value}" for key, value in named.items() if value is not None]
+    return configuration.load(path, [*overrides, *given])
+
+
+@click.command()
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo-run"),
+    show_default=True,
+    help="Folder of the run; the same folder goes on with it.",
+)
+@_run_options
+def demo_command(run_dir: Path, overrides: Sequence[str], **counts: int | None) -> None:
+    """Run the embedded example: two small checkpoints, a scorer, a better merge, a report."""
+    path = _PACKAGE / "demo" / "config.toml"
+    config = _load(path, overrides, **counts)
+    _run(config, path.parent, "demo", run_dir)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=Path())
+def init_command(folder: Path) -> None:
+    """Write a commented configuration and example payloads into FOLDER (default: here)."""
+    source = _PACKAGE / "templates" / "init"
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    taken = [
+        folder / p.relative_to(source) for p in files if (folder / p.relative_to(source)).exists()
+    ]
+    if taken:
+        raise ConfigError(f"{taken[0]} exists already and is left as it is; choose another folder")
+    for path in files:
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+        out.print(f"wrote {target}", soft_wrap=True)
+    config = folder / "config.toml"
+    out.print(f"next: edit it, then bayesian-merger check {config}", soft_wrap=True)
+
+
+@click.command()
+@click.argument("config_file", type=click.Path(path_type=Path))
+@click.option("--run-dir", type=click.Path(path_type=Path, file_okay=False))
+@_run_options
+def check_command(
+    config_file: Path, run_dir: Path | None, overrides: Sequence[str], **counts: int | None
+) -> None:
+    """Check all that CONFIG_FILE names, make a merge and a few images, say how long a run takes."""
+    config = _load(config_file, overrides, **counts)
+    setup = prepare(config, config_file.absolute().parent, config_file.stem)
+    folder = run_dir or _default_run_dir(config_file)
+    run.check_folder(setup, folder)
+    for warning in setup.warnings:
+        out.print(f"note: {warning}", soft_wrap=True)
+    out.print("every file is in order; making a merge and a batch of images ...", soft_wrap=True)
+    try:
+        tried = run.try_out(setup)
+    finally:
+        setup.backend.close()
+    shown = ", ".join(f"{name} {score:.3f}" for name, score in tried.scores.items())
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for model, letter in zip(setup.merger.models, "ABC", strict=False):
+        table.add_row(f"model {letter}", f"{model.name} ({setup.merger.architecture.title})")
+    table.add_row("search", f"{len(setup.plan.space.parameters)} weights, {config.merge.method}")
+    table.add_row(
+        "panel", f"{len(setup.panel)} images a trial from {len(_payloads(setup))} payloads"
+    )
+    table.add_row("one merge", f"{tried.merge_s:.2f} s")
+    table.add_row("one image", f"{tried.image_s:.2f} s (score: {shown})")
+    table.add_row("whole run", f"{tried.images} images, about {duration(tried.run_s)}")
+    table.add_row("run folder", str(folder))
+    out.print(table)
+
+
+@click.command()
+@click.argument("config_file", type=click.Path(path_type=Path))
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the run (default: runs/CONFIG_FILE's name, beside it); the same folder goes on.",
+)
+@_run_options
+def run_command(
+    config_file: Path, run_dir: Path | None, overrides: Sequence[str], **counts: int | None
+) -> None:
+    """Search the best merge as CONFIG_FILE says; the same command resumes a stopped run."""
+    config = _load(config_file, overrides, **counts)
+    folder = run_dir or _default_run_dir(config_file)
+    _run(config, config_file.absolute().parent, config_file.stem, folder)
+
+
+def _run(config: configuration.Config, base: Path, title: str, run_dir: Path) -> None:
+    with out.status("opening models, scorers and the back end"):
+        setup = prepare(config, base, title)
+    observer = _Progress(out)
+    try:
+        with observer:
+            outcome = run.run(setup, run_dir, observer)
+    finally:
+        setup.backend.close()
+    _summary(outcome, run_dir)
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False))
+def report_command(run_dir: Path) -> None:
+    """Write the report and the figures of RUN_DIR again, from its study alone."""
+    found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir))
+    outcomes.write_outcome(found, run_dir)
+    _summary(found, run_dir)
+
+
+class _Progress:
+    """The run's progress in the terminal: a live line where there is one, plain lines in a log."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("images"),
+            TextColumn("{task.fields[speed]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("baselines", total=None, speed="")
+        self._begun = time.monotonic()
+        self._made = 0
+        self._n_images = 0
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def planned(self, images: int, trials: int) -> None:
+        self._bar.update(self._task, total=images)
+        self._console.print(f"{trials} trials, {images} images in all")
+
+    def started(self, stage: str, name: str, images: int) -> None:
+        self._n_images = images
+        self._bar.update(self._task, description=f"{_STAGES[stage]} {name}")
+
+    def judged(self, images: int, made: bool) -> None:
+        if made:
+            self._made += images
+            speed = self._made / max(1e-9, time.monotonic() - self._begun)
+            self._bar.update(self._task, advance=images, speed=f"{speed:.1f}/s")
+        else:
+            # Not work of this process, so it must not count for the time left.
+            total = self._bar.tasks[0].total
+            if images and total is not None:
+                self._bar.update(self._task, total=total - images)
+
+    def finished(self, result: Result, leader: Result | None) -> None:
+        line = f"{_STAGES[result.stage]:<10} {result.name:<10} "
+        if result.value is None:
+            line += f"failed: {result.reason}"
+        else:
+            line += f"{result.value.mean:8.3f} ± {result.value.se:.3f}"
+        if leader is not None and leader.value is not None:
+            new = " (new)" if leader.number == result.number else ""
+            line += f"   best so far {leader.value.mean:.3f}, {leader.name}{new}"
+        self._console.print(line, soft_wrap=True)
+
+    def noted(self, text: str) -> None:
+        self._console.print(f"note: {text}", soft_wrap=True)
+
+
+_STAGES = {
+    "baseline": "baseline",
+    "explore": "explore",
+    "exploit": "exploit",
+    "select": "choose",
+    "heldout": "held-out",
+}
+
+
+def _summary(outcome: Outcome, run_dir: Path) -> None:
+    out.print()
+    out.print(outcome.verdict(), style="bold", soft_wrap=True)
+    for key, gain in outcome.gain.items():
+        interval = f"95 % interval {gain.low:+.3f} to {gain.high:+.3f}"
+        out.print(f"  over {RIVALS[key]:<15} {gain.mean:+.3f}  ({interval})")
+    out.print(f"{outcome.images} images in {duration(sum(outcome.seconds.values()))}")
+    out.print(f"report: {(run_dir / 'report.html').absolute()}", soft_wrap=True)
+    if outcome.best is not None:
+        out.print(f"recipe: {(run_dir / 'best.toml').absolute()}", soft_wrap=True)
+
+
+def _payloads(setup: Setup) -> set[str]:
+    return {prompt.payload for prompt in setup.panel}
+
+
+def _default_run_dir(config_file: Path) -> Path:
+    return config_file.absolute().parent / "runs" / config_file.stem
