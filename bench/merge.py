@@ -2,7 +2,7 @@
 
     python bench/merge.py [--peers PYTHON] [--folder DIR] [--sdxl]
 
-makes checkpoints of the full shape of SD1.5 (and SDXL: 21 GB of disk) from random numbers, and prints
+makes checkpoints of the full shape of SD1.5 (and SDXL: 27 GB of disk) from random numbers, and prints
 medians in one run, since the speed of a shared machine drifts from hour to hour. PYTHON is that of an
 environment with sd-meh and sd-mecha (`make peers` makes .venv-peers). Where CUDA is found, the
 repeated merge is measured there too.
@@ -223,6 +223,7 @@ def files(models: list[Path], peers: Path | None, folder: Path) -> None:
 
 def measure_file(out: Path, *models: Path) -> None:
     """Print the figures of merges to `out`, and of plain writes of as many bytes, in turn."""
+    block = os.urandom(1 << 24)
     before = anonymous_gb()
 
     def merge() -> None:
@@ -231,7 +232,7 @@ def measure_file(out: Path, *models: Path) -> None:
 
     merge()  # so that the system holds the models
     n_bytes = out.stat().st_size
-    block = os.urandom(1 << 24)
+    out.unlink()
 
     def write() -> None:
         with out.open("wb") as file:

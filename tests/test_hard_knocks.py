@@ -20,6 +20,7 @@ from bayesian_merger import outcome as outcomes
 from bayesian_merger import run, setup, study
 from bayesian_merger.data import Outcome, Prompt, Recipe, Sample
 from bayesian_merger.errors import ConfigError, RunError, TrialError
+from bayesian_merger.methods import method
 
 
 def begin(folder: Path, *overrides: str) -> setup.Setup:
@@ -349,13 +350,36 @@ def test_baselines_need_no_c_for_what_only_a_and_b_hold(folder: Path) -> None:
         assert len(ready.merger.merge(ready.baseline(name))) == len(state)
 
 
+def test_method_that_takes_no_half_is_searched_where_it_can(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(method, "_found", {name: method.get(name) for name in method.names()})
+    plugin = """
+from typing import Annotated
+from torch import Tensor
+from bayesian_merger.methods import Domain, method
+
+@method
+def stretched(a: Tensor, b: Tensor, *, alpha: Annotated[float, Domain(1.0, 2.0)] = 1.5) -> Tensor:
+    return a + alpha * (b - a)
+"""
+    (folder / "stretched.py").write_text(plugin)
+    ready = begin(
+        folder,
+        "merge.method=stretched",
+        'search.ranges={"*"=[1.0,2.0]}',
+        f'plugins=["{Path(toy_plugin.__file__).as_posix()}", "stretched.py"]',
+    )
+    assert {p.low for p in ready.plan.space.parameters} == {1.0}
+
+
 def test_vae_of_b_leaves_no_vae_to_search(folder: Path) -> None:
     for name in ("zero", "one"):
         state = load_file(folder / f"{name}.safetensors")
         number = float(name == "one")
         state["first_stage_model.encoder.conv_in.weight"] = torch.full((2,), number)
         save_file(state, folder / f"{name}.safetensors")
-    with pytest.raises(ConfigError, match="vae 'b' copies B's VAE, which then has no weight"):
+    with pytest.raises(ConfigError, match=r"merge\.vae is 'b'.*search\.presets"):
         begin(folder, "merge.vae=b", 'search.presets=["vae"]')
     ready = begin(folder, 'search.presets=["vae"]')
     assert "VAE_alpha" in ready.plan.space.names

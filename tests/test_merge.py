@@ -196,7 +196,9 @@ def test_position_ids_are_made_anew(tmp_path: Path, corrupt: Tensor) -> None:
     merged = merger_of(tmp_path, {toy.POSITION_IDS: corrupt}, {}).merge(recipe(alpha(0.5)))
     assert merged[toy.POSITION_IDS].dtype == torch.int64
     assert merged[toy.POSITION_IDS].tolist() == [list(range(77))]
-    merged.save(tmp_path / "m.safetensors")
+    told: list[int] = []
+    merged.save(tmp_path / "m.safetensors", told.append)
+    assert sum(told) == merged.n_bytes
     saved = safetensors.torch.load_file(tmp_path / "m.safetensors")
     assert saved[toy.POSITION_IDS].tolist() == [list(range(77))]
 

@@ -18,11 +18,12 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from test_cli import Command
 from test_cli import command as command
+from torch import Tensor
 
 from bayesian_merger.blocks import SD1
 from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.curves import CURVES
-from bayesian_merger.methods import method
+from bayesian_merger.methods import Weight, method
 
 IN05 = toy.BLOCKS["IN05"][0]
 BASE = toy.BLOCKS["base"][1]
@@ -97,7 +98,7 @@ def test_three_models_and_a_method_with_other_weights(here: Path, command: Comma
 
 def test_weight_far_off_is_noted(here: Path, command: Command) -> None:
     _, out, _ = command(*AB, "--alpha", "15", "-w", "base=0.5")
-    assert "note: alpha is far from 0 to 1 in 25 of 26 blocks: 15 (IN00)" in out
+    assert "note: 25 of 26 weights alpha are below -1 or above 2, the first 15 (IN00)" in out
     assert "note" not in command(*AB, "--alpha", "1.5", "--overwrite")[1]
 
 
@@ -119,8 +120,52 @@ def test_merge_is_rebuilt_from_the_recipe_in_its_own_metadata(
         "a.safetensors",
         "b.safetensors",
     }
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--alpha", "COSINE", "--vae", "base"),
+        ("--alpha", "0", "-w", "IN00=-0.0"),
+        ("--method", "whole_numbers"),
+    ],
+)
+def test_merge_is_rebuilt_byte_for_byte_from_its_own_metadata(
+    here: Path, command: Command, flags: tuple[str, ...]
+) -> None:
+    @method
+    def whole_numbers(a: Tensor, b: Tensor, *, alpha: Weight = 1) -> Tensor:
+        return a + alpha * (b - a)
+
+    assert command(*AB, *flags)[0] == 0
     assert command("merge", "m.safetensors", "-o", "again.safetensors")[0] == 0
     assert (here / "again.safetensors").read_bytes() == (here / "m.safetensors").read_bytes()
+    code, out, _ = command("merge", "m.safetensors", "--dry-run")
+    assert code == 0
+    assert "OUT11" in out
+
+
+def test_models_of_one_name_are_told_apart_by_their_content(here: Path, command: Command) -> None:
+    for name in "ab":
+        (here / name).mkdir()
+        (here / f"{name}.safetensors").rename(here / name / "model.safetensors")
+    paths = ("a/model.safetensors", "b/model.safetensors")
+    assert command("merge", *paths, "-o", "m.safetensors")[0] == 0
+    again = ("merge", "m.safetensors", "-o", "again.safetensors")
+    assert "put it there or name its folder" in command(*again)[2]
+    assert "is not the file of the recipe" in command(*again, "--models-dir", "b")[2]
+    assert command(*again, "--models-dir", "b", "--models-dir", "a")[0] == 0
+
+
+def test_pattern_of_blocks_means_the_first_weight(here: Path, command: Command) -> None:
+    abc = ("merge", "a.safetensors", "b.safetensors", "c.safetensors", "-o", "m.safetensors")
+    flags = ("--method", "sum_twice", "--alpha", "0", "--beta", "0", "--dry-run")
+    _, out, _ = command(*abc, *flags, "-w", "IN*=1", "-w", "OUT*_beta=0.5")
+    lines = [line.split(maxsplit=3) for line in out.splitlines()]
+    merged = {line[0]: line[3].strip() for line in lines if len(line) == 4}
+    assert merged["IN05"] == "alpha 1, beta 0"
+    assert merged["OUT05"] == "alpha 0, beta 0.5"
+    assert merged["M00"] == "alpha 0, beta 0"
 
 
 def test_dry_run_says_what_would_happen_and_writes_nothing(here: Path, command: Command) -> None:

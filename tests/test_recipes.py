@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from bayesian_merger.blocks import SD1
 from bayesian_merger.checkpoint import Checkpoint
@@ -138,6 +142,12 @@ MALFORMED = {
     "vae unknown": changed('vae = "a"', 'vae = "z"'),
     "precision unknown": changed('"fp16"', '"fp4"'),
     "too few models": changed('weighted_sum"', 'add_difference"'),
+    "too many models": GOOD + 30 * '[[models]]\nname = "c"\nsha256 = "3"\n',
+    "name is too long": changed('name = "b"', f'name = "{5000 * "b"}"'),
+    "seed is half": changed('vae = "a"', 'vae = "a"\nseed = 1.5'),
+    "seed is negative": changed('vae = "a"', 'vae = "a"\nseed = -5'),
+    "seed is too large": changed('vae = "a"', 'vae = "a"\nseed = 0x' + 5000 * "f"),
+    "weight is true": changed("IN04 = 0.5", "IN04 = true"),
 }
 
 
@@ -149,6 +159,51 @@ def test_malformed_recipe_is_refused_in_one_line(tmp_path: Path, what: str) -> N
         read(path)
     assert str(caught.value).strip()
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+GOOD_DATA = Recipe(
+    "weighted_sum", "sd1", (Model("a.safetensors", "a" * 64), Model("b", "b" * 64)), HALF
+).to_dict()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "",
+        "no JSON",
+        "[]",
+        "null",
+        "3",
+        "[" * 100_000,
+        json.dumps(GOOD_DATA | {"models": None}),
+        json.dumps(GOOD_DATA | {"models": 100 * GOOD_DATA["models"]}),
+        json.dumps(GOOD_DATA | {"weights": {"alpha": {"IN00": math.nan}}}),
+        json.dumps(GOOD_DATA | {"weights": {"alpha": 100_000 * "x"}}),
+        json.dumps(GOOD_DATA | {"clip": 100_000 * "x"}),
+        json.dumps(GOOD_DATA | {"method": 100_000 * "x"}),
+        json.dumps(GOOD_DATA)[:-1] + ', "seed": ' + 5000 * "9" + "}",
+        json.dumps(GOOD_DATA)[:-1] + ', "seed": 1e400}',
+    ],
+)
+def test_malformed_metadata_is_refused_in_one_line(tmp_path: Path, told: str) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"merge_recipe": told})
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_metadata_of_a_stranger_names_no_place_of_this_machine(tmp_path: Path) -> None:
+    models = [model | {"path": "/etc/passwd"} for model in GOOD_DATA["models"]]
+    path = tmp_path / "m.safetensors"
+    told = json.dumps(GOOD_DATA | {"models": models})
+    save_file({"x": torch.zeros(1)}, path, {"merge_recipe": told})
+    with pytest.raises(CheckpointError, match="not at") as caught:
+        open_models(read(path), tmp_path)
+    assert "passwd" not in str(caught.value)
 
 
 def test_file_that_cannot_be_read_as_text_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -249,7 +304,7 @@ def test_one_changed_byte_is_another_model(tmp_path: Path, models: list[Path]) -
     data = bytearray(models[0].read_bytes())
     data[-1] ^= 1
     models[0].write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"a\.safetensors: not the file of the recipe"):
+    with pytest.raises(CheckpointError, match="is not the file of the recipe"):
         open_models(recipe, tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ Weights = Mapping[str, Mapping[str, float]]
 
 RIVALS = {"over_a": "A", "over_b": "B", "over_even": "the even merge"}
 """What the best merge is compared with on held-out seeds, as keys of `Outcome.gain` -> in words."""
+
+_LONGEST_NAME = 255  # of a file, on every system
 
 State = Literal["running", "complete", "stopped", "failed"]
 
@@ -66,22 +69,22 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The recipe that `to_dict` wrote; KeyError, TypeError or ValueError where data is not one."""
         models = tuple(
-            Model(str(m["name"]), str(m["sha256"]), Path(m["path"]) if m.get("path") else None)
+            Model(_text(m["name"]), _text(m["sha256"]), Path(m["path"]) if m.get("path") else None)
             for m in data["models"]
         )
         weights = {
-            str(name): {str(block): float(weight) for block, weight in blocks.items()}
+            _text(name): {_text(block): _number(weight) for block, weight in blocks.items()}
             for name, blocks in data["weights"].items()
         }
         return cls(
-            method=str(data["method"]),
-            architecture=str(data["architecture"]),
+            method=_text(data["method"]),
+            architecture=_text(data["architecture"]),
             models=models,
             weights=weights,
-            vae=str(data.get("vae", "a")),
-            precision=str(data.get("precision", "fp16")),
+            vae=_text(data.get("vae", "a")),
+            precision=_text(data.get("precision", "fp16")),
             clip=_flag(data.get("clip", False)),
-            seed=int(data.get("seed", 0)),
+            seed=_seed(data.get("seed", 0)),
         )
 
     def digest(self) -> str:
@@ -94,7 +97,25 @@ class Recipe:
 
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{value!r} is neither true nor false")
+        raise TypeError(f"{reprlib.repr(value)} is neither true nor false")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > _LONGEST_NAME:
+        raise TypeError(f"{reprlib.repr(value)} is no name")
+    return value
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{reprlib.repr(value)} is no number")
+    return float(value)
+
+
+def _seed(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise TypeError(f"seed is {reprlib.repr(value)}, not a whole number from 0 to 2^63")
     return value
 
 

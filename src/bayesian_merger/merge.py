@@ -57,10 +57,7 @@ class Merger:
 
     def __init__(self, models: Sequence[Source], device: torch.device = _CPU) -> None:
         """CheckpointError if the models are of different architectures or shapes, or share no block."""
-        if len(models) > len(ascii_uppercase):
-            raise ConfigError(
-                f"{len(models)} models are given; merge {len(ascii_uppercase)} at once"
-            )
+        _require_letters(len(models))
         self.models = tuple(models)
         self.device = device
         first = self.models[0]
@@ -566,7 +563,8 @@ class _Buffers:
 def even_weights(method: str, blocks: Iterable[str], value: float) -> dict[str, dict[str, float]]:
     """Every weight of `method` at `value` in every block."""
     return {
-        weight: dict.fromkeys(blocks, value) for weight in methods.weights(methods.get(method))
+        weight: dict.fromkeys(blocks, float(value))
+        for weight in methods.weights(methods.get(method))
     }
 
 
@@ -586,6 +584,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.vae == "b" and any("VAE" in blocks for blocks in recipe.weights.values()):
         raise ConfigError("vae 'b' copies B's VAE, which then has no weight; leave out one")
     n_used(method, recipe.method, len(recipe.models))
+    _require_letters(len(recipe.models))
     architecture = ARCHITECTURES[recipe.architecture]
     domains = methods.domains(method)
     for weight, given in recipe.weights.items():
@@ -603,6 +602,13 @@ def check_recipe(recipe: Recipe) -> None:
                     f"{weight} of block {block} is {value}, but {recipe.method} takes "
                     f"{domain.low:g} to {domain.high:g}"
                 )
+
+
+def _require_letters(n_models: int) -> None:
+    if n_models > len(ascii_uppercase):
+        raise ConfigError(
+            f"{n_models} models are given; merge at most {len(ascii_uppercase)} at once"
+        )
 
 
 def n_used(method: methods.Method, name: str, n_given: int) -> int:

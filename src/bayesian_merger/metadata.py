@@ -74,7 +74,8 @@ def sd_merge(
     unless these are no JSON objects or are too long. See run_modelmerger of webui's modules/extras.py.
     """
     hashes = [model.sha256 for model in recipe.models]
-    alphas = set(recipe.weights.get("alpha", {}).values())
+    # Without the sign of a zero, which equals one without.
+    alphas = {value + 0.0 for value in recipe.weights.get("alpha", {}).values()}
     summary = {
         "type": "bayesian-merger",
         **{

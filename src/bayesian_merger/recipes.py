@@ -6,13 +6,14 @@ import fnmatch
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bayesian_merger import curves, methods, toml
 from bayesian_merger.blocks import Architecture, short_names
-from bayesian_merger.data import Recipe, Weights
+from bayesian_merger.data import Model, Recipe, Weights
 from bayesian_merger.errors import CheckpointError, ConfigError, one_line
-from bayesian_merger.merge import Merger, check_recipe, open_model
+from bayesian_merger.merge import Merger, Source, check_recipe, open_model
 from bayesian_merger.registry import nearest
 
 
@@ -44,38 +45,40 @@ def to_toml(recipe: Recipe, paths: Mapping[str, Path | None]) -> str:
 
 def read(path: Path) -> Recipe:
     """The recipe in a TOML file, or of a merge in its metadata; ConfigError in one line if neither."""
+    is_toml = path.suffix.lower() == ".toml"
+    text = _text(path) if is_toml else _metadata(path)
     try:
-        if path.suffix.lower() == ".toml":
-            data = toml.loads(path.read_text(encoding="utf-8-sig"))
-        else:
-            data = json.loads(_metadata(path)["merge_recipe"])
-        recipe = Recipe.from_dict(data)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (
-        OSError,
-        UnicodeDecodeError,
-        toml.TOMLDecodeError,
-        json.JSONDecodeError,
-        RecursionError,
-    ) as error:
+        recipe = Recipe.from_dict(toml.loads(text) if is_toml else json.loads(text))
+    except (toml.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a recipe ({one_line(error)})") from error
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: not a recipe ({type(error).__name__}: {error}); expected method, architecture, "
-            f"[[models]] with name and sha256, and [weights.alpha]"
+            f"{path}: not a recipe ({type(error).__name__}: {one_line(error)}); expected method, "
+            f"architecture, models with name and sha256, and weights"
         ) from error
     try:
         check_recipe(recipe)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return recipe
+    if is_toml:
+        return recipe
+    # A merge never says where its models lay; one that does is of a stranger's making.
+    return replace(recipe, models=tuple(replace(model, path=None) for model in recipe.models))
 
 
-def _metadata(path: Path) -> Mapping[str, str]:
-    """What a merge says of itself; ConfigError if it does not say how it was made."""
-    found = open_model(path).metadata
-    if "merge_recipe" not in found:
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a recipe ({one_line(error)})") from error
+
+
+def _metadata(path: Path) -> str:
+    """What a merge says of how it was made; ConfigError if it does not."""
+    found = open_model(path).metadata.get("merge_recipe")
+    if found is None:
         raise ConfigError(
             f"{path}: one model alone, and no merge of this program (no merge_recipe in its metadata); "
             f"name model B as well"
@@ -83,25 +86,9 @@ def _metadata(path: Path) -> Mapping[str, str]:
     return found
 
 
-def open_models(recipe: Recipe, folder: Path) -> Merger:
-    """The recipe's models, found at their path or by name in `folder`, and known by their content."""
-    checkpoints = []
-    for model in recipe.models:
-        places = [p for p in (model.path, folder / Path(model.name).name) if p is not None]
-        found = next((p for p in places if p.exists()), None)
-        if found is None:
-            raise CheckpointError(
-                f"model {model.name}: not at {' nor at '.join(str(p) for p in places)}; "
-                f"put it there or name its folder with --models-dir"
-            )
-        checkpoint = open_model(found)
-        if checkpoint.sha256 != model.sha256:
-            raise CheckpointError(
-                f"{found}: not the file of the recipe (SHA-256 {checkpoint.sha256[:10]}, "
-                f"recipe {model.sha256[:10]}); find the original file"
-            )
-        checkpoints.append(checkpoint)
-    merger = Merger(checkpoints)
+def open_models(recipe: Recipe, *folders: Path) -> Merger:
+    """The recipe's models, found by name in `folders` or at their path, and known by their content."""
+    merger = Merger([_model(model, folders) for model in recipe.models])
     if merger.architecture.name != recipe.architecture:
         raise CheckpointError(
             f"the recipe is for {recipe.architecture}, its models are {merger.architecture.name}"
@@ -109,18 +96,47 @@ def open_models(recipe: Recipe, folder: Path) -> Merger:
     return merger
 
 
+def _model(model: Model, folders: Sequence[Path]) -> Source:
+    """The first file of the model's name, or at its path, that has its content."""
+    places = [folder / Path(model.name).name for folder in folders]
+    if model.path is not None:
+        places.append(model.path)
+    others = []
+    for place in dict.fromkeys(places):
+        try:
+            if not place.exists():
+                continue
+        except OSError as error:
+            raise CheckpointError(f"model {model.name}: {error.strerror}") from error
+        found = open_model(place)
+        if found.sha256 == model.sha256:
+            return found
+        others.append(f"{place} (SHA-256 {found.sha256[:10]})")
+    if others:
+        raise CheckpointError(
+            f"model {model.name}: {', '.join(others)} is not the file of the recipe (SHA-256 "
+            f"{model.sha256[:10]}); find that file and name its folder with --models-dir"
+        )
+    raise CheckpointError(
+        f"model {model.name}: not at {' nor at '.join(map(str, places))}; "
+        f"put it there or name its folder with --models-dir"
+    )
+
+
 def parse_weights(merger: Merger, method: str, given: Sequence[tuple[str, str]]) -> Weights:
     """The weights that pairs of name and text ask for, later ones on top of earlier ones.
 
     A name is a weight of the method ("alpha"), a block's or part's ("IN00_alpha", or "IN00" for the
-    first weight), or a pattern for blocks ("OUT*"). The text is a number or, for all blocks, the name
-    of a curve or as many numbers as there are blocks, with commas between. "alpha_blocks" is the same
-    for all but the first block (base), which it leaves as it is unless it has a number for it.
-    ConfigError for all else.
+    first weight), or a pattern for blocks ("OUT*", "OUT*_beta"). The text is a number or, for all
+    blocks, the name of a curve or as many numbers as there are blocks, with commas between.
+    "alpha_blocks" is the same for all but the first block (base), which it leaves as it is unless it
+    has a number for it. ConfigError for all else.
     """
     architecture = merger.architecture
     defaults = methods.weights(methods.get(method))
-    weights = {w: dict.fromkeys(architecture.blocks, value) for w, value in defaults.items()}
+    weights = {
+        w: dict.fromkeys(architecture.blocks, float(value)) for w, value in defaults.items()
+    }
     places = {
         alias: (weight, block)
         for weight in weights
@@ -130,14 +146,12 @@ def parse_weights(merger: Merger, method: str, given: Sequence[tuple[str, str]])
     if weights:
         first = next(iter(weights))
         places |= {block: (first, block) for block in (*architecture.blocks, *merger.parts)}
-    # As in a configuration, a part is meant only by its full name.
-    of_blocks = [alias for alias, (_, block) in places.items() if block in architecture.blocks]
     for name, text in given:
         weight = name.removesuffix("_blocks")
         if weight in weights:
             n_least = len(architecture.blocks) - (weight != name)
             weights[weight] |= _spread(name, text, architecture, n_least)
-        elif hits := [name] if name in places else fnmatch.filter(of_blocks, name):
+        elif hits := [name] if name in places else _matching(name, places, architecture):
             for hit in hits:
                 weight, block = places[hit]
                 weights[weight][block] = _number(name, text)
@@ -148,6 +162,15 @@ def parse_weights(merger: Merger, method: str, given: Sequence[tuple[str, str]])
                 f"(known: {', '.join(weights) or 'none'}, or one block's as IN00_alpha)"
             )
     return weights
+
+
+def _matching(
+    pattern: str, places: Mapping[str, tuple[str, str]], architecture: Architecture
+) -> list[str]:
+    """The names of blocks that `pattern` fits, or else those with their weight; none of a part."""
+    of_blocks = [name for name, (_, block) in places.items() if block in architecture.blocks]
+    bare = [name for name in architecture.blocks if fnmatch.fnmatchcase(name, pattern)]
+    return bare or [name for name in of_blocks if fnmatch.fnmatchcase(name, pattern)]
 
 
 def _spread(name: str, text: str, architecture: Architecture, n_least: int) -> Mapping[str, float]:

@@ -63,8 +63,7 @@ class Registry(Generic[T]):
         names = self.names()
         if name not in self._found:
             raise ConfigError(
-                f"unknown {self.kind} {name!r}{nearest(name, names)} (known: {', '.join(names)}; one of "
-                f"your own once its file is named, as plugins = [...] or --plugin)"
+                f"unknown {self.kind} {name!r}{nearest(name, names)} (known: {', '.join(names)})"
             )
         return self._found[name]
 

@@ -16,7 +16,7 @@ from bayesian_merger.checkpoint import sha256_of
 from bayesian_merger.config import Config
 from bayesian_merger.data import Prompt, Recipe, Weights
 from bayesian_merger.errors import ConfigError, MergerError
-from bayesian_merger.merge import Merger, check_recipe, even_weights, n_used, open_model
+from bayesian_merger.merge import Merger, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import Scorer, scorer
 from bayesian_merger.study import Plan
@@ -179,7 +179,6 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
         config, folder, title, merger, plan, *panels, engine, built, weights, tuple(warnings or ())
     )
     for name in BASELINES:
-        check_recipe(setup.baseline(name))
         merger.merge(setup.baseline(name))
     return setup
 
@@ -232,6 +231,11 @@ def _plan(config: Config, merger: Merger) -> Plan:
     )
     _require_domains(found, config.merge.method)
     merge = config.merge
+    if merge.vae == "b" and "VAE" in found.blocks:
+        raise ConfigError(
+            "merge.vae is 'b', which copies B's VAE, but search.presets, ranges, freeze or groups name "
+            "a weight of the VAE; leave out one"
+        )
     return Plan(found, merge.method, merge.vae, search.optimiser, search.init_points, search.seed)
 
 

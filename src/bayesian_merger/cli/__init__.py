@@ -1,8 +1,8 @@
 """The command line: arguments, progress, exit codes; the only package that prints.
 
 Exit codes: 0 done, 1 the run could not go on, 2 bad input and nothing started, 130 interrupted.
-A command's module is imported when the command is called, so that help comes at once and a merge does
-not wait for what only a search needs.
+A command's module is imported when the command is called, so that the list of commands comes at once
+and a merge does not wait for what only a search needs.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> NoReturn:
         _complain(error, 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _complain(f"{where}{error.strerror or error}; the same command goes on from here", 1)
+        _complain(f"{where}{error.strerror or error}{_goes_on()}", 1)
     except Exception:
         # Compiled code may turn an interruption into an error of its own.
         if stopped:
@@ -104,9 +104,13 @@ def _complain(error: object, code: int) -> NoReturn:
 
 
 def _interrupted() -> NoReturn:
-    resumes = sys.argv[1:2] in (["run"], ["demo"])
-    err.print("stopped; the same command goes on from here" if resumes else "stopped")
+    err.print(f"stopped{_goes_on()}")
     sys.exit(130)
+
+
+def _goes_on() -> str:
+    resumes = sys.argv[1:2] in (["run"], ["demo"])
+    return "; the same command goes on from here" if resumes else ""
 
 
 class _Commands(click.Group):

@@ -66,8 +66,10 @@ _LEAST, _MOST = -1.0, 2.0
 @click.option("--dry-run", is_flag=True, help="Say what would happen to which block, and stop.")
 @click.option(
     "--models-dir",
+    "models_dirs",
+    multiple=True,
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where a recipe's models lie, if not where it says (default: the recipe's folder).",
+    help="Where a recipe's models lie, if neither beside it nor where it says; may be repeated.",
 )
 @click.option(
     "--plugin",
@@ -81,7 +83,7 @@ def merge_command(
     files: Sequence[Path],
     output: Path | None,
     plugins: Sequence[Path],
-    models_dir: Path | None,
+    models_dirs: Sequence[Path],
     dry_run: bool,
     overwrite: bool,
     **options: Any,
@@ -110,7 +112,7 @@ def merge_command(
                 f"{files[0]} is a recipe, which says all; leave out {(given or files[1:])[0]}"
             )
         with out.status("reading the models"):
-            merger = recipes.open_models(recipe, models_dir or files[0].absolute().parent)
+            merger = recipes.open_models(recipe, *models_dirs, files[0].absolute().parent)
     else:
         merger = Merger([open_model(path) for path in files])
         # To know a file by its SHA-256 it must be read whole, which only takes time in a dry run.
@@ -147,10 +149,13 @@ def merge_command(
 def _far(recipe: Recipe) -> Iterator[str]:
     """A note for each weight that looks like a slip of the keyboard."""
     for name in ("alpha", "beta"):
-        blocks = recipe.weights.get(name, {})
-        far = [f"{value:g} ({b})" for b, value in blocks.items() if not _LEAST <= value <= _MOST]
+        given = recipe.weights.get(name, {})
+        far = [f"{value:g} ({b})" for b, value in given.items() if not _LEAST <= value <= _MOST]
         if far:
-            yield f"{name} is far from 0 to 1 in {len(far)} of {len(blocks)} blocks: {far[0]}"
+            yield (
+                f"{len(far)} of {len(given)} weights {name} are below {_LEAST:g} or above {_MOST:g}, "
+                f"the first {far[0]}"
+            )
 
 
 def _recipe_of(

@@ -55,7 +55,12 @@ def get(name: str) -> Method:
     """The method called `name`, or sd-mecha's NAME for "mecha:NAME"; ConfigError if there is none."""
     if name.startswith(mecha.PREFIX):
         return mecha.get(name)
-    return method.get(name)
+    try:
+        return method.get(name)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; for a method of your own name its file, by --plugin or in plugins"
+        ) from None
 
 
 def elementwise(function: F) -> F:
