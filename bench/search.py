@@ -1,0 +1,166 @@
+"""How good a merge searches find in how many images, on landscapes with a known optimum.
+
+    python bench/search.py --peers PYTHON [--instances 20] [--noise fixed fresh] [--results FILE]
+
+runs every optimiser on the same instances of bench/landscapes.py and prints the normalised regret of
+what it recommends (0: the best merge; 1: the mean of random ones) with its standard error, and the
+difference to `bayes` of sd-webui-bayesian-merger on the same instances. PYTHON is that of an
+environment with bayesian-optimization, hyperopt, optuna and cmaes. With --results what was measured
+is kept, so that the same command goes on with what is missing; --figure FILE draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from landscapes import FAMILIES
+from search_peers import MARKS, OPTIMISERS
+
+PEERS = Path(__file__).with_name("search_peers.py")
+
+
+class Task(NamedTuple):
+    """One search."""
+
+    optimiser: str
+    family: str
+    seed: int
+    noise: str
+
+
+Regrets: TypeAlias = dict[int, float]
+"""Images -> regret of what was then recommended."""
+
+Found: TypeAlias = dict[Task, tuple[Regrets, float]]
+"""Regrets of each search, and its median seconds of CPU to propose a point."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--peers", type=Path, default=Path(sys.executable), metavar="PYTHON")
+    parser.add_argument("--optimisers", nargs="+", default=list(OPTIMISERS))
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--instances", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first instance")
+    parser.add_argument("--noise", nargs="+", default=["fixed", "fresh"])
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--jobs", type=int, default=2, help="searches at once")
+    parser.add_argument("--results", type=Path, help="JSON lines; read, then added to")
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    seeds = range(options.first, options.first + options.instances)
+    tasks = [
+        Task(*task) for task in product(options.optimisers, options.families, seeds, options.noise)
+    ]
+    found = measured(tasks, options)
+    for noise in options.noise:
+        for images in MARKS:
+            if images <= options.images:
+                table(found, options.optimisers, options.families, noise, images)
+    for name in options.optimisers:
+        waits = {d: [s for t, (_, s) in found.items() if _is(t, name, d)] for d in ("26", "52")}
+        shown = ", ".join(f"{d}: {statistics.median(w):.3f} s" for d, w in waits.items() if w)
+        print(f"CPU to propose a point, {name}, {shown}")
+    if options.figure:
+        draw(found, options.optimisers, options.noise, options.figure)
+
+
+def measured(tasks: Sequence[Task], options: argparse.Namespace) -> Found:
+    """What each task found; those that the results do not hold are run."""
+    found: Found = {}
+    if options.results and options.results.exists():
+        for line in options.results.read_text().splitlines():
+            entry = json.loads(line)
+            regrets = {int(images): regret for images, regret in entry["regrets"].items()}
+            if max(regrets) >= options.images:
+                found[Task(*entry["task"])] = (regrets, entry["ask_s"])
+    todo = [task for task in tasks if task not in found]
+
+    def run(task: Task) -> str:
+        command = [str(options.peers), str(PEERS), *map(str, task), str(options.images)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}:\n{done.stderr}")
+        return done.stdout.splitlines()[-1]
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for task, line in zip(todo, pool.map(run, todo), strict=True):
+            entry = json.loads(line)
+            found[task] = ({int(n): r for n, r in entry["regrets"].items()}, entry["ask_s"])
+            if options.results:
+                with options.results.open("a") as file:
+                    file.write(json.dumps({"task": task, **entry}) + "\n")
+    return {task: found[task] for task in tasks}
+
+
+def table(
+    found: Found, optimisers: Sequence[str], families: Sequence[str], noise: str, images: int
+) -> None:
+    """Print the regrets after so many images, an optimiser a line."""
+    print(f"\nnormalised regret after {images} images, {noise} seeds (standard error)")
+    print(
+        f"{'':14}" + "".join(f"{family:>14}" for family in families) + f"{'all':>14}  less bayes"
+    )
+
+    def of(name: str) -> Mapping[tuple[str, int], float]:
+        return {
+            (task.family, task.seed): regrets[images]
+            for task, (regrets, _) in found.items()
+            if (task.optimiser, task.noise) == (name, noise)
+        }
+
+    reference = of("bayes")
+    for name in optimisers:
+        own = of(name)
+        cells = [[r for (f, _), r in own.items() if f == family] for family in families]
+        pairs = [own[key] - reference[key] for key in own if key in reference]
+        print(
+            f"{name:14}"
+            + "".join(f"{shown(cell):>14}" for cell in [*cells, list(own.values())])
+            + (f"  {shown(pairs)}" if pairs else "")
+        )
+
+
+def shown(values: Sequence[float]) -> str:
+    """The mean and its standard error."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.3f} ({error:.3f})"
+
+
+def draw(found: Found, optimisers: Sequence[str], noises: Sequence[str], path: Path) -> None:
+    """A figure of the mean regret over all instances against the images spent."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(noises), 4), layout="constrained")
+    marks = sorted(set.intersection(*(set(regrets) for regrets, _ in found.values())))
+    panels = figure.subplots(1, len(noises), sharey=True, squeeze=False)[0]
+    for axes, noise in zip(panels, noises, strict=True):
+        for name in optimisers:
+            runs = [r for t, (r, _) in found.items() if (t.optimiser, t.noise) == (name, noise)]
+            means = [statistics.mean(run[n] for run in runs) for n in marks]
+            errors = [statistics.stdev(run[n] for run in runs) / len(runs) ** 0.5 for n in marks]
+            axes.errorbar(marks, means, errors, label=name, marker="o", capsize=2)
+        axes.set(title=f"{noise} seeds", xlabel="images", xticks=marks, ylim=(0, None))
+    panels[0].set_ylabel("normalised regret")
+    panels[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _is(task: Task, name: str, d: str) -> bool:
+    return task.optimiser == name and task.family.endswith(d)
+
+
+if __name__ == "__main__":
+    main()
