@@ -202,7 +202,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(here: Path, command: 
         (("a.safetensors", "no.safetensors", *AB[3:]), "no such file"),
         (("a.safetensors", "b.safetensors", "-o", "b.safetensors"), "exists"),
         (("a.safetensors", "b.safetensors", "-o", "b.safetensors", "--overwrite"), "is one of"),
-        (("a.safetensors", "b.safetensors", "-o", "folder.safetensors"), "exists"),
+        (("a.safetensors", "b.safetensors", "-o", "folder.safetensors"), "is a folder"),
         (("a.safetensors", "b.safetensors", "-o", "m.ckpt"), "name the output .safetensors"),
         ((*AB[1:], "--precision", "fp12"), "fp12"),
         ((*AB[1:], "--alpha-blocks", ""), "unknown preset of weights ''"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,16 @@ def merge_command(
             merger = recipes.open_models(recipe, *models_dirs, files[0].absolute().parent)
     else:
         merger = Merger([open_model(path) for path in files])
-        # To know a file by its SHA-256 it must be read whole, which only takes time in a dry run.
-        with out.status("reading the models"):
-            merger.require_different(by_content=not dry_run)
+        merger.require_different(by_content=False)
         unread = tuple(Model(model.name, "") for model in merger.models)
-        recipe = _recipe_of(merger, unread if dry_run else merger.references(), **options)
+        recipe = _recipe_of(merger, unread, **options)
     if output is not None:
         _require_free(output, overwrite, merger)
+    if not (dry_run or all(model.sha256 for model in recipe.models)):
+        # To know a file by its SHA-256 it must be read whole, so every mistake is told before.
+        with out.status("reading the models"):
+            merger.require_different()
+            recipe = replace(recipe, models=merger.references())
     merged = merger.merge(recipe)
     for note in [*merger.notes, *_far(recipe)]:
         out.print(f"note: {plain(note)}", soft_wrap=True)
@@ -201,7 +205,9 @@ def _require_free(output: Path, overwrite: bool, merger: Merger) -> None:
         exists, place = output.exists(), output.resolve()
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written ({error.strerror})") from error
-    if output.is_dir() or (exists and not overwrite):
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder; choose another name")
+    if exists and not overwrite:
         raise ConfigError(f"{output} exists; choose another name or give --overwrite")
     for model in merger.models:
         # A model may be a folder, whose files are the model as well.
