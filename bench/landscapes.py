@@ -17,7 +17,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,10 +139,20 @@ def _optima(chance: np.random.Generator, n: int, *, is_smooth: bool) -> Array:
     return found
 
 
-def _bowl(
-    chance: np.random.Generator, n_important: int, *, is_smooth: bool
-) -> tuple[Array, Array, Array, Function]:
-    """Curvatures, optimum, matrix of the quadratic form and the wiggle of one weight per block."""
+class _Bowl(NamedTuple):
+    """A quadratic form about an optimum, and a wiggle, of one weight per block."""
+
+    curvatures: Array
+    optimum: Array
+    matrix: Array
+    wiggle: Function
+
+    def __call__(self, offsets: Array) -> Array:
+        found: Array = np.einsum("ni,ij,nj->n", offsets, self.matrix, offsets)
+        return found
+
+
+def _bowl(chance: np.random.Generator, n_important: int, *, is_smooth: bool) -> _Bowl:
     n = _N_BLOCKS
     important = chance.choice(n, n_important, replace=False)
     curvatures = chance.uniform(0.02, 0.08, n)
@@ -155,31 +165,26 @@ def _bowl(
         matrix[i, i + 1] += coupling
         matrix[i + 1, i] += coupling
     scales = np.where(np.isin(np.arange(n), important), 0.8, 4.0)
-    return curvatures, optimum, matrix, _wiggle(chance, n, scales)
-
-
-def _form(offsets: Array, matrix: Array) -> Array:
-    found: Array = np.einsum("ni,ij,nj->n", offsets, matrix, offsets)
-    return found
+    return _Bowl(curvatures, optimum, matrix, _wiggle(chance, n, scales))
 
 
 def _smooth26(chance: np.random.Generator, seed: int) -> Function:
     n_important = int(chance.integers(5, 9))
-    _, optimum, matrix, wiggle = _bowl(chance, n_important, is_smooth=bool(seed % 2))
-    return lambda x: -_form(x - optimum, matrix) + 0.10 * wiggle(x)
+    bowl = _bowl(chance, n_important, is_smooth=bool(seed % 2))
+    return lambda x: -bowl(x - bowl.optimum) + 0.10 * bowl.wiggle(x)
 
 
 def _smooth52(chance: np.random.Generator, seed: int) -> Function:
     is_smooth, n = bool(seed % 2), _N_BLOCKS
     of_alpha = _bowl(chance, int(chance.integers(5, 9)), is_smooth=is_smooth)
     of_beta = _bowl(chance, int(chance.integers(3, 6)), is_smooth=is_smooth)
-    coupling = chance.normal(size=n) * 0.5 * np.sqrt(of_alpha[0] * of_beta[0])
+    coupling = chance.normal(size=n) * 0.5 * np.sqrt(of_alpha.curvatures * of_beta.curvatures)
 
     def function(x: Array) -> Array:
         alpha, beta = x[:, :n], x[:, n:]
-        d, e = alpha - of_alpha[1], beta - of_beta[1]
-        bowls = -_form(d, of_alpha[2]) - 0.7 * _form(e, of_beta[2])
-        return bowls + (d * e) @ coupling + 0.10 * of_alpha[3](alpha) + 0.07 * of_beta[3](beta)
+        d, e = alpha - of_alpha.optimum, beta - of_beta.optimum
+        wiggles = 0.10 * of_alpha.wiggle(alpha) + 0.07 * of_beta.wiggle(beta)
+        return -of_alpha(d) - 0.7 * of_beta(e) + (d * e) @ coupling + wiggles
 
     return function
 
@@ -231,7 +236,7 @@ def _barrier26(chance: np.random.Generator, _: int) -> Function:
         valley = np.exp(-((middle - 0.5) ** 2) / (2 * 0.15**2) - apart**2 / (2 * 0.2**2))
         good = bump(first, 0.28) + height * bump(second, 0.28)
         ends = at_a * bump(np.zeros(2), 0.25) + at_b * bump(np.ones(2), 0.25)
-        extra = 0.04 * bowl[3](x) - 0.20 * _form(x - bowl[1], bowl[2])
+        extra = 0.04 * bowl.wiggle(x) - 0.20 * bowl(x - bowl.optimum)
         total: Array = good + ends - 0.6 * valley + extra
         return total
 

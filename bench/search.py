@@ -93,13 +93,16 @@ def measured(tasks: Sequence[Task], options: argparse.Namespace) -> Found:
             sys.exit(f"{' '.join(command)}:\n{done.stderr}")
         return done.stdout.splitlines()[-1]
 
-    with ThreadPoolExecutor(options.jobs) as pool:
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
         for task, line in zip(todo, pool.map(run, todo), strict=True):
             entry = json.loads(line)
             found[task] = ({int(n): r for n, r in entry["regrets"].items()}, entry["ask_s"])
             if options.results:
                 with options.results.open("a") as file:
                     file.write(json.dumps({"task": task, **entry}) + "\n")
+    finally:
+        pool.shutdown(cancel_futures=True)
     return {task: found[task] for task in tasks}
 
 

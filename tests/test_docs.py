@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bayesian_merger import config
+from bayesian_merger import config, recipes
 from bayesian_merger.data import Prompt, Sample
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import scorer
@@ -42,3 +42,12 @@ def test_configuration_page_names_every_key() -> None:
         if isinstance(section, type) and issubclass(section, config.Section):
             for key in section.model_fields:
                 assert f"`{name}.{key}`" in page, f"{name}.{key}"
+
+
+def test_recipe_of_the_merging_page_is_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "merging.md").read_text()
+    section = page.split("change by hand:\n")[1].split("\n## ")[0]
+    (tmp_path / "best.toml").write_text(textwrap.dedent(section))
+    recipe = recipes.read(tmp_path / "best.toml")
+    assert [model.name for model in recipe.models] == ["a.safetensors", "b.safetensors"]
+    assert recipe.weights == {"alpha": {"base": 0.4, "IN00": 0.55}}

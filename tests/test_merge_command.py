@@ -157,15 +157,15 @@ def test_models_of_one_name_are_told_apart_by_their_content(here: Path, command:
     assert command(*again, "--models-dir", "b", "--models-dir", "a")[0] == 0
 
 
-def test_pattern_of_blocks_means_the_first_weight(here: Path, command: Command) -> None:
+def test_pattern_means_every_weight_that_it_fits(here: Path, command: Command) -> None:
     abc = ("merge", "a.safetensors", "b.safetensors", "c.safetensors", "-o", "m.safetensors")
     flags = ("--method", "sum_twice", "--alpha", "0", "--beta", "0", "--dry-run")
-    _, out, _ = command(*abc, *flags, "-w", "IN*=1", "-w", "OUT*_beta=0.5")
+    _, out, _ = command(*abc, *flags, "-w", "IN*=1", "-w", "OUT*_beta=0.5", "-w", "M00=0.25")
     lines = [line.split(maxsplit=3) for line in out.splitlines()]
     merged = {line[0]: line[3].strip() for line in lines if len(line) == 4}
-    assert merged["IN05"] == "alpha 1, beta 0"
+    assert merged["IN05"] == "alpha 1, beta 1"
     assert merged["OUT05"] == "alpha 0, beta 0.5"
-    assert merged["M00"] == "alpha 0, beta 0"
+    assert merged["M00"] == "alpha 0.25, beta 0"
 
 
 def test_dry_run_says_what_would_happen_and_writes_nothing(here: Path, command: Command) -> None:
@@ -177,7 +177,8 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(here: Path, command: 
     assert sorted(here.iterdir()) == before
     lines = [line.split() for line in out.splitlines()]
     assert ["M00", "2", "0.0", "alpha", "1"] in lines
-    assert ["VAE", "2", "0.0", "copied"] in lines
+    assert ["VAE", "2", "0.0", "A's"] in lines
+    assert out.startswith("weighted_sum of A a.safetensors, B b.safetensors; fp16, A's VAE\n")
     assert {line[0] for line in lines} >= set(SD1.blocks)
 
 
@@ -187,11 +188,19 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(here: Path, command: 
         (("a.safetensors", "b.safetensors"), "-o"),
         (("a.safetensors", *AB[3:]), "name model B as well"),
         ((*AB[1:], "--alpha", "GRAD_W"), "did you mean 'GRAD_V'"),
-        ((*AB[1:], "--alpha", numbers(20)), "20 numbers for the 26 blocks of SD1.5"),
-        ((*AB[1:], "--alpha", numbers(25)), "25 numbers for the 26 blocks of SD1.5"),
+        ((*AB[1:], "--alpha", numbers(20)), "20 numbers, but SD1.5 takes 26 (base,"),
+        ((*AB[1:], "--alpha", numbers(25)), "without base they go to --alpha-blocks"),
+        ((*AB[1:], "--alpha-blocks", numbers(9)), "takes 25 (IN00 ... OUT11), or 26 with base"),
+        ((*AB[1:], "--alpha", "0,4"), "did you mean 0.4?"),
+        ((*AB[1:], "--alpha", "groups8"), "groups8 is a preset of searches"),
+        ((*AB[1:], "-w", "in05_ALPHA=0.1"), "did you mean 'IN05_alpha'"),
+        ((*AB[1:], "-w", "TE2_alpha=1"), "these SD1.5 models have no TE2 to merge"),
+        ((*AB[1:], "--method", "n_average", "--alpha", "1"), "n_average has no weights"),
+        ((*AB[1:3], "best.toml", *AB[3:]), "best.toml is a recipe, which says all"),
+        ((*AB[1:], "--seed", str(2**63)), "--seed"),
         ((*AB[1:], "--alpha", "0.1 0.2 0.3"), "write the numbers with commas between"),
         ((*AB[1:], "--alpha", "0.1,x"), "'x' is not a number"),
-        ((*AB[1:], "--alpha", "nan"), "alpha of block base is nan"),
+        ((*AB[1:], "--alpha", "nan"), "alpha of block base is nan; give a finite number"),
         ((*AB[1:], "--beta", "0.1"), "weighted_sum has no such weight"),
         ((*AB[1:], "-w", "IN5_alpha=0.1"), "did you mean 'IN05_alpha'"),
         ((*AB[1:], "-w", "IN05_alpha"), "write it as NAME=VALUE"),

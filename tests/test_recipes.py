@@ -148,6 +148,8 @@ MALFORMED = {
     "seed is negative": changed('vae = "a"', 'vae = "a"\nseed = -5'),
     "seed is too large": changed('vae = "a"', 'vae = "a"\nseed = 0x' + 5000 * "f"),
     "weight is true": changed("IN04 = 0.5", "IN04 = true"),
+    "key unknown": changed('precision = "fp16"', 'precison = "fp32"'),
+    "key of a model unknown": changed('name = "b"', 'name = "b"\nfolder = "c"'),
 }
 
 
@@ -160,6 +162,26 @@ def test_malformed_recipe_is_refused_in_one_line(tmp_path: Path, what: str) -> N
     assert str(caught.value).strip()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
+    assert "Error" not in str(caught.value)  # no name of an exception
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("a configuration", "the recipe has no 'method'"),
+        ("no sha256", "model 1 has no 'sha256'"),
+        ("models are text", "models is no list"),
+        ("weights are a number", "weights is 3, not a table"),
+        ("weight is text", "weights.alpha: IN04 is 'half', not a number"),
+        ("key unknown", "the recipe has an unknown key 'precison'"),
+        ("key of a model unknown", "model 2 has an unknown key 'folder'"),
+    ],
+)
+def test_malformed_recipe_says_what_is_wrong(tmp_path: Path, what: str, said: str) -> None:
+    (tmp_path / "best.toml").write_text(MALFORMED[what], encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path / "best.toml")
+    assert said in str(caught.value)
 
 
 GOOD_DATA = Recipe(
@@ -304,7 +326,9 @@ def test_one_changed_byte_is_another_model(tmp_path: Path, models: list[Path]) -
     data = bytearray(models[0].read_bytes())
     data[-1] ^= 1
     models[0].write_bytes(data)
-    with pytest.raises(CheckpointError, match="is not the file of the recipe"):
+    with pytest.raises(
+        CheckpointError, match=r"model a\.safetensors: .*a\.safetensors .* is not the file"
+    ):
         open_models(recipe, tmp_path)
 
 

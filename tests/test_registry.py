@@ -114,12 +114,13 @@ def test_new_file_in_the_package_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     assert importlib.import_module(package).toy.names() == ["added"]
 
 
-def test_unknown_name_suggests_the_nearest_and_lists_all(toys: Registry[Any]) -> None:
+def test_unknown_name_suggests_the_nearest_or_lists_all(toys: Registry[Any]) -> None:
     with pytest.raises(ConfigError) as caught:
-        toys.get("sever")
-    assert str(caught.value) == (
-        "unknown toy 'sever'; did you mean 'server'? (known: plain, server, untyped)"
-    )
+        toys.get("Sever")
+    assert str(caught.value) == "unknown toy 'Sever'; did you mean 'server'?"
+    with pytest.raises(ConfigError) as caught:
+        toys.get("car")
+    assert str(caught.value) == "unknown toy 'car'; known: plain, server, untyped."
 
 
 def test_nearest_says_nothing_where_nothing_is_near() -> None:

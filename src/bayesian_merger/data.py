@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,23 +67,25 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """The recipe that `to_dict` wrote; KeyError, TypeError or ValueError where data is not one."""
-        models = tuple(
-            Model(_text(m["name"]), _text(m["sha256"]), Path(m["path"]) if m.get("path") else None)
-            for m in data["models"]
-        )
-        weights = {
-            _text(name): {_text(block): _number(weight) for block, weight in blocks.items()}
-            for name, blocks in data["weights"].items()
-        }
+        """The recipe that `to_dict` wrote, models with a `path` if there is one.
+
+        ValueError with what is wrong where data is not one.
+        """
+        needed = ("method", "architecture", "models", "weights")
+        data = _table(data, "the recipe", needed, (*needed, "vae", "precision", "clip", "seed"))
+        if not isinstance(data["models"], list):
+            raise ValueError("models is no list; write each as [[models]]")
         return cls(
-            method=_text(data["method"]),
-            architecture=_text(data["architecture"]),
-            models=models,
-            weights=weights,
-            vae=_text(data.get("vae", "a")),
-            precision=_text(data.get("precision", "fp16")),
-            clip=_flag(data.get("clip", False)),
+            method=_text(data["method"], "method"),
+            architecture=_text(data["architecture"], "architecture"),
+            models=tuple(_model(entry, i) for i, entry in enumerate(data["models"], start=1)),
+            weights={
+                _text(name, "a weight"): _numbers(blocks, f"weights.{name}")
+                for name, blocks in _table(data["weights"], "weights").items()
+            },
+            vae=_text(data.get("vae", "a"), "vae"),
+            precision=_text(data.get("precision", "fp16"), "precision"),
+            clip=_flag(data.get("clip", False), "clip"),
             seed=_seed(data.get("seed", 0)),
         )
 
@@ -95,27 +97,57 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _flag(value: object) -> bool:
+def _table(
+    value: object, what: str, needed: Iterable[str] = (), known: Iterable[str] | None = None
+) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} is {reprlib.repr(value)}, not a table")
+    for key in needed:
+        if key not in value:
+            raise ValueError(f"{what} has no {key!r}")
+    for key in value:
+        if known is not None and key not in known:
+            raise ValueError(f"{what} has an unknown key {reprlib.repr(key)}")
+    return value
+
+
+def _model(value: object, number: int) -> Model:
+    keys = ("name", "sha256")
+    entry = _table(value, f"model {number}", keys, (*keys, "path"))
+    texts = {key: _text(entry[key], f"{key} of model {number}") for key in keys}
+    path = entry.get("path")
+    if not isinstance(path, str | None):
+        raise ValueError(f"path of model {number} is {reprlib.repr(path)}, not text")
+    return Model(**texts, path=Path(path) if path else None)
+
+
+def _numbers(value: object, what: str) -> dict[str, float]:
+    found = {}
+    for block, number in _table(value, what).items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"{what}: {block} is {reprlib.repr(number)}, not a number")
+        try:
+            found[_text(block, "a block")] = float(number)
+        except OverflowError:
+            raise ValueError(f"{what}: {block} is too large a number") from None
+    return found
+
+
+def _flag(value: object, what: str) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{reprlib.repr(value)} is neither true nor false")
+        raise ValueError(f"{what} is {reprlib.repr(value)}, neither true nor false")
     return value
 
 
-def _text(value: object) -> str:
+def _text(value: object, what: str) -> str:
     if not isinstance(value, str) or len(value) > _LONGEST_NAME:
-        raise TypeError(f"{reprlib.repr(value)} is no name")
+        raise ValueError(f"{what} is {reprlib.repr(value)}, not a name")
     return value
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{reprlib.repr(value)} is no number")
-    return float(value)
 
 
 def _seed(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
-        raise TypeError(f"seed is {reprlib.repr(value)}, not a whole number from 0 to 2^63")
+        raise ValueError(f"seed is {reprlib.repr(value)}, not a whole number from 0 to 2^63")
     return value
 
 

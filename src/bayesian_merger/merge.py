@@ -395,9 +395,19 @@ class Merged(Merge):
         return sum(entry.n_bytes for entry in self.layout.values())
 
     def weights(self, name: str) -> Mapping[str, float] | None:
-        """The weights that the tensor is merged with; None for one that is copied."""
+        """The weights that the tensor is merged with; None for one that is not merged."""
         is_merged = self._ways[name].kind == "merge"
         return self._by_place[self._merger.places[name]] if is_merged else None
+
+    def described(self, name: str) -> str:
+        """How the tensor is made, in words: "alpha 0.5", the method, "A's"."""
+        way = self._ways[name]
+        if way.kind == "count":
+            return "written anew"
+        if way.kind == "copy":
+            return f"{ascii_uppercase[way.source]}'s"
+        weights = self.weights(name) or {}
+        return ", ".join(f"{w} {value:g}" for w, value in weights.items()) or self.recipe.method
 
     def _way(self, name: str) -> _Way:
         if name.endswith(".position_ids") and self._shape(name):
@@ -595,7 +605,7 @@ def check_recipe(recipe: Recipe) -> None:
             if block not in (*architecture.blocks, *architecture.parts):
                 raise ConfigError(f"{recipe.architecture} has no block {block!r}")
             if not math.isfinite(value):
-                raise ConfigError(f"{weight} of block {block} is {value}")
+                raise ConfigError(f"{weight} of block {block} is {value}; give a finite number")
             domain = domains.get(weight)
             if domain and not domain.low <= value <= domain.high:
                 raise ConfigError(

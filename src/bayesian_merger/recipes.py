@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bayesian_merger import curves, methods, toml
-from bayesian_merger.blocks import Architecture, short_names
+from bayesian_merger.blocks import ARCHITECTURES, Architecture, short_names
 from bayesian_merger.data import Model, Recipe, Weights
 from bayesian_merger.errors import CheckpointError, ConfigError, one_line
 from bayesian_merger.merge import Merger, Source, check_recipe, open_model
 from bayesian_merger.registry import nearest
+from bayesian_merger.space import PRESETS
 
 
 def to_toml(recipe: Recipe, paths: Mapping[str, Path | None]) -> str:
@@ -49,13 +50,8 @@ def read(path: Path) -> Recipe:
     text = _text(path) if is_toml else _metadata(path)
     try:
         recipe = Recipe.from_dict(toml.loads(text) if is_toml else json.loads(text))
-    except (toml.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of TOML and JSON too
         raise ConfigError(f"{path}: not a recipe ({one_line(error)})") from error
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise ConfigError(
-            f"{path}: not a recipe ({type(error).__name__}: {one_line(error)}); expected method, "
-            f"architecture, models with name and sha256, and weights"
-        ) from error
     try:
         check_recipe(recipe)
     except ConfigError as error:
@@ -127,8 +123,8 @@ def parse_weights(merger: Merger, method: str, given: Sequence[tuple[str, str]])
     """The weights that pairs of name and text ask for, later ones on top of earlier ones.
 
     A name is a weight of the method ("alpha"), a block's or part's ("IN00_alpha", or "IN00" for the
-    first weight), or a pattern for blocks ("OUT*", "OUT*_beta"). The text is a number or, for all
-    blocks, the name of a curve or as many numbers as there are blocks, with commas between.
+    first weight), or a pattern for those of blocks ("OUT*", "OUT*_beta"). The text is a number or, for
+    all blocks, the name of a curve or as many numbers as there are blocks, with commas between.
     "alpha_blocks" is the same for all but the first block (base), which it leaves as it is unless it
     has a number for it. ConfigError for all else.
     """
@@ -146,31 +142,35 @@ def parse_weights(merger: Merger, method: str, given: Sequence[tuple[str, str]])
     if weights:
         first = next(iter(weights))
         places |= {block: (first, block) for block in (*architecture.blocks, *merger.parts)}
+    of_blocks = [name for name, (_, block) in places.items() if block in architecture.blocks]
     for name, text in given:
         weight = name.removesuffix("_blocks")
         if weight in weights:
             n_least = len(architecture.blocks) - (weight != name)
             weights[weight] |= _spread(name, text, architecture, n_least)
-        elif hits := [name] if name in places else _matching(name, places, architecture):
-            for hit in hits:
-                weight, block = places[hit]
-                weights[weight][block] = _number(name, text)
-        else:
-            known = (*weights, *places)
-            raise ConfigError(
-                f"{name}: {method} has no such weight{nearest(name, known)} "
-                f"(known: {', '.join(weights) or 'none'}, or one block's as IN00_alpha)"
-            )
+            continue
+        hits = [name] if name in places else [n for n in of_blocks if fnmatchcase(n, name)]
+        if not hits:
+            raise ConfigError(f"{name}: {_why_unknown(name, merger, method, (*weights, *places))}")
+        for hit in hits:
+            weight, block = places[hit]
+            weights[weight][block] = _number(name, text)
     return weights
 
 
-def _matching(
-    pattern: str, places: Mapping[str, tuple[str, str]], architecture: Architecture
-) -> list[str]:
-    """The names of blocks that `pattern` fits, or else those with their weight; none of a part."""
-    of_blocks = [name for name, (_, block) in places.items() if block in architecture.blocks]
-    bare = [name for name in architecture.blocks if fnmatch.fnmatchcase(name, pattern)]
-    return bare or [name for name in of_blocks if fnmatch.fnmatchcase(name, pattern)]
+def _why_unknown(name: str, merger: Merger, method: str, known: Sequence[str]) -> str:
+    weights = methods.weights(methods.get(method))
+    if not weights:
+        return f"{method} has no weights"
+    own = merger.architecture
+    block = next((name.removesuffix(f"_{w}") for w in weights if name.endswith(f"_{w}")), name)
+    elsewhere = {b for a in ARCHITECTURES.values() for b in (*a.blocks, *a.parts)}
+    if block in elsewhere and block not in (*own.blocks, *merger.parts):
+        return f"these {own.title} models have no {block} to merge"
+    hint = nearest(name, known)
+    return (
+        f"{method} has no such weight{hint} (known: {', '.join(weights)}, one block's IN00_alpha)"
+    )
 
 
 def _spread(name: str, text: str, architecture: Architecture, n_least: int) -> Mapping[str, float]:
@@ -182,14 +182,26 @@ def _spread(name: str, text: str, architecture: Architecture, n_least: int) -> M
         except ValueError:
             if re.search(r"\d[\s;]+[\d.-]", text):
                 raise ConfigError(f"{name}: write the numbers with commas between") from None
+            if text in PRESETS:
+                raise ConfigError(
+                    f"{name}: {text} is a preset of searches (search.presets in a configuration), "
+                    f"not of weights; give a number, or see `bayesian-merger list presets`"
+                ) from None
             found = curves.weights(text, architecture)
             return {block: found[block] for block in blocks[-n_least:]}
+    if re.fullmatch(r"\s*-?\d,\d+\s*", text):
+        raise ConfigError(f"{name}: {text} is two numbers; did you mean {text.replace(',', '.')}?")
     numbers = [_number(name, part) for part in text.split(",")]
     if len(numbers) not in (len(blocks), n_least):
+        first, second, last = blocks[0], blocks[1], blocks[-1]
+        wanted = (
+            f"{len(blocks)} ({first}, {second} ... {last}); without {first} they go to "
+            f"--alpha-blocks, beside --alpha for {first}"
+            if n_least == len(blocks)
+            else f"{n_least} ({second} ... {last}), or {len(blocks)} with {first}"
+        )
         raise ConfigError(
-            f"{name}: {len(numbers)} numbers for the {len(blocks)} blocks of {architecture.title} "
-            f"({blocks[0]}, {blocks[1]} ... {blocks[-1]}); without {blocks[0]} they go to "
-            f"--alpha-blocks, beside --alpha for {blocks[0]}"
+            f"{name}: {len(numbers)} numbers, but {architecture.title} takes {wanted}"
         )
     return dict(zip(blocks[-len(numbers) :], numbers, strict=True))
 

@@ -23,10 +23,11 @@ T = TypeVar("T", bound=Callable[..., Any])
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The text "; did you mean 'x'?" with the nearest known name, or nothing if none is near.
 
-    `cutoff` is the likeness, in [0, 1], from which a name counts as near.
+    `cutoff` is the likeness, in [0, 1] and without regard to case, from which a name counts as near.
     """
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    spellings = {spelling.casefold(): spelling for spelling in known}
+    close = difflib.get_close_matches(name.casefold(), list(spellings), n=1, cutoff=cutoff)
+    return f"; did you mean {spellings[close[0]]!r}?" if close else ""
 
 
 class Registry(Generic[T]):
@@ -62,9 +63,8 @@ class Registry(Generic[T]):
         """The plugin called `name`; ConfigError with the nearest known name if there is none."""
         names = self.names()
         if name not in self._found:
-            raise ConfigError(
-                f"unknown {self.kind} {name!r}{nearest(name, names)} (known: {', '.join(names)})"
-            )
+            hint = nearest(name, names) or f"; known: {', '.join(names)}."
+            raise ConfigError(f"unknown {self.kind} {name!r}{hint}")
         return self._found[name]
 
     def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Registry(Generic[T]):
             return self.get(name)(**given)
         except MergerError:
             raise
-        except Exception as error:
+        except Exception as error:  # a user's constructor may raise anything
             raise ConfigError(
                 f"{self.kind} {name}: {type(error).__name__}: {one_line(error)}"
             ) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +16,7 @@ from bayesian_merger.blocks import ARCHITECTURES
 from bayesian_merger.cli.screen import out
 from bayesian_merger.curves import CURVES
 from bayesian_merger.methods import mecha
+from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import scorer
 from bayesian_merger.space import PRESETS
 
@@ -22,8 +25,17 @@ from bayesian_merger.space import PRESETS
 @click.argument(
     "kind", type=click.Choice(["methods", "architectures", "presets", "scorers", "backends"])
 )
-def list_command(kind: str) -> None:
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Python file of your own to list as well; it is run.",
+)
+def list_command(kind: str, plugins: Sequence[Path]) -> None:
     """List what can be named in a configuration or on the command line."""
+    for plugin in plugins:
+        import_file(plugin)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     if kind == "architectures":
         for architecture in ARCHITECTURES.values():
@@ -43,9 +55,9 @@ def list_command(kind: str) -> None:
         if kind == "methods" and find_spec("sd_mecha"):
             names += mecha.names()
         for name in names:
-            plugin = methods.get(name) if kind == "methods" else registry.get(name)
-            told = (plugin.__doc__ or "").strip().partition("\n")[0]
-            needs = f" ({_needs(plugin)})" if kind == "methods" else ""
+            listed = methods.get(name) if kind == "methods" else registry.get(name)
+            told = (listed.__doc__ or "").strip().partition("\n")[0]
+            needs = f" ({_needs(listed)})" if kind == "methods" else ""
             out.print(f"{name}{needs}\n  {told}", soft_wrap=True)
         return
     out.print(table)

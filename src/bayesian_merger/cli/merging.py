@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import click
@@ -63,7 +64,9 @@ _LEAST, _MOST = -1.0, 2.0
     "--precision", type=click.Choice(list(PRECISIONS)), default="fp16", show_default=True
 )
 @click.option("--clip", is_flag=True, help="Keep each value between A's and B's.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of methods with chance.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of methods with chance."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would happen to which block, and stop.")
 @click.option(
     "--models-dir",
@@ -99,8 +102,9 @@ def merge_command(
         import_file(plugin)
     if output is None and not dry_run:
         raise ConfigError("name the merge's file with -o, or see what it would be with --dry-run")
-    if len(files) == 1 or files[0].suffix.lower() == ".toml":
-        recipe = recipes.read(files[0])
+    named = [path for path in files if path.suffix.lower() == ".toml"]
+    if len(files) == 1 or named:
+        (file,) = files[:1] if len(files) == 1 else named[:1]
         context = click.get_current_context()
         given = [
             parameter.opts[0]
@@ -108,12 +112,12 @@ def merge_command(
             if parameter.name in options
             and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
         ]
-        if given or len(files) > 1:
-            raise ConfigError(
-                f"{files[0]} is a recipe, which says all; leave out {(given or files[1:])[0]}"
-            )
+        beside = [*given, *(path for path in files if path is not file)]
+        if beside:
+            raise ConfigError(f"{file} is a recipe, which says all; leave out {beside[0]}")
+        recipe = recipes.read(file)
         with out.status("reading the models"):
-            merger = recipes.open_models(recipe, *models_dirs, files[0].absolute().parent)
+            merger = recipes.open_models(recipe, *models_dirs, file.absolute().parent)
     else:
         merger = Merger([open_model(path) for path in files])
         merger.require_different(by_content=False)
@@ -121,18 +125,20 @@ def merge_command(
         recipe = _recipe_of(merger, unread, **options)
     if output is not None:
         _require_free(output, overwrite, merger)
-    if not (dry_run or all(model.sha256 for model in recipe.models)):
-        # To know a file by its SHA-256 it must be read whole, so every mistake is told before.
-        with out.status("reading the models"):
-            merger.require_different()
-            recipe = replace(recipe, models=merger.references())
     merged = merger.merge(recipe)
     for note in [*merger.notes, *_far(recipe)]:
         out.print(f"note: {plain(note)}", soft_wrap=True)
     if dry_run:
+        out.print(plain(_plan(recipe)), soft_wrap=True)
         out.print(_plan_table(merger, merged))
         return
     assert output is not None
+    merged.require_space(output)
+    if not all(model.sha256 for model in recipe.models):
+        # To know a file by its SHA-256 it must be read whole, so every mistake is told before.
+        with out.status("reading the models"):
+            merger.require_different()
+            merged = merger.merge(replace(recipe, models=merger.references()))
     with Progress(
         TextColumn("merging"),
         BarColumn(bar_width=None),
@@ -215,17 +221,24 @@ def _require_free(output: Path, overwrite: bool, merger: Merger) -> None:
             raise ConfigError(f"{output} is one of the models or in it; choose another name")
 
 
+def _plan(recipe: Recipe) -> str:
+    """What would be made, in a line."""
+    models = [f"{x} {m.name}" for x, m in zip(ascii_uppercase, recipe.models, strict=False)]
+    vae = {"a": "A's VAE", "b": "B's VAE", "base": "the VAE merged as base"}[recipe.vae]
+    clipped = ", clipped" if recipe.clip else ""
+    return f"{recipe.method} of {', '.join(models)}; {recipe.precision}{clipped}, {vae}"
+
+
 def _plan_table(merger: Merger, merged: Merged) -> Table:
     """What happens to each block."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("block", "tensors", "MB", "merged with"):
+    for heading in ("block", "tensors", "MB", "made with"):
         table.add_column(heading, justify="right" if heading in ("tensors", "MB") else "left")
     rows: dict[tuple[str, str], list[int]] = {}
     for name, entry in merged.layout.items():
-        place, weights = merger.places[name], merged.weights(name)
-        shown = ", ".join(f"{k} {v:g}" for k, v in (weights or {}).items())
-        how = (shown or merged.recipe.method) if weights is not None else "copied"
-        rows.setdefault((place.part or place.block or "other", how), []).append(entry.n_bytes)
+        place = merger.places[name]
+        row = (place.part or place.block or "other", merged.described(name))
+        rows.setdefault(row, []).append(entry.n_bytes)
     architecture = merger.architecture
     order = [*architecture.blocks, *architecture.parts, "other"]
     for (block, how), sizes in sorted(rows.items(), key=lambda row: order.index(row[0][0])):

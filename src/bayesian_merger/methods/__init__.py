@@ -59,7 +59,7 @@ def get(name: str) -> Method:
         return method.get(name)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}; for a method of your own name its file, by --plugin or in plugins"
+            f"{error} A method of your own needs its file: --plugin, plugins"
         ) from None
 
 
