@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from landscapes import FAMILIES
-from search_peers import MARKS, OPTIMISERS
+from search_peers import MARKS, OPTIMISERS, OURS
 
 PEERS = Path(__file__).with_name("search_peers.py")
 
@@ -87,7 +87,8 @@ def measured(tasks: Sequence[Task], options: argparse.Namespace) -> Found:
     todo = [task for task in tasks if task not in found]
 
     def run(task: Task) -> str:
-        command = [str(options.peers), str(PEERS), *map(str, task), str(options.images)]
+        python = sys.executable if task.optimiser == OURS else str(options.peers)
+        command = [python, str(PEERS), *map(str, task), str(options.images)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{' '.join(command)}:\n{done.stderr}")

@@ -1,9 +1,10 @@
-"""One search by an optimiser of the field on one landscape, in its own Python; bench/search.py runs it.
+"""One search on one landscape by an optimiser of the field or by ours; bench/search.py runs it.
 
     python bench/search_peers.py OPTIMISER FAMILY SEED NOISE IMAGES
 
-prints one line of JSON: the regret of the best point seen after 100, 200 ... images, and the median
-seconds of CPU to propose a point. Ten images an evaluation, ten points before the optimiser learns.
+prints one line of JSON: the regret of what is recommended after 100, 200 ... images, and the median
+seconds of CPU to propose a point. Peers judge a point by ten images, take ten points before they learn,
+and recommend the best point seen.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,7 +48,8 @@ class Judge:
 
     def __call__(self, point: Array) -> float:
         """The mean score at `point`; Spent once the budget is."""
-        self.waits.append(time.process_time() - self._left)
+        if self.images >= N_FIRST * PER_POINT:
+            self.waits.append(time.process_time() - self._left)
         if self.images >= self.budget:
             raise Spent
         scores = self.landscape.scores(point, range(PER_POINT), self.noise, self.chance)
@@ -59,6 +61,34 @@ class Judge:
             self.regrets[self.images] = self.landscape.regret(self._best[1])
         self._left = time.process_time()
         return mean
+
+    def image(self, point: Array, number: int) -> float:
+        """The score of one image."""
+        self.images += 1
+        return float(self.landscape.scores(point, [number], self.noise, self.chance)[0])
+
+
+def ours(judge: Judge, seed: int) -> None:
+    """bayesian-merger with its defaults, as its users call it."""
+    import bayesian_merger
+
+    names = _names(judge)
+    search = bayesian_merger.Search(
+        dict.fromkeys(names, (0.0, 1.0)), images=judge.budget, panel=50, seed=seed
+    )
+
+    def point(weights: Mapping[str, float]) -> Array:
+        return np.array([weights[name] for name in names])
+
+    left = time.process_time()
+    for trial in search:
+        if trial.number >= search.plan.n_first:
+            judge.waits.append(time.process_time() - left)
+        for item in trial:
+            trial.report(judge.image(point(trial.weights), item))
+            if judge.images in MARKS:
+                judge.regrets[judge.images] = judge.landscape.regret(point(search.best().weights))
+        left = time.process_time()
 
 
 def bayes(judge: Judge, seed: int) -> None:
@@ -137,7 +167,9 @@ def sobol(judge: Judge, seed: int) -> None:
             judge(point)
 
 
+OURS = "bayesian-merger"
 OPTIMISERS: dict[str, Callable[[Judge, int], None]] = {
+    OURS: ours,
     "bayes": bayes,
     "hyperopt": hyperopt,
     "optuna-tpe": optuna_tpe,
@@ -169,7 +201,7 @@ def main(optimiser: str, family: str, seed: str, noise: Noise, images: str) -> N
     judge = Judge(Landscape(family, int(seed)), noise, int(images))
     with contextlib.suppress(Spent):
         OPTIMISERS[optimiser](judge, int(seed))
-    wait = statistics.median(judge.waits[N_FIRST:])
+    wait = statistics.median(judge.waits)
     print(json.dumps({"regrets": judge.regrets, "ask_s": wait}))
 
 

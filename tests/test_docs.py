@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -51,3 +52,12 @@ def test_recipe_of_the_merging_page_is_read(tmp_path: Path) -> None:
     recipe = recipes.read(tmp_path / "best.toml")
     assert [model.name for model in recipe.models] == ["a.safetensors", "b.safetensors"]
     assert recipe.weights == {"alpha": {"base": 0.4, "IN00": 0.55}}
+
+
+def test_program_of_the_python_page_runs() -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
+    program = textwrap.dedent(page.split("uses of it:\n")[1].split("\n`score` is yours")[0])
+    found: dict[str, Any] = {"score": lambda weights, item: -((weights["M00"] - 0.4) ** 2) + item}
+    exec(program, found)
+    assert found["search"].spent == 40
+    assert found["best"].weights["M00"] == pytest.approx(0.4, abs=0.2)

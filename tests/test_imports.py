@@ -19,8 +19,8 @@ PACKAGE = Path(bayesian_merger.__file__).parent
 PLUGINS = ("methods", "backends", "scorers")
 LAYERS = (
     ("data", "errors", "toml", "demo"),
-    ("checkpoint", "devices", "kernels", "metadata", "names", "registry"),
-    ("blocks", "folders", "lora", "plots", *PLUGINS),
+    ("checkpoint", "devices", "gp", "kernels", "metadata", "names", "registry"),
+    ("bayes", "blocks", "folders", "lora", "plots", *PLUGINS),
     ("config", "curves", "space", "study", "merge", "recipes", "prompts", "report", "values"),
     ("setup",),
     ("outcome",),
@@ -46,6 +46,7 @@ HOMES = {
     "transformers": {"backends"},
     "sd_mecha": {"methods"},
     "llvmlite": {"kernels"},
+    "cmaes": set(),  # Optuna imports it
 }
 
 
@@ -109,13 +110,13 @@ def layer(module: str) -> int:
 @every_module
 def test_module_imports_only_from_lower_layers(module: str) -> None:
     if not module:
-        assert not ours(module)
+        assert ours(module) == {"study.search"}  # for Search, when it is asked for
         return
     for other in ours(module):
         if not other:  # __version__
             assert module == "cli"
         elif top(other) == top(module):
-            assert top(module) in (*PLUGINS, "cli")
+            assert top(module) in (*PLUGINS, "cli", "study")
         elif layer(module) == layer(other) == MIDDLE:
             pass
         else:

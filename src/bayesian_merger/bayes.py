@@ -1,0 +1,166 @@
+"""Which merge to try next, and which to recommend, from the scores of single images.
+
+Three rules propose in turn, as no one of them is best everywhere: the upper confidence bound, which
+looks where little is known; Thompson sampling, which varies some weights of the best merge so far; and
+the expected improvement over that merge. What is recommended is the maximum of the expected score over
+all merges, not the merge that was luckiest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from bayesian_merger.gp import Array, Data, Model, Posterior
+
+_KAPPA = 2.0
+_N_SAMPLED = 400
+_N_VARIED = 20
+_STEP = 0.3
+# The hyperparameters are fitted anew after so many further merges, or a twentieth of them.
+_EVERY = 3
+# Of the images, those that only the expected improvement spends: nothing is learnt for later then.
+_LAST = 0.15
+
+
+class Judged(NamedTuple):
+    """A merge with the scores of the images it has been shown."""
+
+    point: Array
+    scores: Mapping[int, float]
+
+
+class Recommended(NamedTuple):
+    """A merge [d], and its expected score with standard error."""
+
+    point: Array
+    mean: float
+    se: float
+
+
+class Bayes:
+    """Proposes merges in [0, 1]^d; the same scores make the same proposals.
+
+    `panel` names the payload of each image.
+    """
+
+    def __init__(self, d: int, panel: Sequence[str], seed: int) -> None:
+        self.d, self.panel, self.seed = d, panel, seed
+        self._fitted: tuple[int, Model] | None = None
+
+    def propose(self, judged: Sequence[Judged], place: int, spent: float) -> Array:
+        """The merge to try in trial number `place`, when a share `spent` of the images is."""
+        chance = np.random.default_rng([self.seed, place])
+        # A resumed search fits to the same merges as one that never stopped.
+        step = max(_EVERY, len(judged) // 20)
+        posterior = self._posterior(judged, max(1, len(judged) // step * step))
+        best = posterior.data.points[int(posterior.at_points.argmax())]
+        incumbent = _climb(posterior.mean, best[None])
+        rule = _RULES[-1 if spent >= 1 - _LAST else place % len(_RULES)]
+        return rule(posterior, incumbent, chance).numpy()
+
+    def recommend(self, judged: Sequence[Judged]) -> Recommended:
+        """The merge with the highest expected score; it need not have been tried."""
+        posterior = self._posterior(judged, len(judged), n_steps=60)
+        few = posterior.at_points.argsort()[::-1][:5].copy()
+        middle = torch.full((1, self.d), 0.5, dtype=torch.float64)
+        best = _climb(posterior.mean, torch.cat([posterior.data.points[few], middle]))
+        return Recommended(best.numpy(), *posterior.expected(best))
+
+    def _posterior(self, judged: Sequence[Judged], n_fitted: int, n_steps: int = 30) -> Posterior:
+        if self._fitted is None or self._fitted[0] != n_fitted:
+            model = Model(self.d)
+            model.fit(self._data(judged[:n_fitted]), n_steps)
+            self._fitted = (n_fitted, model)
+        return self._fitted[1].posterior(self._data(judged))
+
+    def _data(self, judged: Sequence[Judged]) -> Data:
+        rows = [(i, *entry) for i, one in enumerate(judged) for entry in one.scores.items()]
+        point, image, y = (list(column) for column in zip(*rows, strict=True))
+        points = np.array([one.point for one in judged])
+        return Data(points, point, image, [self.panel[i] for i in image], y)
+
+
+def _climb(value: Callable[[Tensor], Tensor], starts: Tensor) -> Tensor:
+    """Where in [0, 1]^d `value` (of points [n, d] -> [n]) is largest, of climbs from the starts."""
+
+    def loss(flat: Array) -> tuple[float, Array]:
+        x = torch.from_numpy(flat).view(starts.shape).requires_grad_()
+        total = -value(x).sum()
+        (slope,) = torch.autograd.grad(total, x)
+        return float(total.detach()), slope.flatten().numpy()
+
+    found = minimize(
+        loss,
+        starts.numpy().ravel(),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0.0, 1.0)] * starts.numel(),
+        options={"maxiter": 60},
+    )
+    with torch.no_grad():
+        x = torch.from_numpy(found.x).view(starts.shape)
+        return x[value(x).argmax()]
+
+
+def _bound(posterior: Posterior, incumbent: Tensor, chance: np.random.Generator) -> Tensor:
+    def value(x: Tensor) -> Tensor:
+        mean, variance = posterior.mean_and_variance(x)
+        return mean + _KAPPA * variance.sqrt()
+
+    return _climb(value, _starts(incumbent, chance, near=1, apart=3))
+
+
+def _improvement(posterior: Posterior, incumbent: Tensor, chance: np.random.Generator) -> Tensor:
+    """The maximum of log E[max(0, f(x) - f(incumbent))]; Ament et al. 2023, arXiv:2310.20708."""
+    here = incumbent[None]
+    with torch.no_grad():
+        mean_here, variance_here = posterior.mean_and_variance(here)
+
+    def value(x: Tensor) -> Tensor:
+        mean, variance = posterior.mean_and_variance(x)
+        shared = posterior.covariance(x, here)[:, 0]
+        sd = (variance + variance_here - 2 * shared).clamp(min=1e-9).sqrt()
+        return sd.log() + _log_gain((mean - mean_here) / sd)
+
+    return _climb(value, _starts(incumbent, chance, near=3, apart=2))
+
+
+def _log_gain(u: Tensor) -> Tensor:
+    """log(phi(u) + u Phi(u)), also where that is far too small for a float."""
+    near, far = u.clamp(min=-1.0), u.clamp(max=-1.0)
+    density = torch.exp(-0.5 * near**2) / math.sqrt(2 * math.pi)
+    log_near = torch.log(density + near * torch.special.ndtr(near))
+    ratio = math.sqrt(math.pi / 2) * torch.special.erfcx(-far / math.sqrt(2))
+    log_far = -0.5 * far**2 - 0.5 * math.log(2 * math.pi) + torch.log1p(far * ratio)
+    return torch.where(u > -1.0, log_near, log_far)
+
+
+def _sampled(posterior: Posterior, incumbent: Tensor, chance: np.random.Generator) -> Tensor:
+    """The best of merges near the incumbent in one function drawn from the posterior."""
+    d = len(incumbent)
+    varied = chance.random((_N_SAMPLED, d)) < min(1.0, _N_VARIED / d)
+    steps = torch.from_numpy(varied * chance.normal(0.0, _STEP, (_N_SAMPLED, d)))
+    x = (incumbent + steps).clamp(0.0, 1.0)
+    jitter = 1e-6 * posterior.variance * torch.eye(_N_SAMPLED, dtype=torch.float64)
+    with torch.no_grad():
+        root = torch.linalg.cholesky(posterior.covariance(x, x) + jitter)
+        drawn = posterior.mean(x) + root @ torch.from_numpy(chance.normal(size=_N_SAMPLED))
+    return x[drawn.argmax()]
+
+
+def _starts(incumbent: Tensor, chance: np.random.Generator, *, near: int, apart: int) -> Tensor:
+    """The incumbent, merges near it, and merges anywhere."""
+    d = len(incumbent)
+    close = incumbent + torch.from_numpy(chance.normal(0.0, 0.1, (near, d)))
+    anywhere = torch.from_numpy(chance.uniform(size=(apart, d)))
+    return torch.cat([incumbent[None], close.clamp(0.0, 1.0), anywhere])
+
+
+_RULES = (_bound, _sampled, _improvement)

@@ -1,0 +1,303 @@
+"""Where a search looks next: the optimisers by name, and which images a merge is shown."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, Literal, get_args
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import qmc
+
+from bayesian_merger.bayes import Bayes, Judged, Recommended
+from bayesian_merger.errors import ConfigError, one_line
+from bayesian_merger.gp import Array
+from bayesian_merger.registry import nearest
+
+Init = Literal["sobol", "lhs", "uniform"]
+Value = Callable[[Mapping[str, float]], float]
+"""The scores of one image -> its value."""
+
+SCORE = "score:"
+_USUAL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "tpe": ("optuna.samplers.TPESampler", {"multivariate": True, "n_startup_trials": 0}),
+    "cmaes": ("optuna.samplers.CmaEsSampler", {"n_startup_trials": 0}),
+    "random": ("optuna.samplers.RandomSampler", {}),
+    "sobol": ("optuna.samplers.QMCSampler", {"scramble": True}),
+}
+OPTIMISERS = ("bayes", *_USUAL)
+# Images of a trial, for optimisers that hear of their mean only.
+_N_MEAN = 10
+# Images that bayes takes in turn, where the payloads are fewer.
+_FEWEST = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a search proposes: where, by which optimiser, on which images.
+
+    `bounds` are those of each parameter; `panel` names the payload of each image. `optimiser` is one
+    of OPTIMISERS or the dotted path of an Optuna sampler, which is called with `options`. The first
+    trials are `start`, the next `init_points` explore as `init` says; the search ends when `images`
+    are spent. A trial is shown `per_trial` images; for None, bayes shows one to merges that explore and
+    two to others, and other optimisers ten.
+    """
+
+    bounds: Mapping[str, tuple[float, float]]
+    panel: Sequence[str]
+    images: int
+    optimiser: str = "bayes"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    init: Init = "sobol"
+    init_points: int | None = None
+    per_trial: int | None = None
+    start: Sequence[Mapping[str, float]] = ()
+    seed: int = 0
+
+    def check(self) -> None:
+        """ConfigError with every mistake, one on a line."""
+        mistakes = [
+            f"{name}: from {low} to {high} is no range; put the low end first"
+            for name, (low, high) in self.bounds.items()
+            if not (math.isfinite(low) and math.isfinite(high) and low < high)
+        ]
+        if not self.bounds:
+            mistakes.append("no parameter varies, so there is nothing to search")
+        if not self.panel:
+            mistakes.append("the panel has no image")
+        if self.images < 1:
+            mistakes.append(f"images is {self.images}; give a search at least one")
+        if self.init not in get_args(Init):
+            mistakes.append(f"unknown init {self.init!r}{nearest(self.init, get_args(Init))}")
+        if self.per_trial is not None and self.per_trial < 1:
+            mistakes.append(f"per_trial is {self.per_trial}; a trial takes at least one image")
+        if self.init_points is not None and self.init_points < 0:
+            mistakes.append(f"init_points is {self.init_points}")
+        for number, point in enumerate(self.start, start=1):
+            mistakes += self._mistakes(point, f"start {number}")
+        try:
+            if self.optimiser != "bayes":
+                self.sampler(0)
+            elif self.options:
+                mistakes.append(f"optimiser bayes has no option {next(iter(self.options))!r}")
+        except ConfigError as error:
+            mistakes.append(str(error))
+        if mistakes:
+            raise ConfigError("\n".join(mistakes))
+
+    def _mistakes(self, point: Mapping[str, float], what: str) -> list[str]:
+        """What is wrong with a point that is to be tried."""
+        strange = [name for name in point if name not in self.bounds]
+        if strange:
+            return [f"{what}: {strange[0]!r} does not vary{nearest(strange[0], self.bounds)}"]
+        missing = [name for name in self.bounds if name not in point]
+        if missing:
+            return [f"{what}: has no {missing[0]!r}"]
+        return [
+            f"{what}: {name} is {point[name]}, outside its range {low:g} to {high:g}"
+            for name, (low, high) in self.bounds.items()
+            if not low <= point[name] <= high
+        ]
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return {name: FloatDistribution(low, high) for name, (low, high) in self.bounds.items()}
+
+    @property
+    def n_first(self) -> int:
+        """How many trials are begun without the optimiser."""
+        usual = min(100, self.images // 2) if self.optimiser == "bayes" else 10
+        return len(self.start) + (usual if self.init_points is None else self.init_points)
+
+    def scaled(self, params: Mapping[str, float]) -> Array:
+        """The parameters as a point in [0, 1]^d."""
+        spans = self.bounds.items()
+        return np.array([(params[name] - low) / (high - low) for name, (low, high) in spans])
+
+    def params(self, point: Array) -> dict[str, float]:
+        """The parameters of a point in [0, 1]^d."""
+        pairs = zip(self.bounds.items(), point, strict=True)
+        # Rounding may not lead out of the range.
+        return {n: min(high, float(low + x * (high - low))) for (n, (low, high)), x in pairs}
+
+    def first(self, place: int) -> dict[str, float]:
+        """A start, or an exploring point of the design."""
+        if place < len(self.start):
+            return {name: float(self.start[place][name]) for name in self.bounds}
+        d = len(self.bounds)
+        if self.init == "uniform":
+            return self.params(np.random.default_rng([self.seed, place]).uniform(size=d))
+        if self.init == "lhs":
+            design = qmc.LatinHypercube(d, rng=self.seed).random(max(1, self.n_first))
+            return self.params(design[place % len(design)])
+        point = qmc.Sobol(d, rng=self.seed).random_base2((place + 1).bit_length())[place]
+        # Towards the faces: the ends of a range tell more of a weight than its middle.
+        return self.params(np.sin(np.pi / 2 * point) ** 2)
+
+    def items(self, place: int, shown: int) -> list[int]:
+        """The images for trial number `place`, when trials before it were given `shown`.
+
+        Bayes takes one round of the payloads in turn, so that few offsets have to be learnt and each
+        payload has its share. Other optimisers hear of means only, hence the same images for all.
+        """
+        order = _interleaved(self.panel)
+        if self.optimiser != "bayes":
+            return order[: self.per_trial or _N_MEAN]
+        few = order[: max(len(set(self.panel)), _FEWEST)]
+        explores = len(self.start) <= place < self.n_first
+        n = min(self.per_trial or (1 if explores else 2), len(few))
+        return [few[(shown + i) % len(few)] for i in range(n)]
+
+    def sampler(self, place: int) -> BaseSampler:
+        """Optuna's optimiser for trial number `place`, from which all its chance comes."""
+        name = self.optimiser
+        if name not in _USUAL and "." not in name:
+            hint = nearest(name, OPTIMISERS) or f"; known: {', '.join(OPTIMISERS)}"
+            raise ConfigError(
+                f"unknown optimiser {name!r}{hint}, or the path of an Optuna sampler"
+            )
+        path, usual = _USUAL.get(name, (name, {}))
+        seed = self.seed if name == "sobol" else _seed(self.seed, place)
+        module, _, cls = path.rpartition(".")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                made = getattr(importlib.import_module(module), cls)(
+                    **{"seed": seed, **usual, **self.options}
+                )
+        except Exception as error:  # a sampler of others may raise anything
+            raise ConfigError(f"optimiser {name}: {one_line(error)}") from error
+        if not isinstance(made, BaseSampler):
+            raise ConfigError(f"optimiser {name} is no Optuna sampler")
+        return made
+
+
+class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazily
+    """Proposes by a Gaussian process of the scores of single images.
+
+    It reads them from the trials' attributes "score:0", "score:1" and so on, one for each image of the
+    panel that a trial was shown.
+    """
+
+    def __init__(self, plan: Plan, value: Value) -> None:
+        self._plan, self._value = plan, value
+        self._bayes = Bayes(len(plan.bounds), plan.panel, plan.seed)
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self._plan.distributions
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, float]:
+        before = begun(study)
+        spent = sum(len(scores_of(t)) for t in before) / self._plan.images
+        point = self._bayes.propose(self._judged(study), len(before), spent)
+        return self._plan.params(point)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> float:
+        raise AssertionError(f"{param_name} does not vary in this search")
+
+    def recommend(self, study: Study) -> Recommended | None:
+        """The point of the highest expected value, or None where nothing was measured."""
+        found = self._judged(study)
+        return self._bayes.recommend(found) if found else None
+
+    def _judged(self, study: Study) -> list[Judged]:
+        found = []
+        for trial in study.get_trials(deepcopy=False):
+            values = {item: self._value(scores) for item, scores in scores_of(trial).items()}
+            if values and trial.params.keys() == self._plan.bounds.keys():
+                found.append(Judged(self._plan.scaled(trial.params), values))
+        return found
+
+
+class Proposer:
+    """Begins the trials of a search in an Optuna study.
+
+    The study is all that it knows: a search that is opened again goes on as it would have.
+    """
+
+    def __init__(self, study: Study, plan: Plan, value: Value) -> None:
+        self.study, self.plan = study, plan
+        self._bayes = BayesSampler(plan, value)
+
+    def begin(
+        self, about: Callable[[Mapping[str, float]], Mapping[str, Any]] = lambda _: {}
+    ) -> FrozenTrial:
+        """The trial that was interrupted, or else a new one, running.
+
+        `about` tells further attributes of a new trial by its parameters.
+        """
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state == TrialState.RUNNING:
+                if "items" in trial.user_attrs:
+                    return trial
+                # Killed between the proposal and the rest: nothing was measured.
+                self.study.tell(trial.number, state=TrialState.FAIL)
+        plan, before = self.plan, begun(self.study)
+        place = len(before)
+        shown = sum(len(trial.user_attrs["items"]) for trial in before)
+        items = plan.items(place, shown)
+        # An optimiser does not hear of failures and would ask for the same again, hence the detour.
+        if place < plan.n_first or before[-1].state == TrialState.FAIL:
+            params = plan.first(place)
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState.RUNNING,
+                    params=params,
+                    distributions=plan.distributions,
+                    user_attrs={**about(params), "stage": "explore", "items": items},
+                )
+            )
+            return self.study.get_trials(deepcopy=False)[-1]
+        self.study.sampler = self._bayes if plan.optimiser == "bayes" else plan.sampler(place)
+        asked = self.study.ask(plan.distributions)
+        # The items come last: a trial that has them has all.
+        attrs = {**about(asked.params), "stage": "exploit", "items": items}
+        for key, found in attrs.items():
+            asked.set_user_attr(key, found)
+        return next(t for t in self.study.get_trials(deepcopy=False) if t.number == asked.number)
+
+    def recommend(self) -> Recommended | None:
+        """The merge of the highest expected value, or None where nothing was measured."""
+        return self._bayes.recommend(self.study)
+
+
+def begun(study: Study) -> list[FrozenTrial]:
+    """The trials in order; what was brought in from elsewhere is not among them."""
+    return [t for t in study.get_trials(deepcopy=False) if "items" in t.user_attrs]
+
+
+def scores_of(trial: FrozenTrial) -> dict[int, Mapping[str, float]]:
+    """Image -> its scores, in the order of the panel."""
+    found = {k: v["scores"] for k, v in trial.user_attrs.items() if k.startswith(SCORE)}
+    return dict(sorted((int(key[len(SCORE) :]), scores) for key, scores in found.items()))
+
+
+def _interleaved(panel: Sequence[str]) -> list[int]:
+    """The panel's images, one of each payload in turn."""
+    of_payload: dict[str, list[int]] = {}
+    for item, payload in enumerate(panel):
+        of_payload.setdefault(payload, []).append(item)
+    return [i for turn in zip_longest(*of_payload.values()) for i in turn if i is not None]
+
+
+def _seed(seed: int, place: int) -> int:
+    return int(np.random.SeedSequence([seed, place]).generate_state(1)[0])

@@ -1,0 +1,158 @@
+"""A search of any function of weights, image by image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from bayesian_merger.errors import RunError
+from bayesian_merger.study import storage_errors
+from bayesian_merger.study.proposals import SCORE, Init, Plan, Proposer, begun, scores_of
+
+_NAME = "score"
+_SILENT_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Best:
+    """Recommended weights, and what score to expect of them: mean and standard error.
+
+    The standard error is that of the mean over all images of the kind that were judged, by the model
+    that chose the weights; measure them on fresh images for a figure that no choice was made on.
+    """
+
+    weights: Mapping[str, float]
+    mean: float
+    se: float
+
+
+class SearchTrial:
+    """Weights to be judged. Iterating gives the images of the panel to judge them on, in order."""
+
+    def __init__(self, study: optuna.Study, frozen: FrozenTrial) -> None:
+        self._trial = optuna.trial.Trial(study, frozen._trial_id)
+        self._items: list[int] = frozen.user_attrs["items"]
+        self._scores = {i: found[_NAME] for i, found in scores_of(frozen).items()}
+        self._item: int | None = None
+        self.number = frozen.number
+        self.weights: Mapping[str, float] = dict(frozen.params)
+
+    def __iter__(self) -> Iterator[int]:
+        for item in self._items:
+            if item not in self._scores:
+                self._item = item
+                yield item
+        self._item = None
+
+    def report(self, score: float) -> None:
+        """Store the score of the image that was given last; higher is better.
+
+        ValueError if it is not finite, or if no image was asked for.
+        """
+        if self._item is None:
+            raise ValueError("report a score inside the loop over the trial's images")
+        if not math.isfinite(score):
+            raise ValueError(f"the score of image {self._item} is {score}")
+        scores = {_NAME: float(score)}
+        with storage_errors():
+            self._trial.set_user_attr(f"{SCORE}{self._item}", {"scores": scores})
+        self._scores[self._item] = float(score)
+
+    @property
+    def mean(self) -> float | None:
+        """The mean score so far."""
+        return sum(self._scores.values()) / len(self._scores) if self._scores else None
+
+
+class Search:
+    """Finds the weights with the highest expected score in few images.
+
+        search = Search({"IN00": (0, 1), "IN01": (0, 1)}, images=500, panel=50)
+        for trial in search:
+            for item in trial:
+                trial.report(score(trial.weights, item))
+        best = search.best()
+
+    `space` gives the range of each weight. `panel` is the number of images that can be asked for, or the
+    payload of each, so that easy payloads are told from good merges. The same `item` should be the same
+    prompt and seed for all trials: merges that were shown the same images are compared best. A search is
+    over when `images` are spent.
+
+    `optimiser` is "bayes", "tpe", "cmaes", "random", "sobol" or the dotted path of an Optuna sampler,
+    with `options`. The points of `start` are tried first, then `init_points` that explore as `init` says
+    ("sobol", "lhs", "uniform"); a trial is shown `per_trial` images. What is None is chosen well.
+
+    With `storage`, the URL of an Optuna storage, every score is kept there under `name` as it is
+    reported; the same search opened again goes on with what is missing.
+    """
+
+    def __init__(
+        self,
+        space: Mapping[str, tuple[float, float]],
+        *,
+        images: int,
+        panel: int | Sequence[str],
+        seed: int = 0,
+        optimiser: str = "bayes",
+        options: Mapping[str, Any] | None = None,
+        start: Sequence[Mapping[str, float]] = (),
+        init: Init = "sobol",
+        init_points: int | None = None,
+        per_trial: int | None = None,
+        storage: str | None = None,
+        name: str = "search",
+    ) -> None:
+        """ConfigError with every mistake; RunError if the storage cannot be opened."""
+        self.plan = Plan(
+            bounds={key: (float(low), float(high)) for key, (low, high) in space.items()},
+            panel=[""] * panel if isinstance(panel, int) else list(panel),
+            images=images,
+            optimiser=optimiser,
+            options=options or {},
+            init=init,
+            init_points=init_points,
+            per_trial=per_trial,
+            start=tuple(start),
+            seed=seed,
+        )
+        self.plan.check()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        with storage_errors():
+            self._study = optuna.create_study(
+                storage=storage, study_name=name, direction="maximize", load_if_exists=True
+            )
+        self._proposer = Proposer(self._study, self.plan, lambda scores: scores[_NAME])
+
+    @property
+    def spent(self) -> int:
+        """Images that were judged."""
+        return sum(len(scores_of(trial)) for trial in begun(self._study))
+
+    def __iter__(self) -> Iterator[SearchTrial]:
+        """Trials until the images are spent; one that was left without any score has failed."""
+        silent = 0
+        while self.spent < self.plan.images:
+            with storage_errors():
+                trial = SearchTrial(self._study, self._proposer.begin())
+            yield trial
+            with storage_errors():
+                if trial.mean is None:
+                    self._study.tell(trial.number, state=TrialState.FAIL)
+                else:
+                    self._study.tell(trial.number, trial.mean)
+            silent = silent + 1 if trial.mean is None else 0
+            if silent == _SILENT_IN_A_ROW:
+                raise RunError(f"{silent} trials in a row were left without a score")
+
+    def best(self) -> Best:
+        """The recommended weights, which need not have been tried; RunError before any score."""
+        with storage_errors():
+            found = self._proposer.recommend()
+        if found is None:
+            raise RunError("no image was judged, so there is nothing to recommend")
+        return Best(self.plan.params(found.point), found.mean, found.se)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bayesian_merger.bayes import Bayes, Judged, _log_gain
+from bayesian_merger.gp import Array
+
+D = 6
+PANEL = ["p", "q"] * 3
+
+
+def value(point: Array) -> float:
+    return -4 * float(((point - 0.3) ** 2).sum())
+
+
+def shown(point: Array, place: int, chance: np.random.Generator) -> Judged:
+    """The merge with the score of one image; payload p is the easier one."""
+    image = place % len(PANEL)
+    offset = 3.0 * (PANEL[image] == "p")
+    return Judged(point, {image: value(point) + offset + 0.2 * chance.normal()})
+
+
+def judged(n: int, seed: int = 0) -> list[Judged]:
+    """Merges that were shown one image each."""
+    chance = np.random.default_rng(seed)
+    return [shown(chance.uniform(size=D), i, chance) for i in range(n)]
+
+
+def test_recommended_merge_is_better_than_any_that_was_tried() -> None:
+    seen = judged(60)
+    best = Bayes(D, PANEL, 0).recommend(seen)
+    assert value(best.point) > max(value(one.point) for one in seen)
+    assert ((best.point >= 0) & (best.point <= 1)).all()
+    assert best.se > 0
+
+
+@pytest.mark.parametrize("place", [60, 61, 62])
+@pytest.mark.parametrize("spent", [0.5, 0.9])
+def test_every_rule_proposes_a_merge_within_the_box(place: int, spent: float) -> None:
+    point = Bayes(D, PANEL, 0).propose(judged(60), place, spent)
+    assert point.shape == (D,)
+    assert ((point >= 0) & (point <= 1)).all()
+
+
+def test_rules_take_turns_and_the_last_images_are_for_improvement_alone() -> None:
+    seen, bayes = judged(60), Bayes(D, PANEL, 0)
+    turns = [bayes.propose(seen, place, 0.5).tolist() for place in (60, 61, 62)]
+    assert len({tuple(point) for point in turns}) == 3
+    assert bayes.propose(seen, 62, 0.9).tolist() == turns[2]
+    assert bayes.propose(seen, 60, 0.9).tolist() != turns[0]
+
+
+def test_same_scores_make_the_same_proposal_in_a_new_process() -> None:
+    seen = judged(40)
+    old = Bayes(D, PANEL, 0)
+    for n in range(30, 40):
+        old.propose(seen[:n], n, 0.5)
+    assert (
+        old.propose(seen, 41, 0.5).tolist() == Bayes(D, PANEL, 0).propose(seen, 41, 0.5).tolist()
+    )
+
+
+def test_proposals_close_in_on_the_best_merge() -> None:
+    seen, bayes, chance = judged(20), Bayes(D, PANEL, 0), np.random.default_rng(9)
+    for place in range(20, 50):
+        seen.append(shown(bayes.propose(seen, place, place / 50), place, chance))
+    assert value(bayes.recommend(seen).point) > -0.1
+
+
+def test_log_gain_is_that_of_its_definition_and_smooth_far_below() -> None:
+    u = torch.tensor([-3.0, -1.0, -0.999, 0.0, 2.0], dtype=torch.float64)
+    density = torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
+    wanted = torch.log(density + u * torch.special.ndtr(u))
+    assert _log_gain(u).tolist() == pytest.approx(wanted.tolist(), abs=1e-9)
+    far = torch.tensor([-1e3, -40.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(_log_gain(far).sum(), far)
+    assert torch.isfinite(slope).all()
+    assert (slope > 0).all()

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bayesian_merger.gp import Array, Data, Model, Posterior, _loss
+
+D = 4
+Scores = tuple[Array, list[int], list[int], list[str], list[float]]
+
+
+def scores(n_points: int = 30, per_point: int = 3, noise: float = 0.3, seed: int = 0) -> Scores:
+    """Points, and scores of a wave in the first dimension with offsets of payloads."""
+    chance = np.random.default_rng(seed)
+    points = chance.uniform(size=(n_points, D))
+    point = [i for i in range(n_points) for _ in range(per_point)]
+    image = [int(i) for i in chance.integers(0, 6, len(point))]
+    payload = ["easy" if i % 2 else "hard" for i in image]
+    offset = np.array([5.0 if name == "easy" else -5.0 for name in payload])
+    y = wave(points)[point] + offset + chance.normal(0, noise, len(point))
+    return points, point, image, payload, y.tolist()
+
+
+def wave(points: Array) -> Array:
+    found: Array = 2 * np.sin(3 * points[:, 0])
+    return found
+
+
+def fitted(*data: Any) -> Posterior:
+    model, found = Model(D), Data(*data)
+    model.fit(found)
+    return model.posterior(found)
+
+
+class Dense:
+    """The same by the whole covariance of all scores."""
+
+    def __init__(self, model: Model, data: Scores) -> None:
+        self.points, self.point, image, payload, y = data
+        self.theta, self.own = model.theta, Data(*data)
+        self.amplitude, self.of_payload, self.of_image, noise = np.exp(2 * self.theta[D:])
+        self.n_payloads, self.n_images = len(set(payload)), len(set(image))
+        names, images = np.array(payload), np.array(image)
+        same = self.amplitude * 1e-6 * np.eye(len(self.points))
+        whole = (self.kernel(self.points, self.points) + same)[self.point][:, self.point]
+        whole += 1.0 + noise * np.eye(len(y))
+        whole += self.of_payload * (names[:, None] == names)
+        whole += self.of_image * (images[:, None] == images)
+        self.whole, self.y = whole, (np.array(y) - self.own.mean) / self.own.scale
+
+    def kernel(self, one: Array, other: Array) -> Array:
+        apart = (one[:, None] - other[None]) * np.exp(-self.theta[:D])
+        found: Array = self.amplitude * np.exp(-0.5 * (apart**2).sum(2))
+        return found
+
+    def loss(self) -> float:
+        solved = np.linalg.solve(self.whole, self.y)
+        return 0.5 * float(self.y @ solved + np.linalg.slogdet(self.whole)[1])
+
+    def mean_and_covariance(self, x: Array) -> tuple[Array, Array]:
+        across = self.kernel(x, self.points)[:, self.point]
+        covariance = self.kernel(x, x) - across @ np.linalg.solve(self.whole, across.T)
+        return across @ np.linalg.solve(self.whole, self.y), covariance
+
+    def expected(self, x: Array) -> tuple[float, float]:
+        """With the average offset, in the units of the scores."""
+        offset = 1.0 + self.of_payload / self.n_payloads + self.of_image / self.n_images
+        across = self.kernel(x[None], self.points)[0, self.point] + offset
+        mean = across @ np.linalg.solve(self.whole, self.y)
+        variance = self.amplitude + offset - across @ np.linalg.solve(self.whole, across)
+        scale = self.own.scale
+        return self.own.mean + scale * float(mean), scale * math.sqrt(variance)
+
+
+def test_sums_tell_what_the_whole_covariance_does() -> None:
+    data, x = scores(), np.random.default_rng(1).uniform(size=(5, D))
+    model = Model(D)
+    model.theta = model.theta + 0.3 * np.random.default_rng(2).normal(size=len(model.theta))
+    dense = Dense(model, data)
+    mean, covariance = dense.mean_and_covariance(x)
+    posterior, at = model.posterior(Data(*data)), torch.from_numpy(x)
+    assert float(_loss(Data(*data), torch.from_numpy(model.theta))) == pytest.approx(
+        dense.loss(), abs=1e-5
+    )
+    assert posterior.mean(at).numpy() == pytest.approx(mean, abs=1e-6)
+    assert posterior.covariance(at, at).numpy() == pytest.approx(covariance, abs=1e-6)
+    assert posterior.expected(at[0]) == pytest.approx(dense.expected(x[0]), abs=1e-5)
+    both = posterior.mean_and_variance(at)
+    assert both[0].numpy() == pytest.approx(mean, abs=1e-6)
+    assert both[1].numpy() == pytest.approx(np.diag(covariance), abs=1e-6)
+
+
+def test_fit_leads_to_a_more_likely_model() -> None:
+    data = Data(*scores())
+    model = Model(D)
+    before = float(_loss(data, torch.from_numpy(model.theta)))
+    model.fit(data)
+    assert float(_loss(data, torch.from_numpy(model.theta))) < before - 1
+    # The wave is in the first dimension; the others matter less, so they are longer.
+    assert model.theta[0] < model.theta[1:D].min()
+
+
+def test_mean_follows_the_function_and_not_the_payloads() -> None:
+    posterior = fitted(*scores(n_points=60))
+    x = np.random.default_rng(5).uniform(size=(50, D))
+    found = posterior.data.scale * posterior.mean(torch.from_numpy(x)).numpy()
+    truth = wave(x)
+    assert np.abs((found - found.mean()) - (truth - truth.mean())).max() < 0.5
+
+
+def test_shift_and_scale_of_the_scores_change_nothing_but_the_units() -> None:
+    points, point, image, payload, y = scores()
+    x = torch.from_numpy(np.random.default_rng(5).uniform(size=(5, D)))
+    one = fitted(points, point, image, payload, y)
+    other = fitted(points, point, image, payload, [1e4 * score - 3e6 for score in y])
+    assert one.mean(x).numpy() == pytest.approx(other.mean(x).numpy(), abs=1e-4)
+    assert other.data.scale == pytest.approx(1e4 * one.data.scale)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_few_scores_are_enough_to_go_on(n: int) -> None:
+    points = np.random.default_rng(0).uniform(size=(n, D))
+    posterior = fitted(points, list(range(n)), [0] * n, ["p"] * n, [float(i) for i in range(n)])
+    mean, variance = posterior.mean_and_variance(torch.full((1, D), 0.5, dtype=torch.float64))
+    assert torch.isfinite(mean).all()
+    assert (variance > 0).all()
+
+
+def test_equal_scores_are_no_error() -> None:
+    points = np.random.default_rng(0).uniform(size=(8, D))
+    posterior = fitted(points, list(range(8)), [0] * 8, ["p"] * 8, [7.5] * 8)
+    assert np.isfinite(posterior.at_points).all()
+
+
+def test_merge_that_was_judged_twice_is_no_error() -> None:
+    points = np.full((6, D), 0.25)
+    posterior = fitted(points, list(range(6)), [0] * 6, ["p"] * 6, [float(i) for i in range(6)])
+    assert np.isfinite(posterior.at_points).all()

@@ -1,0 +1,216 @@
+"""`bayesian_merger.Search`, as other programs call it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+import bayesian_merger
+from bayesian_merger import Search
+from bayesian_merger.errors import ConfigError, RunError
+from bayesian_merger.study.proposals import OPTIMISERS, Init
+from bayesian_merger.study.search import SearchTrial
+
+SPACE = {"IN00": (0.0, 1.0), "M00": (-0.5, 1.5), "OUT11": (0.25, 0.5)}
+BEST = {"IN00": 0.3, "M00": 1.2, "OUT11": 0.25}
+every_optimiser = pytest.mark.parametrize("optimiser", OPTIMISERS)
+
+
+def score(weights: Mapping[str, float], item: int) -> float:
+    """Best at BEST; images differ by their offsets and by a wave that has no system."""
+    distance = sum((weights[name] - BEST[name]) ** 2 for name in BEST)
+    return 2 * (item % 3) - 3 * distance + 0.1 * math.sin(97 * item + 1e3 * weights["IN00"])
+
+
+def search(**options: Any) -> Search:
+    return Search(SPACE, **{"images": 60, "panel": 10, "seed": 4, **options})
+
+
+def spend(trial: SearchTrial) -> list[int]:
+    """Judge all images of a trial; which they were."""
+    seen = []
+    for item in trial:
+        trial.report(score(trial.weights, item))
+        seen.append(item)
+    return seen
+
+
+def run(found: Search) -> list[tuple[dict[str, float], list[int]]]:
+    return [(dict(trial.weights), spend(trial)) for trial in found]
+
+
+def test_search_finds_weights_near_the_best() -> None:
+    found = search(images=100)
+    run(found)
+    best = found.best()
+    assert score(best.weights, 0) > score(BEST, 0) - 0.15
+    assert best.weights.keys() == SPACE.keys()
+    # The mean is that over the images: offsets of 0, 2 and 4.
+    assert best.mean == pytest.approx(1.6, abs=1.0)
+    assert 0 < best.se < 1
+
+
+@every_optimiser
+def test_images_are_spent_and_no_more_than_the_last_trial_takes(optimiser: str) -> None:
+    found = search(optimiser=optimiser)
+    trials = run(found)
+    n_images = [len(items) for _, items in trials]
+    assert sum(n_images) == found.spent
+    assert 60 <= found.spent < 60 + max(n_images)
+    for weights, items in trials:
+        assert all(low <= weights[name] <= high for name, (low, high) in SPACE.items())
+        assert set(items) <= set(range(10))
+        assert len(set(items)) == len(items)
+
+
+def test_bayes_shows_each_payload_its_share_and_few_images() -> None:
+    trials = run(search(panel=["cat", "dog", "dog", "dog", "cat", "cat", "bird"], images=42))
+    shown = [item for _, items in trials for item in items]
+    assert {shown.count(item) for item in set(shown)} <= {8, 9}
+    assert set(shown) == {0, 1, 6, 4, 2}
+
+
+def test_other_optimisers_show_the_same_images_to_all() -> None:
+    assert {tuple(items) for _, items in run(search(optimiser="tpe"))} == {tuple(range(10))}
+    assert {len(items) for _, items in run(search(optimiser="tpe", per_trial=4))} == {4}
+
+
+@every_optimiser
+def test_search_opened_again_goes_on_as_one_that_never_stopped(
+    optimiser: str, tmp_path: Path
+) -> None:
+    expected = run(search(optimiser=optimiser, init_points=3, per_trial=2, images=16))
+    url = f"sqlite:///{tmp_path / 'search.db'}"
+    found = []
+    for _ in expected:
+        again = search(optimiser=optimiser, init_points=3, per_trial=2, images=16, storage=url)
+        trial = next(iter(again))
+        first = next(iter(trial))
+        trial.report(score(trial.weights, first))  # and is killed after the first image
+        again = search(optimiser=optimiser, init_points=3, per_trial=2, images=16, storage=url)
+        trials = iter(again)
+        trial = next(trials)
+        found.append((dict(trial.weights), [first, *spend(trial)]))
+        next(trials, None)
+    assert found == expected
+    last = search(optimiser=optimiser, init_points=3, per_trial=2, images=16, storage=url)
+    assert run(last) == []
+    assert last.best().weights.keys() == SPACE.keys()
+
+
+def test_trial_that_was_left_early_counts_with_what_it_has() -> None:
+    found = search(per_trial=5, images=10)
+    for trial in found:
+        for item in trial:
+            trial.report(score(trial.weights, item))
+            if item % 2:
+                break
+    assert 10 <= found.spent < 15
+
+
+def test_trials_without_scores_end_the_search_with_a_reason() -> None:
+    with pytest.raises(RunError, match="3 trials in a row were left without a score"):
+        for _ in search():
+            pass
+
+
+def test_start_is_tried_first_then_the_design() -> None:
+    start = [BEST, {name: high for name, (_, high) in SPACE.items()}]
+    trials = run(search(start=start, images=20))
+    assert [weights for weights, _ in trials[:2]] == start
+    plain = run(search(images=20))
+    assert trials[2][0] == plain[2][0]
+
+
+@pytest.mark.parametrize("init", ["sobol", "lhs", "uniform"])
+def test_exploring_trials_fill_the_space(init: Init) -> None:
+    trials = run(search(init=init, init_points=32, images=32))
+    for name, (low, high) in SPACE.items():
+        shares = [(weights[name] - low) / (high - low) for weights, _ in trials]
+        assert min(shares) < 0.15
+        assert max(shares) > 0.85
+        assert sum(shares) / 32 == pytest.approx(0.5, abs=0.15)
+
+
+def test_any_sampler_of_optuna_may_be_named_by_its_path() -> None:
+    found = search(optimiser="optuna.samplers.GPSampler", options={"n_startup_trials": 2})
+    run(found)
+    assert found.spent == 60
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"optimiser": "bays"}, "unknown optimiser 'bays'; did you mean 'bayes'"),
+        ({"optimiser": "no.such.Sampler"}, "optimiser no.such.Sampler: No module named 'no'"),
+        ({"optimiser": "optuna.samplers.TPESampler", "options": {"x": 1}}, "'x'"),
+        ({"optimiser": "collections.Counter"}, "collections.Counter is no Optuna sampler"),
+        ({"options": {"kappa": 1}}, "optimiser bayes has no option 'kappa'"),
+        ({"images": 0}, "images is 0"),
+        ({"panel": 0}, "the panel has no image"),
+        ({"init": "grid"}, "unknown init 'grid'"),
+        ({"per_trial": 0}, "per_trial is 0"),
+        ({"init_points": -1}, "init_points is -1"),
+        ({"start": [{**BEST, "M00": 2.0}]}, "start 1: M00 is 2.0, outside its range -0.5 to 1.5"),
+        ({"start": [{"M00": 1.0}]}, "start 1: has no 'IN00'"),
+        ({"start": [{**BEST, "M01": 1.0}]}, "start 1: 'M01' does not vary; did you mean 'M00'"),
+    ],
+)
+def test_mistake_is_told(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        search(**change)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("span", [(1.0, 0.0), (0.5, 0.5), (0.0, math.nan), (-math.inf, 0.0)])
+def test_range_that_is_none_is_told(span: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match=r"IN00: from .* is no range"):
+        Search({"IN00": span}, images=10, panel=5)
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Search({}, images=0, panel=0, init_points=-1)
+    assert len(str(caught.value).splitlines()) == 4
+
+
+def test_storage_that_does_not_answer_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunError):
+        search(storage=f"sqlite:///{tmp_path / 'no' / 'such' / 'folder.db'}")
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_score_that_is_no_number_is_refused(wrong: float) -> None:
+    trial = next(iter(search()))
+    for _ in trial:
+        with pytest.raises(ValueError, match="the score of image 0 is"):
+            trial.report(wrong)
+
+
+def test_score_outside_the_loop_is_refused() -> None:
+    trial = next(iter(search()))
+    with pytest.raises(ValueError, match="inside the loop"):
+        trial.report(1.0)
+
+
+def test_recommendation_needs_a_score() -> None:
+    with pytest.raises(RunError, match="nothing to recommend"):
+        search().best()
+
+
+def test_study_is_optuna_s(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'search.db'}"
+    run(search(storage=url, images=12))
+    stored = optuna.load_study(storage=url, study_name="search")
+    assert {t.state.name for t in stored.trials} == {"COMPLETE"}
+    assert stored.best_value is not None
+
+
+def test_package_has_nothing_else(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Serach'"):
+        bayesian_merger.Serach  # noqa: B018
