@@ -39,7 +39,7 @@ ONE_SCORER = Yardstick({"demo": 1.0}, {})
 class Silent:
     """An observer that says nothing."""
 
-    def planned(self, images: int, trials: int) -> None: ...
+    def planned(self, images: int) -> None: ...
     def started(self, stage: str, name: str, images: int) -> None: ...
     def judged(self, images: int, made: bool) -> None: ...
     def finished(self, result: Result, leader: Result | None) -> None: ...
@@ -123,7 +123,7 @@ def main() -> None:
                 for other in (evens[top], evens[0.0], evens[1.0])
             ]
             found = f"{best.value.mean:.3f} ± {best.value.se:.3f}"
-            spent = sum(len(result.scores) for result in outcome.results)
+            spent = sum(len(result.scores) for result in outcome.results)  # with the baselines
             row = (str(seed), str(spent), f"{seconds:.0f} s", found, *map(told, gains))
             print("| " + " | ".join(row) + " |", flush=True)
 

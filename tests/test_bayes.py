@@ -32,7 +32,7 @@ def judged(n: int, seed: int = 0) -> list[Judged]:
 
 def test_recommended_merge_is_better_than_any_that_was_tried() -> None:
     seen = judged(60)
-    best = Bayes(D, PANEL, 0).recommend(seen)
+    (best,) = Bayes(D, PANEL, 0).few(seen, 1)
     assert value(best.point) > max(value(one.point) for one in seen)
     assert ((best.point >= 0) & (best.point <= 1)).all()
     assert best.se > 0
@@ -68,7 +68,7 @@ def test_proposals_close_in_on_the_best_merge() -> None:
     seen, bayes, chance = judged(20), Bayes(D, PANEL, 0), np.random.default_rng(9)
     for place in range(20, 50):
         seen.append(shown(bayes.propose(seen, place, place / 50), place, chance))
-    assert value(bayes.recommend(seen).point) > -0.1
+    assert value(bayes.few(seen, 1)[0].point) > -0.1
 
 
 def test_log_gain_is_that_of_its_definition_and_smooth_far_below() -> None:

@@ -136,6 +136,18 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         edited("init_points = 4", 'freeze = { "*" = 0.5 }\ninit_points = 4'),
         "nothing to search",
     ),
+    "unknown optimiser": (
+        edited("init_points = 4", 'optimiser = "bays"\ninit_points = 4'),
+        "search: unknown optimiser 'bays'; did you mean 'bayes'",
+    ),
+    "unknown option of an optimiser": (
+        edited("init_points = 4", 'options = { kapa = 2 }\ninit_points = 4'),
+        "search: optimiser bayes has no option 'kapa'",
+    ),
+    "no trial at all": (
+        edited("init_points = 4\n        n_iters = 3", "init_points = 0\nn_iters = 0"),
+        "init_points and n_iters are both 0",
+    ),
     "unknown scorer": (edited("likeness", "likenes"), "'likeness'?"),
     "unknown scorer option": (
         edited("[scorers.likeness]", "[scorers.likeness]\nsharp = 1"),
@@ -199,7 +211,7 @@ def test_run_takes_the_names_of_the_original(folder: Path, command: Command) -> 
         "run", folder / "config.toml", "--init_points", 2, "--n_iters", 1, "--batch_size", 1
     )  # fmt: skip
     assert code == 0
-    assert "3 trials" in out
+    assert "about 52 images in all" in out  # 3 x 2 of the baselines, 3 x 2, 2 x 4, 4 x 8
     run_dir = folder / "runs" / "config"
     for name in (
         "report.html",

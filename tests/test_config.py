@@ -49,7 +49,13 @@ def test_models_payloads_and_a_scorer_are_enough(tmp_path: Path) -> None:
         "a",
         "fp16",
     )
-    assert (found.search.init_points, found.search.n_iters, found.search.seed) == (10, 40, 0)
+    search = found.search
+    assert (search.images, search.init_points, search.n_iters, search.seed) == (
+        None,
+        None,
+        None,
+        0,
+    )
     assert found.models.c is None
     assert found.scorers["exposure"].weight == 1.0
     assert found.plugins == []
@@ -246,7 +252,9 @@ def test_unknown_key_is_a_mistake_with_the_nearest_known(
     [
         ("[merge]\nvae = 'c'", "merge.vae"),
         ("[merge]\nprecision = 16", "merge.precision"),
-        ("[search]\noptimiser = 'cmaes'", "search.optimiser"),
+        ("[search]\ninit = 'grid'", "search.init"),
+        ("[search]\nimages = 0", "search.images"),
+        ("[search]\nimages_per_trial = 0", "search.images_per_trial"),
         ("[search]\nn_iters = -1", "search.n_iters"),
         ("[search]\nseed = 2.5", "search.seed"),
         ("[search]\nseed = -1", "search.seed"),

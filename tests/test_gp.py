@@ -42,7 +42,8 @@ class Dense:
     def __init__(self, model: Model, data: Scores) -> None:
         self.points, self.point, image, payload, y = data
         self.theta, self.own = model.theta, Data(*data)
-        self.amplitude, self.of_payload, self.of_image, noise = np.exp(2 * self.theta[D:])
+        sizes = np.exp(2 * self.theta[D:])
+        self.amplitude, self.slope, self.of_payload, self.of_image, noise = sizes
         self.n_payloads, self.n_images = len(set(payload)), len(set(image))
         names, images = np.array(payload), np.array(image)
         same = self.amplitude * 1e-6 * np.eye(len(self.points))
@@ -54,7 +55,8 @@ class Dense:
 
     def kernel(self, one: Array, other: Array) -> Array:
         apart = (one[:, None] - other[None]) * np.exp(-self.theta[:D])
-        found: Array = self.amplitude * np.exp(-0.5 * (apart**2).sum(2))
+        smooth = self.amplitude * np.exp(-0.5 * (apart**2).sum(2))
+        found: Array = smooth + self.slope * (2 * one - 1) @ (2 * other - 1).T / D
         return found
 
     def loss(self) -> float:
@@ -71,7 +73,8 @@ class Dense:
         offset = 1.0 + self.of_payload / self.n_payloads + self.of_image / self.n_images
         across = self.kernel(x[None], self.points)[0, self.point] + offset
         mean = across @ np.linalg.solve(self.whole, self.y)
-        variance = self.amplitude + offset - across @ np.linalg.solve(self.whole, across)
+        prior = float(self.kernel(x[None], x[None])[0, 0]) + offset
+        variance = prior - across @ np.linalg.solve(self.whole, across)
         scale = self.own.scale
         return self.own.mean + scale * float(mean), scale * math.sqrt(variance)
 

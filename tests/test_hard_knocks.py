@@ -319,7 +319,7 @@ def test_range_that_the_method_does_not_take_is_a_mistake(folder: Path) -> None:
 
 def test_presets_decide_what_is_searched(folder: Path) -> None:
     ready = begin(folder, 'search.presets=["groups8"]')
-    assert len(ready.plan.space.parameters) == 8
+    assert len(ready.space.parameters) == 8
     with pytest.raises(ConfigError, match="did you mean 'groups8'"):
         begin(folder, 'search.presets=["group8"]')
     assert start(folder, 'search.presets=["single"]', into="single").finished
@@ -334,7 +334,7 @@ def test_lora_is_searched_in_the_blocks_that_it_touches(folder: Path) -> None:
     lora = {f"{module}.{piece}.weight": tensor for piece, tensor in pieces.items()}
     save_file(lora, folder / "one.safetensors")
     ready = begin(folder)
-    assert [p.name for p in ready.plan.space.parameters] == ["M00_alpha"]
+    assert [p.name for p in ready.space.parameters] == ["M00_alpha"]
     merged = ready.merger.merge(ready.baseline("even"))
     assert set(merged[name].flatten().tolist()) == {0.5}
 
@@ -345,7 +345,7 @@ def test_baselines_need_no_c_for_what_only_a_and_b_hold(folder: Path) -> None:
     save_file(alone, folder / "unet.safetensors")
     three = ("models.c=unet.safetensors", "merge.method=add_difference")
     ready = begin(folder, *three)
-    assert "base_alpha" not in ready.plan.space.names
+    assert "base_alpha" not in ready.space.names
     for name in setup.BASELINES:
         assert len(ready.merger.merge(ready.baseline(name))) == len(state)
 
@@ -370,7 +370,7 @@ def stretched(a: Tensor, b: Tensor, *, alpha: Annotated[float, Domain(1.0, 2.0)]
         'search.ranges={"*"=[1.0,2.0]}',
         f'plugins=["{Path(toy_plugin.__file__).as_posix()}", "stretched.py"]',
     )
-    assert {p.low for p in ready.plan.space.parameters} == {1.0}
+    assert {p.low for p in ready.space.parameters} == {1.0}
 
 
 def test_vae_of_b_leaves_no_vae_to_search(folder: Path) -> None:
@@ -382,7 +382,7 @@ def test_vae_of_b_leaves_no_vae_to_search(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"merge\.vae is 'b'.*search\.presets"):
         begin(folder, "merge.vae=b", 'search.presets=["vae"]')
     ready = begin(folder, 'search.presets=["vae"]')
-    assert "VAE_alpha" in ready.plan.space.names
+    assert "VAE_alpha" in ready.space.names
     # A parent's VAE is its own, by weight 0 or 1.
     for name, expected in (("a", 0.0), ("b", 1.0)):
         vae = ready.merger.merge(ready.baseline(name))["first_stage_model.encoder.conv_in.weight"]

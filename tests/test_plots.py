@@ -78,13 +78,25 @@ def test_convergence_tells_exploration_from_exploitation_by_marker(finished: Out
     assert len(markers) == 2
 
 
-def test_convergence_running_best_never_falls_and_ends_at_the_maximum(finished: Outcome) -> None:
-    line = found(plots.convergence(finished), "running best")
-    heights = list(line.get_ydata())
-    assert all(later >= earlier for earlier, later in pairwise(heights))
-    means = [r.value.mean for r in finished.results if r.stage != "baseline" and r.value]
-    assert heights[0] == means[0]
-    assert heights[-1] == max(means)
+def test_convergence_draws_what_was_expected_of_the_recommended_merge(finished: Outcome) -> None:
+    figure = plots.convergence(finished)
+    line, star = found(figure, "expected"), found(figure, "best")
+    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == {
+        n: value.mean for n, value in finished.expected.items()
+    }
+    last = max(finished.expected)
+    assert (list(star.get_xdata()), list(star.get_ydata())) == (
+        [last],
+        [finished.expected[last].mean],
+    )
+    band = found(figure, "band").get_paths()[0].get_extents()
+    assert band.y0 == min(value.mean - value.se for value in finished.expected.values())
+    assert "recommended" in legend(figure)
+
+
+def test_convergence_shows_no_recommendation_before_there_is_one(tmp_path: Path) -> None:
+    figure = plots.convergence(an_unfinished_outcome(tmp_path, leader=None, expected={}))
+    assert "recommended" not in legend(figure)
 
 
 def test_convergence_draws_and_labels_a_b_and_even(finished: Outcome) -> None:
@@ -96,7 +108,9 @@ def test_convergence_draws_and_labels_a_b_and_even(finished: Outcome) -> None:
 
 def test_convergence_labels_of_equal_baselines_do_not_overlap(tmp_path: Path) -> None:
     same = tuple(r.but(value=Estimate(7.0, 0.1, 16)) for r in baselines())
-    figure = plots.convergence(an_unfinished_outcome(tmp_path, results=same, leader=None))
+    figure = plots.convergence(
+        an_unfinished_outcome(tmp_path, results=same, leader=None, expected={})
+    )
     labels = [t for t in figure.axes[0].texts if "7" in t.get_text()]
     figure.draw_without_rendering()
     boxes = sorted((t.get_window_extent() for t in labels), key=lambda box: box.y0)
@@ -121,23 +135,9 @@ def test_convergence_marks_failed_and_stopped_trials_at_the_bottom_edge(tmp_path
         assert state in legend(figure)
 
 
-def test_convergence_stars_the_chosen_trial_even_if_another_looked_better(tmp_path: Path) -> None:
-    outcome = an_outcome(tmp_path)
-    second = outcome.selected[1]
-    figure = plots.convergence(an_outcome(tmp_path, best=second))
-    assert [f"trial {int(x)}" for x in found(figure, "best").get_xdata()] == [second.name]
-    assert f"chosen: {second.name}" in legend(figure)
-
-
-def test_convergence_calls_the_leader_leading_before_the_end(tmp_path: Path) -> None:
-    outcome = an_unfinished_outcome(tmp_path)
-    assert outcome.leader is not None
-    assert f"leading: {outcome.leader.name}" in legend(plots.convergence(outcome))
-
-
 @pytest.mark.parametrize("results", [(), baselines()], ids=["nothing", "baselines only"])
 def test_convergence_without_trials_says_so(tmp_path: Path, results: Any) -> None:
-    outcome = an_unfinished_outcome(tmp_path, results=results, leader=None)
+    outcome = an_unfinished_outcome(tmp_path, results=results, leader=None, expected={})
     assert "no trial is complete yet" in texts(plots.convergence(outcome))
 
 

@@ -235,10 +235,10 @@ def test_page_says_what_the_candidates_had_before_and_which_was_chosen(
 ) -> None:
     assert finished.best is not None
     assert finished.best.value is not None
-    assert finished.leader is not None
-    assert finished.leader.value is not None
+    expected = finished.candidates[0].value
+    assert expected is not None
     assert (
-        f"{finished.best.name} chosen {finished.leader.value.mean:.3f} ± 0.200 "
+        f"{finished.best.name} chosen {expected.mean:.3f} ± 0.200 "
         f"{finished.best.value.mean:.3f} ± 0.150"
     ) in page.text
 
@@ -338,8 +338,9 @@ def test_unfinished_page_pairs_the_baselines_pictures_with_the_search_panel(
 
 def test_page_of_a_run_that_has_just_begun_renders(tmp_path: Path) -> None:
     nothing: dict[str, Any] = {"results": (), "leader": None, "pictures": {}, "seconds": {}}
+    nothing |= {"expected": {}, "candidates": ()}
     page = Page(report.html(an_unfinished_outcome(tmp_path, config={}, images=0, **nothing)))
-    assert "No trial is complete yet." in page.text
+    assert "It is too early for a recommendation." in page.text
     assert "No pictures have been saved yet." in page.text
 
 

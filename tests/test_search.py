@@ -13,7 +13,7 @@ import pytest
 import bayesian_merger
 from bayesian_merger import Search
 from bayesian_merger.errors import ConfigError, RunError
-from bayesian_merger.study.proposals import OPTIMISERS, Init
+from bayesian_merger.study.proposals import OPTIMISERS, Init, Plan
 from bayesian_merger.study.search import SearchTrial
 
 SPACE = {"IN00": (0.0, 1.0), "M00": (-0.5, 1.5), "OUT11": (0.25, 0.5)}
@@ -69,10 +69,31 @@ def test_images_are_spent_and_no_more_than_the_last_trial_takes(optimiser: str) 
 
 
 def test_bayes_shows_each_payload_its_share_and_few_images() -> None:
-    trials = run(search(panel=["cat", "dog", "dog", "dog", "cat", "cat", "bird"], images=42))
+    trials = run(
+        search(panel=["cat", "dog", "dog", "dog", "cat", "cat", "bird"], images=42, init_points=42)
+    )
     shown = [item for _, items in trials for item in items]
-    assert {shown.count(item) for item in set(shown)} <= {8, 9}
-    assert set(shown) == {0, 1, 6, 4, 2}
+    # Two cats, two dogs, and the one bird twice as often.
+    assert {item: shown.count(item) for item in shown} == {0: 7, 1: 7, 4: 7, 2: 7, 6: 14}
+
+
+def test_payload_is_shown_as_often_as_its_share_says() -> None:
+    plan = Plan(SPACE, ["cat", "dog", "bird"], images=100, shares={"dog": 2.0, "bird": 0.0})
+    shown = [item for place in range(90) for item in plan.items(0, place)[:1]]
+    assert [shown.count(item) for item in range(3)] == [30, 60, 0]
+
+
+def test_more_of_the_panel_is_shown_when_the_first_images_are_known() -> None:
+    plan = Plan(SPACE, ["p"] * 50, images=1000)
+    shown = [plan.items(0, place)[0] for place in range(1000)]
+    assert [len(set(shown[n : n + 100])) for n in (0, 100, 200, 300, 400, 800)] == [
+        5,
+        10,
+        20,
+        20,
+        40,
+        50,
+    ]
 
 
 def test_other_optimisers_show_the_same_images_to_all() -> None:
@@ -111,6 +132,26 @@ def test_trial_that_was_left_early_counts_with_what_it_has() -> None:
             if item % 2:
                 break
     assert 10 <= found.spent < 15
+
+
+@every_optimiser
+def test_search_without_exploration_begins_with_one_point_of_it(optimiser: str) -> None:
+    found = search(optimiser=optimiser, init_points=0, images=12, per_trial=2)
+    first = run(found)[0][0]
+    assert first == run(search(images=2, per_trial=2))[0][0]
+    assert found.spent == 12
+
+
+def test_small_space_is_explored_by_few_trials() -> None:
+    plans = [
+        Plan(dict.fromkeys(map(str, range(d)), (0.0, 1.0)), ["p"], images=500)
+        for d in (1, 8, 26, 52)
+    ]
+    assert [plan.n_first for plan in plans] == [4, 32, 100, 100]
+
+
+def test_panel_that_is_smaller_than_a_trial_is_shown_once() -> None:
+    assert {tuple(items) for _, items in run(search(optimiser="tpe", panel=3))} == {(0, 1, 2)}
 
 
 def test_trials_without_scores_end_the_search_with_a_reason() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -8,41 +9,55 @@ import numpy as np
 import optuna
 import pytest
 
-from bayesian_merger import space
 from bayesian_merger.blocks import SD1
-from bayesian_merger.data import Estimate, Model, Recipe, Weights
+from bayesian_merger.data import Estimate, Model, Recipe, Result
 from bayesian_merger.errors import ConfigError, RunError
-from bayesian_merger.study import Optimiser, Plan, Study, create, url_of
+from bayesian_merger.study import Study, Trial, create, url_of
+from bayesian_merger.study.proposals import Plan, Proposer
 
 MODELS = (Model("a.safetensors", "aa"), Model("b.safetensors", "bb"))
 
 
-def recipe(weights: Weights) -> Recipe:
-    return Recipe("weighted_sum", "sd1", MODELS, weights)
+def recipe(params: Mapping[str, float]) -> Recipe:
+    return Recipe("weighted_sum", "sd1", MODELS, {"alpha": dict(params)})
 
 
 def even(value: float) -> Recipe:
-    return recipe({"alpha": dict.fromkeys(SD1.blocks, value)})
+    return recipe(dict.fromkeys(SD1.blocks, value))
 
 
-def plan(
-    optimiser: Optimiser = "bayes", init_points: int = 2, freeze: dict[str, float] | None = None
-) -> Plan:
-    found = space.build(["alpha"], SD1, freeze=freeze or {}, ranges={}, groups=[])
-    return Plan(found, "weighted_sum", "a", optimiser, init_points, seed=3)
+def plan(optimiser: str = "bayes", init_points: int = 2) -> Plan:
+    return Plan(
+        dict.fromkeys(SD1.blocks, (0.0, 1.0)),
+        ["p"] * 4,
+        n_iters=20,
+        optimiser=optimiser,
+        init_points=init_points,
+        per_trial=2,
+        seed=3,
+    )
 
 
-def value_of(weights: Weights) -> float:
-    return -sum((w - 0.3) ** 2 for w in weights["alpha"].values())
+def searching(study: Study, how: Plan) -> Proposer:
+    return study.searching(how, lambda scores: scores["taste"])
 
 
-def proposals(study: Study, how: Plan, n: int) -> list[Weights]:
-    asked = []
+def proposals(study: Study, how: Plan, n: int) -> list[Mapping[str, float]]:
+    proposer, asked = searching(study, how), []
     for _ in range(n):
-        trial = study.ask(how, recipe)
-        asked.append(trial.recipe.weights)
-        trial.complete(Estimate(value_of(trial.recipe.weights), 0.1, 4))
+        trial = study.ask(proposer, recipe)
+        weights = trial.recipe.weights["alpha"]
+        asked.append(weights)
+        score = -sum((weight - 0.3) ** 2 for weight in weights.values())
+        for item in trial.items or ():
+            trial.record(item, {"taste": score}, "")
+        trial.complete(Estimate(score, 0.1, 2))
     return asked
+
+
+def ask(url: str) -> Trial:
+    study = Study(url)
+    return study.ask(searching(study, plan()), recipe)
 
 
 @pytest.fixture
@@ -52,7 +67,7 @@ def url(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("optimiser", ["bayes", "tpe"])
 def test_reopened_study_proposes_what_an_open_one_would_have(
-    tmp_path: Path, optimiser: Optimiser
+    tmp_path: Path, optimiser: str
 ) -> None:
     open_all_along = Study(f"sqlite:///{tmp_path / 'one.db'}")
     expected = proposals(open_all_along, plan(optimiser), 6)
@@ -64,10 +79,10 @@ def test_reopened_study_proposes_what_an_open_one_would_have(
 
 
 def test_interrupted_trial_comes_back_with_its_scores(url: str) -> None:
-    trial = Study(url).ask(plan(), recipe)
+    trial = ask(url)
     trial.record(0, {"taste": 1.5}, "aaaa")
     trial.spend(generate=2.0)
-    again = Study(url).ask(plan(), recipe)
+    again = ask(url)
     assert again.recipe == trial.recipe
     assert again.scores == {0: {"taste": 1.5}}
     again.spend(generate=1.0)
@@ -75,7 +90,7 @@ def test_interrupted_trial_comes_back_with_its_scores(url: str) -> None:
 
 
 def test_score_that_stands_is_not_replaced(url: str) -> None:
-    trial = Study(url).ask(plan(), recipe)
+    trial = ask(url)
     trial.record(0, {"taste": 1.5}, "aaaa")
     trial.record(0, {"taste": 9.9}, "bbbb")
     (result,) = Study(url).searched()
@@ -87,23 +102,23 @@ def test_proposal_that_was_cut_off_before_its_recipe_is_asked_for_again(url: str
     study = Study(url)
     proposals(study, plan(), 3)
     cut = optuna.load_study(storage=url, study_name="search")
-    cut.ask(plan().distributions)
+    cut.ask(plan().distributions)  # and is killed
     expected = Study(url.replace("study.db", "other.db"))
     whole = proposals(expected, plan(), 4)
     assert proposals(Study(url), plan(), 1)[0] == whole[3]
     assert [r.name for r in Study(url).searched()] == ["trial 1", "trial 2", "trial 3", "trial 4"]
 
 
-def test_exploration_covers_each_axis_evenly(url: str) -> None:
+def test_exploration_covers_each_axis_evenly_and_favours_its_ends(url: str) -> None:
     points = proposals(Study(url), plan(init_points=8), 8)
-    table = np.array([list(weights["alpha"].values()) for weights in points])
+    table = np.array([list(weights.values()) for weights in points])
+    shares = np.arcsin(np.sqrt(table)) * 2 / np.pi
     # Each eighth of each axis holds one point of the first eight of a Sobol sequence.
-    assert (np.sort(np.floor(table * 8), axis=0) == np.arange(8)[:, None]).all()
+    assert (np.sort(np.floor(shares * 8), axis=0) == np.arange(8)[:, None]).all()
 
 
 def test_failed_trial_is_not_told_as_a_number(url: str) -> None:
-    study = Study(url)
-    study.ask(plan(), recipe).fail("the server went away")
+    ask(url).fail("the server went away")
     (result,) = Study(url).searched()
     assert (result.state, result.value, result.reason) == ("failed", None, "the server went away")
     stored = optuna.load_study(storage=url, study_name="search").trials
@@ -111,18 +126,43 @@ def test_failed_trial_is_not_told_as_a_number(url: str) -> None:
     assert stored[0].values is None
 
 
-def test_baseline_is_observed_once_and_only_inside_the_space(url: str) -> None:
+def test_baseline_is_observed_once_with_its_scores(url: str) -> None:
     study = Study(url)
     trial = study.book("baseline", "even", even(0.5))
-    trial.complete(Estimate(1.0, 0.1, 4))
-    study.observe(trial.result(), plan())
-    study.observe(trial.result(), plan())
-    stored = optuna.load_study(storage=url, study_name="search").trials
-    assert [t.values for t in stored] == [[1.0]]
-    frozen = Study(url.replace("study.db", "frozen.db"))
-    frozen.observe(trial.result(), plan(freeze={"IN00": 0.1}))
-    stored = optuna.load_study(storage=url.replace("study.db", "frozen.db"), study_name="search")
-    assert not stored.trials
+    trial.record(2, {"taste": 7.0}, "aaaa")
+    trial.complete(Estimate(7.0, 0.1, 1))
+    params = dict.fromkeys(SD1.blocks, 0.5)
+    study.observe(trial.result(), params, plan())
+    study.observe(trial.result(), params, plan())
+    (stored,) = optuna.load_study(storage=url, study_name="search").trials
+    assert (stored.values, stored.params) == ([7.0], params)
+    assert searching(study, plan()).few(1)[0][1].mean == pytest.approx(7.0)
+    assert (study.n_finished, study.n_judged) == (0, 0)
+
+
+def test_recommendation_is_kept_with_what_was_expected(url: str) -> None:
+    study = Study(url)
+    assert (study.leader, study.expected) == (None, {})
+    study.expect(even(0.1), Estimate(1.0, 0.5, 0))
+    proposals(study, plan(), 3)
+    study.expect(even(0.2), Estimate(2.0, 0.25, 6))
+    again = Study(url)
+    assert again.leader is not None
+    assert (again.leader.recipe, again.leader.value) == (even(0.2), Estimate(2.0, 0.25, 6))
+    assert again.expected == {0: Estimate(1.0, 0.5, 0), 3: Estimate(2.0, 0.25, 6)}
+
+
+def test_candidates_stand_until_there_are_more_trials(url: str) -> None:
+    study = Study(url)
+    proposals(study, plan(), 3)
+    assert study.candidates == []
+    wanted = Result(
+        "exploit", "runner-up 1", -1, "complete", even(0.2), {}, value=Estimate(2.0, 0.25, 6)
+    )
+    study.choose([wanted])
+    assert Study(url).candidates == [wanted]
+    proposals(study, plan(), 1)
+    assert study.candidates == []
 
 
 def test_booked_recipe_is_found_again_unless_it_failed(url: str) -> None:

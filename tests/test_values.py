@@ -138,7 +138,9 @@ def test_several_scorers_are_normalised_by_the_baselines_before_they_are_average
         result(taste=[4.0, 6.0], sharpness=[100.0, 300.0]),
         result(taste=[4.0, 6.0], sharpness=[100.0, 300.0]),
     ]
-    yardstick = Yardstick.from_baselines({"taste": 3.0, "sharpness": 1.0}, baselines)
+    yardstick = Yardstick.from_baselines(
+        {"taste": 3.0, "sharpness": 1.0}, baselines, panel([1, 1])
+    )
     assert yardstick.scale == {"taste": (5.0, 1.0), "sharpness": (200.0, 100.0)}
     assert yardstick.value({"taste": 5.0, "sharpness": 200.0}) == 0.0
     # (3 x 2 spreads - 1 x 1 spread) / 4
@@ -152,6 +154,7 @@ def test_unit_of_a_scorer_does_not_matter_beside_another() -> None:
         Yardstick.from_baselines(
             {"taste": 1.0, "sharpness": 2.0},
             [result(taste=list(taste), sharpness=list(factor * sharpness))],
+            panel([1] * 12),
         )
         for factor in (1, 1000)
     ]
@@ -163,14 +166,51 @@ def test_unit_of_a_scorer_does_not_matter_beside_another() -> None:
 @pytest.mark.parametrize("score", [0.1, 0.7, 0.0, -3.3, 1e9])
 def test_scorer_that_gives_all_baselines_the_same_score_is_only_shifted(score: float) -> None:
     baselines = [result(taste=[4.0, 6.0, 5.0], flat=[score] * 3)]
-    yardstick = Yardstick.from_baselines({"taste": 1.0, "flat": 1.0}, baselines)
+    yardstick = Yardstick.from_baselines({"taste": 1.0, "flat": 1.0}, baselines, panel([1] * 3))
     assert yardstick.scale["flat"] == pytest.approx((score, 1.0))
     assert yardstick.value({"taste": 5.0, "flat": score + 1}) == pytest.approx(0.5)
 
 
 def test_baselines_without_scores_are_no_yardstick() -> None:
     with pytest.raises(RunError, match="no baseline could be judged"):
-        Yardstick.from_baselines({"taste": 1.0}, [result(taste=[])])
+        Yardstick.from_baselines({"taste": 1.0}, [result(taste=[])], panel([1]))
+
+
+def test_trial_is_valued_as_if_it_had_seen_the_whole_panel() -> None:
+    # Image 0 is harder than image 1 by 4, and image 2 is in between.
+    baselines = [result(taste=[1.0, 5.0, 3.0]), result(taste=[2.0, 6.0, 4.0])]
+    yardstick = Yardstick.from_baselines({"taste": 1.0}, baselines, panel([1, 1, 1]))
+    assert yardstick.offsets == pytest.approx({0: -2.0, 1: 2.0, 2: 0.0})
+    for scores in ({0: 3.0}, {1: 7.0}, {0: 3.0, 1: 7.0}, {2: 5.0, 1: 7.0}):
+        assert yardstick.trial(result(taste=scores), panel([1, 1, 1])).mean == pytest.approx(5.0)
+
+
+def test_offsets_of_a_weighted_panel_are_from_its_weighted_mean() -> None:
+    baselines = [result(taste=[0.0, 8.0]), result(taste=[4.0, 12.0])]
+    yardstick = Yardstick.from_baselines({"taste": 1.0}, baselines, panel([3, 1]))
+    assert yardstick.offsets == pytest.approx({0: -2.0, 1: 6.0})
+
+
+def test_error_of_a_trial_is_that_of_the_baselines_over_its_images() -> None:
+    chance = np.random.default_rng(0)
+    offsets, levels = chance.normal(0, 3, 40), (0.0, 5.0, 2.0)
+    baselines = [
+        result(taste=list(level + offsets + chance.normal(0, 0.5, 40))) for level in levels
+    ]
+    images = panel([1] * 40)
+    yardstick = Yardstick.from_baselines({"taste": 1.0}, baselines, images)
+    assert yardstick.noise == pytest.approx(0.5, rel=0.15)
+    for n in (1, 4):
+        found = yardstick.trial(result(taste=[1.0] * n), images)
+        assert found.se == pytest.approx(yardstick.noise / n**0.5)
+        assert found.n == n
+
+
+def test_panel_of_one_image_tells_no_error() -> None:
+    baselines = [result(taste=[1.0]), result(taste=[2.0])]
+    yardstick = Yardstick.from_baselines({"taste": 1.0}, baselines, panel([1]))
+    found = yardstick.trial(result(taste=[4.0]), panel([1]))
+    assert (found.mean, found.se) == (4.0, 0.0)
 
 
 # Differences

@@ -27,6 +27,8 @@ _STEP = 0.3
 _EVERY = 3
 # Of the images, those that only the expected improvement spends: nothing is learnt for later then.
 _LAST = 0.15
+# Merges whose weights differ by less on average are one and the same candidate.
+_NEAR = 0.05
 
 
 class Judged(NamedTuple):
@@ -65,9 +67,21 @@ class Bayes:
         rule = _RULES[-1 if spent >= 1 - _LAST else place % len(_RULES)]
         return rule(posterior, incumbent, chance).numpy()
 
-    def recommend(self, judged: Sequence[Judged]) -> Recommended:
-        """The merge with the highest expected score; it need not have been tried."""
+    def few(self, judged: Sequence[Judged], n: int) -> list[Recommended]:
+        """The merge of the highest expected score, then the judged ones that should be nearly as good.
+
+        The first need not have been tried. They are apart from each other, so that they are not all
+        wrong in the same way.
+        """
         posterior = self._posterior(judged, len(judged), n_steps=60)
+        found = [self._best(posterior)]
+        for i in posterior.at_points.argsort()[::-1]:
+            point = judged[i].point
+            if len(found) < n and all(_apart(point, one.point) > _NEAR for one in found):
+                found.append(Recommended(point, *posterior.expected(torch.from_numpy(point))))
+        return found[:n]
+
+    def _best(self, posterior: Posterior) -> Recommended:
         few = posterior.at_points.argsort()[::-1][:5].copy()
         middle = torch.full((1, self.d), 0.5, dtype=torch.float64)
         best = _climb(posterior.mean, torch.cat([posterior.data.points[few], middle]))
@@ -85,6 +99,11 @@ class Bayes:
         point, image, y = (list(column) for column in zip(*rows, strict=True))
         points = np.array([one.point for one in judged])
         return Data(points, point, image, [self.panel[i] for i in image], y)
+
+
+def _apart(one: Array, other: Array) -> float:
+    """Mean difference of the weights."""
+    return float(np.abs(one - other).mean())
 
 
 def _climb(value: Callable[[Tensor], Tensor], starts: Tensor) -> Tensor:

@@ -69,9 +69,13 @@ class Merge(Section):
 class Search(Section):
     """[search]: what may vary, and for how long."""
 
-    optimiser: Literal["bayes", "tpe"] = "bayes"
-    init_points: NonNegativeInt = 10
-    n_iters: NonNegativeInt = 40
+    images: PositiveInt | None = None
+    n_iters: NonNegativeInt | None = None
+    optimiser: str = "bayes"
+    options: dict[str, Any] = {}
+    init: Literal["sobol", "lhs", "uniform"] = "sobol"
+    init_points: NonNegativeInt | None = None
+    images_per_trial: PositiveInt | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     presets: list[str] = []
     freeze: dict[str, float] = {}

@@ -248,12 +248,14 @@ class Result:
 class Outcome:
     """A run as it stands, finished or not: what the report, the plots and `result.json` are made of.
 
-    `results` are the baselines and then the search's trials in order; `selected` the best few judged
-    again on fresh seeds, from which `best` was chosen; `heldout` holds "a", "b", "even" and "best"
-    judged on seeds that no choice was made on, and `gain` the paired differences "over_a", "over_b"
-    and "over_even" there. `best` is None and `heldout` empty until they are known; during the search
-    `leader` is the trial that looks best so far. `pictures` maps "a", "b", "even", "best" to saved
-    images by panel index: held-out ones once the run is finished, before that the baselines' own.
+    `results` are the baselines and then the search's trials in order, of which there will be about
+    `trials`; `leader` is what the search
+    recommends so far, and `expected` the value that it expected of that after so many trials.
+    `candidates` are the few that it recommends at the end, `selected` the same judged again on fresh
+    seeds, from which `best` was chosen. `heldout` holds "a", "b", "even" and "best" judged on seeds that
+    no choice was made on, and `gain` the paired differences "over_a", "over_b" and "over_even" there.
+    `best` is None and `heldout` empty until they are known. `pictures` maps "a", "b", "even", "best" to
+    saved images by panel index: held-out ones once the run is finished, before that the baselines' own.
     `seconds` is the time spent by phase.
     """
 
@@ -264,8 +266,11 @@ class Outcome:
     panel: tuple[Prompt, ...]
     heldout_panel: tuple[Prompt, ...]
     results: tuple[Result, ...]
+    trials: int = 0
+    candidates: tuple[Result, ...] = ()
     selected: tuple[Result, ...] = ()
     leader: Result | None = None
+    expected: Mapping[int, Estimate] = field(default_factory=dict)
     best: Result | None = None
     heldout: Mapping[str, Estimate] = field(default_factory=dict)
     gain: Mapping[str, Interval] = field(default_factory=dict)

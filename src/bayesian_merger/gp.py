@@ -2,8 +2,10 @@
 
 A score is the sum of a smooth function of the merge's weights, an offset of its payload, an offset of
 its image (one prompt and seed is easier than another for every merge), and noise. So merges that were
-shown different images can be compared. Rasmussen and Williams 2006, Gaussian Processes for Machine
-Learning, chapters 2 and 5; the offsets are the random effects of a mixed model.
+shown different images can be compared. The function is a linear one, which leads on to the corners that
+no merge was near, and one of the squared-exponential kernel with a lengthscale for each weight.
+Rasmussen and Williams 2006, Gaussian Processes for Machine Learning, chapters 2 and 5; the offsets are
+the random effects of a mixed model.
 
 With C merges an evaluation costs C^3, however many images they were shown.
 """
@@ -26,6 +28,7 @@ Array = NDArray[np.float64]
 
 # Log-normal priors, mean and standard deviation of the logarithm; scores are standardised.
 _AMPLITUDE = (0.0, 1.0)
+_SLOPE = (-0.7, 1.0)
 _PAYLOADS = (0.0, 1.0)
 _IMAGES = (math.log(0.5), 0.7)
 _NOISE = (math.log(0.8), 0.3)
@@ -82,11 +85,12 @@ def _means(values: Array, group: NDArray[np.intp]) -> Array:
 def _prior(d: int) -> tuple[Array, Array]:
     """Mean and standard deviation of the logarithms of all hyperparameters.
 
-    They are d lengthscales, then the amplitude, the payloads' and the images' offsets, the noise.
+    They are d lengthscales, then the amplitudes of the smooth and the linear function, the payloads' and
+    the images' offsets, the noise.
     """
     # In more dimensions random merges are further apart.
     mean, sd = _LENGTH[0] + math.log(d / 26) / 2, _LENGTH[1]
-    both = np.array([(mean, sd)] * d + [_AMPLITUDE, _PAYLOADS, _IMAGES, _NOISE])
+    both = np.array([(mean, sd)] * d + [_AMPLITUDE, _SLOPE, _PAYLOADS, _IMAGES, _NOISE])
     return both[:, 0], both[:, 1]
 
 
@@ -97,6 +101,7 @@ class Posterior:
     data: Data
     inverse_lengths: Tensor
     variance: float
+    slope: float
     # What the kernel at the judged merges is multiplied with.
     of_mean: Tensor
     of_covariance: Tensor
@@ -107,9 +112,8 @@ class Posterior:
 
     def kernel(self, one: Tensor, other: Tensor) -> Tensor:
         """Prior covariance [n, m] of the merges `one` [n, d] and `other` [m, d]."""
-        return self.variance * torch.exp(
-            -0.5 * _squares(one * self.inverse_lengths, other * self.inverse_lengths)
-        )
+        apart = _squares(one * self.inverse_lengths, other * self.inverse_lengths)
+        return self.variance * torch.exp(-0.5 * apart) + self.slope * _products(one, other)
 
     def mean(self, x: Tensor) -> Tensor:
         """Expected score [n] of merges [n, d], without offsets."""
@@ -118,7 +122,8 @@ class Posterior:
     def mean_and_variance(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of merges [n, d], each by itself."""
         k = self.kernel(x, self.data.points)
-        variance = self.variance - ((k @ self.of_covariance) * k).sum(1)
+        prior = self.variance + self.slope * ((2 * x - 1) ** 2).mean(1)
+        variance = prior - ((k @ self.of_covariance) * k).sum(1)
         return k @ self.of_mean, variance.clamp(min=1e-12)
 
     def expected(self, x: Tensor) -> tuple[float, float]:
@@ -144,6 +149,11 @@ def _squares(one: Tensor, other: Tensor) -> Tensor:
     """Squared distances [n, m]."""
     apart = (one * one).sum(1)[:, None] + (other * other).sum(1)[None] - 2 * one @ other.T
     return apart.clamp(min=0)
+
+
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    """Inner products [n, m] from the middle of the box; 1 for a corner with itself."""
+    return (2 * one - 1) @ (2 * other - 1).T / one.shape[1]
 
 
 class Model:
@@ -192,6 +202,7 @@ class Model:
                 data,
                 torch.exp(-theta[: self.d]),
                 float(torch.exp(2 * theta[self.d])),
+                float(torch.exp(2 * theta[self.d + 1])),
                 h - g @ at_points,
                 g - gh @ gh.T,
                 float(offset @ (data.uy - data.zu.T @ at_points) / noise),
@@ -218,7 +229,7 @@ class _Parts(NamedTuple):
 
 def _parts(data: Data, theta: Tensor) -> _Parts:
     d = data.d
-    amplitude, payload, image, noise = torch.exp(2 * theta[d:])
+    amplitude, slope, payload, image, noise = torch.exp(2 * theta[d:])
     spread = torch.cat(
         [
             torch.ones(1, dtype=theta.dtype),
@@ -243,6 +254,7 @@ def _parts(data: Data, theta: Tensor) -> _Parts:
     scaled = data.points * torch.exp(-theta[:d])
     same = torch.eye(len(data.points), dtype=theta.dtype)
     kernel = amplitude * (torch.exp(-0.5 * _squares(scaled, scaled)) + _JITTER * same)
+    kernel = kernel + slope * _products(data.points, data.points)
     root = torch.linalg.cholesky(kernel)
     w = torch.linalg.cholesky(same + root.T @ g @ root)
     return _Parts(rest, inner, g, h, root, w)

@@ -38,21 +38,17 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         name: tuple(Prompt.from_dict(p) for p in about[name])
         for name in ("panel", "heldout_panel")
     }
-    heldout = about["config"]["heldout"]
-    few = candidates(searched, heldout["candidates"])
+    few = study.candidates[: about["config"]["heldout"]["candidates"]]
     selected = ranked(few, study.judged("select")) or []
     confirmed = chosen(selected, study.judged("heldout"))
     judged = {
         r.name: r for r in study.judged("heldout") if r.name in BASELINES and r.state == "complete"
     }
-    search = about["config"]["search"]
-    n_finished = sum(r.state != "running" for r in searched)
-    complete = n_finished >= search["init_points"] + search["n_iters"]
-    finished = complete and confirmed is not None and len(judged) == len(BASELINES)
+    finished = bool(few) and confirmed is not None and len(judged) == len(BASELINES)
     gain = {}
     if finished and confirmed is not None:
         judged["best"] = confirmed
-        yardstick = Yardstick.from_baselines(about["weights"], baselines)
+        yardstick = Yardstick.from_baselines(about["weights"], baselines, panels["panel"])
         gain = {
             f"over_{name}": yardstick.difference(
                 judged["best"], judged[name], panels["heldout_panel"]
@@ -77,8 +73,11 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         panel=panels["panel"],
         heldout_panel=panels["heldout_panel"],
         results=(*baselines, *searched),
+        trials=about["trials"],
         selected=tuple(selected),
-        leader=leader(searched),
+        candidates=tuple(few),
+        leader=study.leader,
+        expected=study.expected,
         best=judged["best"] if finished else None,
         heldout={name: r.value for name, r in sorted(judged.items()) if r.value and finished},
         gain=gain,
@@ -115,13 +114,6 @@ def _write(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def candidates(searched: Sequence[Result], n: int) -> list[Result]:
-    """The `n` complete trials with the highest values, each recipe once, best first."""
-    complete = sorted((r for r in searched if r.state == "complete"), key=mean)
-    by_recipe = {r.recipe.digest(): r for r in complete}
-    return sorted(by_recipe.values(), key=mean, reverse=True)[:n]
-
-
 def ranked(few: Sequence[Result], judged: Sequence[Result]) -> list[Result] | None:
     """The candidates as judged on fresh seeds, best first, without those that failed there.
 
@@ -150,11 +142,6 @@ def _record(wanted: Result, judged: Sequence[Result]) -> Result | None:
     digest = wanted.recipe.digest()
     found = [r for r in judged if r.recipe.digest() == digest]
     return next((r for r in found if r.state == "complete"), found[-1] if found else None)
-
-
-def leader(results: Sequence[Result]) -> Result | None:
-    """The complete trial with the highest value, or None."""
-    return next(iter(candidates(results, 1)), None)
 
 
 def mean(result: Result) -> float:

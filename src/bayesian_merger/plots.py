@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,7 @@ _DARK = _Theme(
 _MAP = colormaps["PuOr"]
 _FONT = "DejaVu Sans"  # comes with matplotlib, hence one figure on every machine
 _LABELS = {"a": "A", "b": "B", "even": "even"}
-_LEGEND = ("exploration", "exploitation", "best so far", "leading", "chosen", "failed", "stopped")
+_LEGEND = ("exploration", "exploitation", "recommended", "failed", "stopped")
 
 # Sizes of the drawing of the network, in inches.
 _BOX, _PITCH, _STAGGER, _GAP, _MIDDLE = (1.3, 0.34), 0.4, 0.26, 0.12, 1.4
@@ -93,10 +92,11 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def convergence(outcome: Outcome, *, dark: bool = False) -> Figure:
-    """The value of each trial with its standard error, the running best, the baselines as lines.
+    """The value of each trial with its standard error, and the baselines as lines.
 
-    Trials without a value are marked at the bottom edge, the chosen trial (or, before the end, the
-    leading one) by a star.
+    The line with a band is the value that is expected of the merge that the search recommended after so
+    many trials, with its standard error, a star at its end. Trials without a value are marked at the
+    bottom edge.
     """
     theme = _DARK if dark else _LIGHT
     figure = Figure(figsize=(8.4, 4.6), facecolor=theme.paper)
@@ -107,13 +107,15 @@ def convergence(outcome: Outcome, *, dark: bool = False) -> Figure:
     lost = {n: r.state for n, r in enumerate(trials, start=1) if r.state in ("failed", "stopped")}
 
     axes.set_xlim(0.25, max(len(trials), 1) + 0.75)
-    values = [*baselines.values(), *(value for _, value in measured.values())]
+    expected = outcome.expected
+    values = [*baselines.values(), *(value for _, value in measured.values()), *expected.values()]
     axes.set_ylim(*_limits(values, room_below=bool(lost)))
     _draw_frame(axes, theme)
     if not values:
         axes.set_yticks([])
     _draw_baselines(axes, baselines, theme)
-    _draw_trials(axes, measured, len(trials), theme)
+    _draw_trials(axes, measured, theme)
+    _draw_expected(axes, expected, theme)
     for state, marker in (("failed", "x"), ("stopped", "v")):
         some = [n for n, found in lost.items() if found == state]
         if some:
@@ -121,17 +123,11 @@ def convergence(outcome: Outcome, *, dark: bool = False) -> Figure:
             edge = axes.get_xaxis_transform()
             style: dict[str, Any] = {"color": theme.soft, "ms": 6, "mew": 1.6, "label": state}
             axes.plot(some, [0.03] * len(some), marker, transform=edge, gid=state, **style)
-    marked = outcome.best or outcome.leader
-    for n, (result, value) in measured.items():
-        if marked is not None and result.name == marked.name:
-            label = f"{'chosen' if outcome.best else 'leading'}: {_drawable(result.name)}"
-            star: dict[str, Any] = {"ms": 16, "mec": theme.paper, "color": theme.best}
-            axes.plot(n, value.mean, "*", label=label, gid="best", zorder=4, **star)
     if not measured:
         style = _text(theme.soft, 11, ha="center", transform=axes.transAxes)
         axes.text(0.5, 0.5, "no trial is complete yet", **style)
     handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: _LEGEND.index(labels[i].split(":")[0]))
+    order = sorted(range(len(labels)), key=lambda i: _LEGEND.index(labels[i]))
     axes.legend(
         [handles[i] for i in order],
         [labels[i] for i in order],
@@ -246,14 +242,10 @@ def _draw_baselines(axes: Axes, baselines: Mapping[str, Estimate], theme: _Theme
 
 
 def _draw_trials(
-    axes: Axes, measured: Mapping[int, tuple[Result, Estimate]], n_trials: int, theme: _Theme
+    axes: Axes, measured: Mapping[int, tuple[Result, Estimate]], theme: _Theme
 ) -> None:
-    """The values with their error bars, by stage, and the best of them so far."""
-    if measured:
-        best = list(accumulate((value.mean for _, value in measured.values()), max))
-        line: dict[str, Any] = {"color": theme.best, "lw": 1.6, "gid": "running best"}
-        x, y = [*measured, n_trials], [*best, best[-1]]
-        axes.step(x, y, where="post", zorder=2, label="best so far", **line)
+    """The values with their error bars, by stage; the more there are, the fainter."""
+    alpha = min(1.0, 40 / max(len(measured), 1)) ** 0.5
     for stage, label in (("explore", "exploration"), ("exploit", "exploitation")):
         some = {n: value for n, (result, value) in measured.items() if result.stage == stage}
         if some:
@@ -266,9 +258,24 @@ def _draw_trials(
                 mfc=theme.paper if stage == "explore" else theme.trial,
                 color=theme.trial,
                 elinewidth=0.8,
+                alpha=alpha,
                 label=label,
                 zorder=3,
             )
+
+
+def _draw_expected(axes: Axes, expected: Mapping[int, Estimate], theme: _Theme) -> None:
+    """The line of what was expected of the recommended merge, its band and its star."""
+    if not expected:
+        return
+    means = [value.mean for value in expected.values()]
+    low = [value.mean - value.se for value in expected.values()]
+    high = [value.mean + value.se for value in expected.values()]
+    band: dict[str, Any] = {"color": theme.best, "alpha": 0.18, "lw": 0, "zorder": 4}
+    axes.fill_between(list(expected), low, high, gid="band", **band)
+    axes.plot(list(expected), means, color=theme.best, lw=1.6, gid="expected", zorder=5)
+    star: dict[str, Any] = {"ms": 16, "mec": theme.paper, "color": theme.best, "zorder": 6}
+    axes.plot(max(expected), means[-1], "*", label="recommended", gid="best", **star)
 
 
 def _draw_block(

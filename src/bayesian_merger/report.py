@@ -175,7 +175,7 @@ def _convergence_alt(outcome: Outcome) -> str:
     ]
     text = f"Chart of the values of {len(complete)} trials"
     if outcome.leader and outcome.leader.value:
-        text += f"; the highest is {_number(outcome.leader.value.mean)}, {outcome.leader.name}"
+        text += f"; {_number(outcome.leader.value.mean)} is expected of the recommended merge"
     return f"{text}; for comparison {', '.join(lines)}." if lines else f"{text}."
 
 
@@ -229,8 +229,8 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _selected(outcome: Outcome) -> list[dict[str, Any]]:
-    """The few best trials: what they had in the search, what on fresh seeds, which was chosen."""
-    before = {result.name: result.value for result in outcome.results}
+    """The few best merges: what the search expected, what they had on fresh seeds, which was chosen."""
+    before = {result.name: result.value for result in outcome.candidates}
     chosen = outcome.best.name if outcome.best else None
     return [
         {
@@ -244,10 +244,9 @@ def _selected(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def _progress(outcome: Outcome) -> dict[str, int]:
-    """Trials done and planned; 0 planned where the configuration does not say."""
-    search = outcome.config.get("search", {})
+    """Trials done and planned."""
     done = sum(r.stage != "baseline" and r.state != "running" for r in outcome.results)
-    return {"done": done, "planned": search.get("init_points", 0) + search.get("n_iters", 0)}
+    return {"done": done, "planned": outcome.trials}
 
 
 def _phases(seconds: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -29,8 +30,6 @@ from bayesian_merger.errors import (
 )
 from bayesian_merger.merge import Merger
 from bayesian_merger.outcome import (
-    candidates,
-    leader,
     open_study,
     pictures_of,
     ranked,
@@ -41,20 +40,21 @@ from bayesian_merger.outcome import (
 )
 from bayesian_merger.scorers import Scorer
 from bayesian_merger.setup import BASELINES, Setup
-from bayesian_merger.study import Plan, Stage, Study, Trial, storage_errors
+from bayesian_merger.study import Stage, Study, Trial, storage_errors
 from bayesian_merger.values import Yardstick
 
 _FAILURES_IN_A_ROW = 3
 # Errors of ours say what they mean for the run; a full disk or a lost server stops it.
 _NOT_OF_ONE_TRIAL = (MergerError, OSError)
 _REPORT_EVERY_S = 60.0
+_TELL_EVERY_S = 10.0
 
 
 class Observer(Protocol):
     """Is told how the run goes on; the library itself prints nothing."""
 
-    def planned(self, images: int, trials: int) -> None:
-        """The run will have made so many images and trials when it is done."""
+    def planned(self, images: int) -> None:
+        """The run will have made about so many images when it is done."""
         ...
 
     def started(self, stage: str, name: str, images: int) -> None:
@@ -118,7 +118,7 @@ def run(setup: Setup, folder: Path, observer: Observer) -> Outcome:
         check_folder(setup, folder)
         study = open_study(folder, create=True)
         study.begin(setup.identity, setup.about())
-        observer.planned(setup.n_images(), setup.n_trials)
+        observer.planned(setup.n_images())
         for warning in setup.warnings:
             observer.noted(warning)
 
@@ -150,18 +150,22 @@ def _baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> 
         try:
             keep = pictures_of(folder, "baseline", trial.name)
             judge(trial, setup.panel, setup, observer, keep)
-            _require_change(trial.result(), [t.result() for t in trials], setup.plan)
+            _require_change(trial.result(), [t.result() for t in trials], setup)
         except TrialError as error:
             # What a back end made that fails here is not to be trusted, hence all or none.
             for doubtful in trials:
                 if not doubtful.is_complete:
                     doubtful.fail(str(error))
             raise RunError(f"baseline {trial.name} cannot be judged: {error}") from error
-    yardstick = Yardstick.from_baselines(setup.weights, [t.result() for t in trials])
+    results = [trial.result() for trial in trials]
+    yardstick = Yardstick.from_baselines(setup.weights, results, setup.panel)
     for trial in trials:
         if not trial.is_complete:
             trial.complete(yardstick.estimate(trial.result(), setup.panel))
-        study.observe(trial.result(), setup.plan)
+        recipe, merge = trial.recipe, setup.config.merge
+        is_alike = (recipe.method, recipe.vae) == (merge.method, merge.vae)
+        if is_alike and (params := setup.space.values(recipe.weights)):
+            study.observe(trial.result(), params, setup.plan)
         observer.finished(trial.result(), None)
     return yardstick
 
@@ -171,23 +175,28 @@ def _search(
 ) -> None:
     """Ask, judge, tell, until the trials are spent; a failed trial only has no value."""
     failures = 0
-    reported = -math.inf
+    reported = told = -math.inf
     # What an earlier, shorter run of this folder has confirmed is not replaced by a mere leader.
     is_confirmed = any(r.name not in BASELINES for r in study.judged("heldout"))
     models = () if is_confirmed else setup.merger.references()
-    while _n_finished(study) < setup.n_trials:
+    proposer = study.searching(setup.plan, yardstick.value)
+
+    def recipe_of(params: Mapping[str, float]) -> Recipe:
+        return setup.recipe(setup.space.weights(params))
+
+    while setup.plan.spent(study.n_finished, study.n_judged) < 1:
         start = time.monotonic()
-        trial = study.ask(setup.plan, setup.recipe)
+        trial = study.ask(proposer, recipe_of)
         trial.spend(ask=time.monotonic() - start)
-        observer.started(trial.stage, trial.name, len(setup.panel))
+        panel = [setup.panel[i] for i in trial.items or ()]
+        observer.started(trial.stage, trial.name, len(panel))
         keep = (
             pictures_of(folder, trial.stage, trial.name) if setup.config.output.save_imgs else None
         )
-        before = leader(study.searched())
         try:
-            judge(trial, setup.panel, setup, observer, keep)
+            judge(trial, panel, setup, observer, keep)
             others = [*study.judged("baseline"), *study.searched()]
-            _require_change(trial.result(), others, setup.plan)
+            _require_change(trial.result(), others, setup)
         except TrialError as error:
             trial.fail(str(error))
             failures += 1
@@ -198,17 +207,36 @@ def _search(
                 raise RunError(f"{many}{error}") from error
         else:
             failures = 0
-            trial.complete(yardstick.estimate(trial.result(), setup.panel))
-        best = leader(study.searched())
-        observer.finished(trial.result(), best)
-        if models and best is not None and (before is None or best.number != before.number):
-            write_recipe(best.recipe, folder, models)
+            trial.complete(yardstick.trial(trial.result(), panel))
+        if time.monotonic() - told > _TELL_EVERY_S and study.n_finished >= setup.plan.n_first:
+            told = time.monotonic()
+            for params, value in proposer.few(1):
+                study.expect(recipe_of(params), value)
+                if models:
+                    write_recipe(recipe_of(params), folder, models)
+        observer.finished(trial.result(), study.leader)
         if time.monotonic() - reported > _REPORT_EVERY_S:
             reported = time.monotonic()
             try:
                 write_outcome(read_outcome(folder, study), folder, models)
             except PermissionError as error:  # on Windows, a program that has the page open
                 observer.noted(f"the report could not be renewed ({error})")
+    if len(study.candidates) < setup.config.heldout.candidates:
+        few = proposer.few(setup.config.heldout.candidates)
+        study.choose(
+            [
+                Result("exploit", name, -1, "complete", recipe_of(params), {}, value=value)
+                for name, (params, value) in zip(_candidate_names(), few, strict=False)
+            ]
+        )
+        if few:
+            study.expect(recipe_of(few[0][0]), few[0][1])
+
+
+def _candidate_names() -> Iterator[str]:
+    """The merge that the search recommends was not tried as it is, nor need the others have been."""
+    yield "recommended"
+    yield from (f"runner-up {n}" for n in count(1))
 
 
 def _confirm(
@@ -219,7 +247,7 @@ def _confirm(
     The luckiest trial wins a search, so its own score flatters it; seeds that no choice was made on
     do not.
     """
-    few = candidates(study.searched(), setup.config.heldout.candidates)
+    few = study.candidates[: setup.config.heldout.candidates]
     if not few:
         raise RunError("no trial was completed, so there is no merge to confirm")
 
@@ -250,27 +278,29 @@ def _confirm(
     raise RunError(f"none of the {len(few)} best merges can be judged on fresh seeds")
 
 
-def _require_change(result: Result, others: Sequence[Result], plan: Plan) -> None:
+def _require_change(result: Result, others: Sequence[Result], setup: Setup) -> None:
     """NothingChangedError if another merge, of clearly other weights, has made the very same images."""
     for other in others:
-        same = result.images and dict(result.images) == dict(other.images)
-        if same and _distance(result, other, plan) > 0.1:
+        both = result.images.keys() & other.images.keys()
+        same = both and all(result.images[i] == other.images[i] for i in both)
+        if same and _distance(result, other, setup) > 0.1:
             raise NothingChangedError(
                 f"{other.name} and {result.name} have different weights, but all their images are the "
                 f"same: A and B are alike in what is searched, or the back end does not load the merge"
             )
 
 
-def _distance(one: Result, other: Result, plan: Plan) -> float:
+def _distance(one: Result, other: Result, setup: Setup) -> float:
     """Mean difference of the searched weights; A and B are apart by 1.
 
     Weights of different methods cannot be compared, and count as equal.
     """
     if one.recipe.method != other.recipe.method:
         return 0.0
-    if one.recipe.method != plan.method:
+    if one.recipe.method != setup.config.merge.method:
         return float(one.recipe.digest() != other.recipe.digest())
-    searched = [plan.space.names[member] for p in plan.space.parameters for member in p.members]
+    space = setup.space
+    searched = [space.names[member] for p in space.parameters for member in p.members]
     apart = [abs(one.recipe.weights[w][b] - other.recipe.weights[w][b]) for w, b in searched]
     return sum(apart) / len(apart)
 
@@ -290,18 +320,18 @@ def check_folder(setup: Setup, folder: Path) -> None:
 class TryOut:
     """What one merge and one image took, in seconds, with the first image's scores.
 
-    `images` and `trials` are those of the whole run, `run_s` its estimated time.
+    `images` and `merges` are those of the whole run, `run_s` its estimated time.
     """
 
     merge_s: float
     image_s: float
     scores: Mapping[str, float]
     images: int
-    trials: int
+    merges: int
 
     @property
     def run_s(self) -> float:
-        return self.images * self.image_s + self.trials * self.merge_s
+        return self.images * self.image_s + self.merges * self.merge_s
 
 
 def try_out(setup: Setup) -> TryOut:
@@ -317,8 +347,8 @@ def try_out(setup: Setup) -> TryOut:
     warm = time.monotonic()
     scores = _score(setup.scorers, _generate(setup, batch))
     per_image = (time.monotonic() - warm) / len(batch)
-    trials = setup.n_trials + 2 * len(BASELINES) + 1 + setup.config.heldout.candidates
-    return TryOut(merged - start, per_image, scores[0], setup.n_images(), trials)
+    merges = setup.plan.n_trials + 2 * len(BASELINES) + 1 + setup.config.heldout.candidates
+    return TryOut(merged - start, per_image, scores[0], setup.n_images(), merges)
 
 
 def _load(setup: Setup, recipe: Recipe) -> None:
@@ -365,10 +395,6 @@ def _score(scorers: Mapping[str, Scorer], samples: Sequence[Sample]) -> list[dic
                 raise TrialError(f"scorer {name} gave {score}")
             row[name] = score
     return table
-
-
-def _n_finished(study: Study) -> int:
-    return sum(result.state != "running" for result in study.searched())
 
 
 def _batches(panel: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:

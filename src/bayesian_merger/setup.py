@@ -19,12 +19,14 @@ from bayesian_merger.errors import ConfigError, MergerError
 from bayesian_merger.merge import Merger, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import Scorer, scorer
-from bayesian_merger.study import Plan
+from bayesian_merger.space import Space
+from bayesian_merger.study.proposals import Plan
 
 BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
 # Options that a resumed run may have otherwise: where and how many at once, not what is made.
 _MAY_CHANGE = ("device", "batch")
 _MOST_IMAGES = 10_000
+_USUAL_IMAGES = 500
 _T = TypeVar("_T")
 
 
@@ -36,6 +38,7 @@ class Setup:
     folder: Path
     title: str
     merger: Merger
+    space: Space
     plan: Plan
     panel: tuple[Prompt, ...]
     select_panel: tuple[Prompt, ...]
@@ -65,35 +68,31 @@ class Setup:
         method, vae = merge.method, str(merge.vae)
         if name != "even":
             # A VAE that is searched has a weight, by which a parent's is merged too.
-            is_copied = "VAE" not in self.plan.space.blocks and self.merger.has_vae_of_b
+            is_copied = "VAE" not in self.space.blocks and self.merger.has_vae_of_b
             method, vae = "weighted_sum", name if is_copied else "a"
         # Two of three models may share blocks that all three do not.
-        blocks = dict.fromkeys((*self.merger.architecture.blocks, *self.plan.space.blocks))
+        blocks = dict.fromkeys((*self.merger.architecture.blocks, *self.space.blocks))
         weights = even_weights(method, blocks, BASELINES[name])
         return replace(self.recipe(weights), method=method, vae=vae)
 
     def n_images(self) -> int:
         """Images of the whole run."""
-        candidates = min(self.config.heldout.candidates, self.n_trials)
         return (
-            len(self.panel) * (len(BASELINES) + self.n_trials)
-            + len(self.select_panel) * candidates
+            len(self.panel) * len(BASELINES)
+            + self.plan.n_images
+            + len(self.select_panel) * self.config.heldout.candidates
             + len(self.heldout_panel) * (len(BASELINES) + 1)
         )
-
-    @property
-    def n_trials(self) -> int:
-        """Trials of the search."""
-        return self.config.search.init_points + self.config.search.n_iters
 
     def about(self) -> dict[str, Any]:
         """What a report of the run needs to know beside its trials."""
         return {
             "title": self.title,
-            "blocks": self.plan.space.blocks,
+            "blocks": self.space.blocks,
             "models": [Path(model.name).stem for model in self.merger.references()],
             "config": configuration.as_plain(self.config),
             "weights": dict(self.weights),
+            "trials": self.plan.n_trials,
             "panel": [p.to_dict() for p in self.panel],
             "heldout_panel": [p.to_dict() for p in self.heldout_panel],
         }
@@ -108,7 +107,16 @@ class Setup:
         )
         search = {
             k: plain["search"][k]
-            for k in ("optimiser", "seed", "presets", "freeze", "ranges", "groups")
+            for k in (
+                "optimiser",
+                "options",
+                "init",
+                "seed",
+                "presets",
+                "freeze",
+                "ranges",
+                "groups",
+            )
         }
         merge = {k: plain["merge"][k] for k in ("method", "vae", "precision", "clip", "seed")}
         panels = {
@@ -159,8 +167,9 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
     for plugin in config.plugins:
         attempt(partial(import_file, plugin))
     merger = attempt(lambda: _open_models(config))
-    plan = attempt(lambda: _plan(config, merger)) if merger else None
+    found = attempt(lambda: _space(config, merger)) if merger else None
     panels = attempt(lambda: _panels(config, folder))
+    plan = attempt(lambda: _plan(config, found, panels[0])) if found and panels else None
     weights = {name: chosen.weight for name, chosen in config.scorers.items()}
     scorers: dict[str, Scorer | None] = {
         name: attempt(partial(scorer.build, name, chosen.options, folder))
@@ -172,11 +181,21 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
         if engine and merger and panels
         else None
     )
-    if mistakes or not (merger and plan and panels and engine):
+    if mistakes or not (merger and found and plan and panels and engine):
         raise ConfigError("\n".join(mistakes))
-    built = {name: found for name, found in scorers.items() if found is not None}
+    built = {name: judge for name, judge in scorers.items() if judge is not None}
     setup = Setup(
-        config, folder, title, merger, plan, *panels, engine, built, weights, tuple(warnings or ())
+        config,
+        folder,
+        title,
+        merger,
+        found,
+        plan,
+        *panels,
+        engine,
+        built,
+        weights,
+        tuple(warnings or ()),
     )
     for name in BASELINES:
         merger.merge(setup.baseline(name))
@@ -212,10 +231,8 @@ def _open_models(config: Config) -> Merger:
     return merger
 
 
-def _plan(config: Config, merger: Merger) -> Plan:
+def _space(config: Config, merger: Merger) -> Space:
     search = config.search
-    if search.init_points + search.n_iters < 1:
-        raise ConfigError("search.init_points and search.n_iters are both 0, so there is no trial")
     weights = methods.weights(methods.get(config.merge.method))
     if not weights:
         raise ConfigError(f"merge.method {config.merge.method!r} has no weights to search")
@@ -236,10 +253,36 @@ def _plan(config: Config, merger: Merger) -> Plan:
             "merge.vae is 'b', which copies B's VAE, but search.presets, ranges, freeze or groups name "
             "a weight of the VAE; leave out one"
         )
-    return Plan(found, merge.method, merge.vae, search.optimiser, search.init_points, search.seed)
+    return found
 
 
-def _require_domains(found: space.Space, method: str) -> None:
+def _plan(config: Config, found: Space, panel: Sequence[Prompt]) -> Plan:
+    search = config.search
+    # Who says nothing wants a good merge in the morning.
+    images = _USUAL_IMAGES if search.images is None and search.n_iters is None else search.images
+    plan = Plan(
+        bounds={p.name: (p.low, p.high) for p in found.parameters},
+        panel=[prompt.payload for prompt in panel],
+        shares={prompt.payload: prompt.weight for prompt in panel},
+        images=images,
+        n_iters=search.n_iters,
+        optimiser=search.optimiser,
+        options=search.options,
+        init=search.init,
+        init_points=search.init_points,
+        per_trial=search.images_per_trial,
+        seed=search.seed,
+    )
+    try:
+        plan.check()
+    except ConfigError as error:
+        raise ConfigError(
+            "\n".join(f"search: {line}" for line in str(error).splitlines())
+        ) from error
+    return plan
+
+
+def _require_domains(found: Space, method: str) -> None:
     """ConfigError for a range or a frozen weight outside what the method takes."""
     domains = methods.domains(methods.get(method))
     spans = {name: (p.low, p.high) for p in found.parameters for name in p.members}

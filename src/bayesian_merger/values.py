@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.stats import t as student
@@ -19,16 +19,21 @@ class Yardstick:
 
     With one scorer the value is its score. With several, each is first normalised by `scale`, the
     mean and spread of its scores over the baselines' images, then averaged by `weights`.
+
+    `offsets` says how much higher the baselines score on an image of the search's panel than on all of
+    it, and `noise` is the standard deviation of one image's value beside that.
     """
 
     weights: Mapping[str, float]
     scale: Mapping[str, tuple[float, float]]
+    offsets: Mapping[int, float] = field(default_factory=dict)
+    noise: float = 0.0
 
     @classmethod
     def from_baselines(
-        cls, weights: Mapping[str, float], baselines: Sequence[Result]
+        cls, weights: Mapping[str, float], baselines: Sequence[Result], panel: Sequence[Prompt]
     ) -> Yardstick:
-        """The yardstick that the baselines' scores give; RunError if they have none."""
+        """The yardstick that the baselines' scores on `panel` give; RunError if they have none."""
         scale = {}
         for name in weights:
             scores = [s[name] for result in baselines for s in result.scores.values()]
@@ -37,7 +42,24 @@ class Yardstick:
             # Of equal scores the computed spread is not always 0, but rounding.
             spread = float(np.std(scores)) if max(scores) > min(scores) else 1.0
             scale[name] = (float(np.mean(scores)), spread)
-        return cls(weights, scale)
+        plain = cls(weights, scale)
+        values = np.array(
+            [
+                [plain.value(result.scores[p.index]) for p in panel if p.index in result.scores]
+                for result in baselines
+                if len(result.scores) >= len(panel)
+            ]
+        )
+        if not values.size:
+            return plain
+        shares = [prompt.weight for prompt in panel]
+        means = np.average(values, axis=1, weights=shares)
+        offsets = values.mean(0) - means.mean()
+        rest = values - means[:, None] - offsets
+        freedom = (len(values) - 1) * (len(panel) - 1)
+        noise = math.sqrt(float((rest**2).sum()) / freedom) if freedom > 0 else 0.0
+        places = (prompt.index for prompt in panel)
+        return cls(weights, scale, dict(zip(places, map(float, offsets), strict=True)), noise)
 
     def value(self, scores: Mapping[str, float]) -> float:
         """The value of one image."""
@@ -55,6 +77,22 @@ class Yardstick:
         seen = [p for p in panel if p.index in result.scores]
         values = [self.value(result.scores[p.index]) for p in seen]
         return weighted_mean(values, [p.weight for p in seen])
+
+    def trial(self, result: Result, panel: Sequence[Prompt]) -> Estimate:
+        """The value of a trial of the search, as if it had been judged on the whole panel.
+
+        A trial is shown few images, easy ones or hard ones, hence without their offsets; their own
+        spread tells less of the error than that of the baselines.
+        """
+        seen = [p for p in panel if p.index in result.scores]
+        weights = [p.weight for p in seen]
+        values = [
+            self.value(result.scores[p.index]) - self.offsets.get(p.index, 0.0) for p in seen
+        ]
+        found = weighted_mean(values, weights)
+        if not self.noise or not found.n:
+            return found
+        return Estimate(found.mean, self.noise / math.sqrt(effective_n(weights)), found.n)
 
     def difference(self, result: Result, other: Result, panel: Sequence[Prompt]) -> Interval:
         """`result` minus `other`, paired by prompt and seed, with a 95 % t interval."""

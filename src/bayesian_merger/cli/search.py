@@ -26,6 +26,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 def _run_options(command: Any) -> Any:
     options = [
+        click.option("--images", type=int, help="Images that the search may spend."),
         click.option("--init-points", "--init_points", type=int, help="Exploring trials."),
         click.option("--n-iters", "--n_iters", type=int, help="Trials after the exploration."),
         click.option(
@@ -47,11 +48,13 @@ def _run_options(command: Any) -> Any:
 def _load(
     path: Path,
     overrides: Sequence[str],
+    images: int | None,
     init_points: int | None,
     n_iters: int | None,
     batch_size: int | None,
 ) -> configuration.Config:
     named = {
+        "search.images": images,
         "search.init_points": init_points,
         "search.n_iters": n_iters,
         "panel.batch_size": batch_size,
@@ -119,10 +122,10 @@ def check_command(
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for model, letter in zip(setup.merger.models, "ABC", strict=False):
         table.add_row(f"model {letter}", f"{model.name} ({setup.merger.architecture.title})")
-    table.add_row("search", f"{len(setup.plan.space.parameters)} weights, {config.merge.method}")
-    table.add_row(
-        "panel", f"{len(setup.panel)} images a trial from {len(_payloads(setup))} payloads"
-    )
+    plan = setup.plan
+    table.add_row("search", f"{len(plan.bounds)} weights, {config.merge.method}, {plan.optimiser}")
+    table.add_row("panel", f"{len(setup.panel)} images from {len(_payloads(setup))} payloads")
+    table.add_row("trials", f"{plan.n_trials}, {plan.n_images} images")
     table.add_row("one merge", f"{tried.merge_s:.2f} s")
     table.add_row("one image", f"{tried.image_s:.2f} s (score: {shown})")
     table.add_row("whole run", f"{tried.images} images, about {duration(tried.run_s)}")
@@ -188,7 +191,7 @@ class _Progress:
         self._task = self._bar.add_task("baselines", total=None, speed="")
         self._begun = time.monotonic()
         self._made = 0
-        self._n_images = 0
+        self._leader: Result | None = None
 
     def __enter__(self) -> _Progress:
         self._bar.start()
@@ -197,12 +200,11 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def planned(self, images: int, trials: int) -> None:
+    def planned(self, images: int) -> None:
         self._bar.update(self._task, total=images)
-        self._console.print(f"{trials} trials, {images} images in all")
+        self._console.print(f"about {images} images in all")
 
     def started(self, stage: str, name: str, images: int) -> None:
-        self._n_images = images
         self._bar.update(self._task, description=f"{_STAGES[stage]} {name}")
 
     def judged(self, images: int, made: bool) -> None:
@@ -217,14 +219,17 @@ class _Progress:
                 self._bar.update(self._task, total=total - images)
 
     def finished(self, result: Result, leader: Result | None) -> None:
-        line = f"{_STAGES[result.stage]:<10} {result.name:<10} "
+        line = f"{_STAGES[result.stage]:<10} {result.name:<12} "
         if result.value is None:
             line += f"failed: {result.reason}"
-        else:
+        elif result.stage not in ("explore", "exploit"):
             line += f"{result.value.mean:8.3f} ± {result.value.se:.3f}"
-        if leader is not None and leader.value is not None:
-            new = " (new)" if leader.number == result.number else ""
-            line += f"   best so far {leader.value.mean:.3f}, {leader.name}{new}"
+        elif leader is not None and leader.value is not None and leader != self._leader:
+            # One trial of few images tells little; what all of them tell is worth a line.
+            self._leader = leader
+            line += f"{leader.value.mean:8.3f} ± {leader.value.se:.3f} expected of the best merge"
+        else:
+            return
         self._console.print(line, soft_wrap=True)
 
     def noted(self, text: str) -> None:

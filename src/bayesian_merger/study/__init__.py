@@ -1,9 +1,9 @@
 """Ask and tell, resume, and the record of everything measured; the only module that knows Optuna.
 
-One storage holds two Optuna studies. In `search` each trial is a proposal of the optimiser; in
-`judged` are the recipes that are measured for comparison: baselines, the best few, held-out.
-A trial's recipe, scores, image digests and timings are its user attributes, written as they arrive,
-so that a killed process loses at most the images that were being made.
+One storage holds two Optuna studies. In `search` each trial is a proposal of the optimiser, judged on
+some images of the panel; in `judged` are the recipes that are measured for comparison: baselines, the
+best few, held-out. A trial's recipe, scores, image digests and timings are its user attributes, written
+as they arrive, so that a killed process loses at most the images that were being made.
 """
 
 from __future__ import annotations
@@ -11,25 +11,28 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import qmc
 from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
-from bayesian_merger.data import Estimate, Recipe, Result, State, Weights
+from bayesian_merger.data import Estimate, Recipe, Result, State
 from bayesian_merger.errors import ConfigError, RunError, first_line
-from bayesian_merger.space import Space
+from bayesian_merger.study.proposals import (
+    SCORE,
+    Plan,
+    Proposer,
+    Value,
+    begun,
+    n_judged,
+)
 
-Optimiser = Literal["bayes", "tpe"]
 Stage = Literal["baseline", "explore", "exploit", "select", "heldout"]
 
 _STATES: Mapping[TrialState, State] = {
@@ -39,7 +42,6 @@ _STATES: Mapping[TrialState, State] = {
     TrialState.PRUNED: "stopped",
     TrialState.FAIL: "failed",
 }
-_SCORE = "score:"
 
 
 @contextmanager
@@ -68,6 +70,8 @@ class Trial:
             self._result.name,
             self._result.recipe,
         )
+        # The images of the panel that it is judged on; all, if it does not say.
+        self.items: list[int] | None = frozen.user_attrs.get("items")
         self.scores: dict[int, Mapping[str, float]] = dict(self._result.scores)
         self._images: dict[int, str] = dict(self._result.images)
         self._seconds: dict[str, float] = dict(self._result.seconds)
@@ -82,7 +86,7 @@ class Trial:
     def record(self, index: int, scores: Mapping[str, float], image: str) -> None:
         """Store one image's scores; an image that has scores already keeps them."""
         if index not in self.scores:
-            self._trial.set_user_attr(f"{_SCORE}{index}", {"scores": dict(scores), "image": image})
+            self._trial.set_user_attr(f"{SCORE}{index}", {"scores": dict(scores), "image": image})
             self.scores[index] = dict(scores)
             self._images[index] = image
 
@@ -114,22 +118,6 @@ class Trial:
             reason=self._reason,
             seconds=dict(self._seconds),
         )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the search proposes: where, by which optimiser, after how many exploring points."""
-
-    space: Space
-    method: str
-    vae: str
-    optimiser: Optimiser
-    init_points: int
-    seed: int
-
-    @property
-    def distributions(self) -> dict[str, BaseDistribution]:
-        return {p.name: FloatDistribution(p.low, p.high) for p in self.space.parameters}
 
 
 def create(path: Path) -> None:
@@ -207,48 +195,91 @@ class Study:
         about: Mapping[str, Any] = self._search.user_attrs.get("about", {})
         return about
 
-    def observe(self, result: Result, plan: Plan) -> None:
-        """Hand a judged baseline to the optimiser, where the search could have proposed it."""
-        recipe = result.recipe
-        same = (recipe.method, recipe.vae) == (plan.method, plan.vae)
-        values = plan.space.values(recipe.weights) if same else None
+    def searching(self, plan: Plan, value: Value) -> Proposer:
+        """What proposes the trials; `value` is that of one image's scores."""
+        return Proposer(self._search, plan, value)
+
+    def observe(self, result: Result, params: Mapping[str, float], plan: Plan) -> None:
+        """Hand a judged baseline to the optimiser, where `params` of the search give it."""
         known = {t.user_attrs.get("baseline") for t in self._search.get_trials(deepcopy=False)}
-        if values is None or result.value is None or result.name in known:
+        if result.value is None or result.name in known:
             return
+        scores = {f"{SCORE}{i}": {"scores": dict(found)} for i, found in result.scores.items()}
         self._search.add_trial(
             optuna.trial.create_trial(
-                params=values,
+                params=dict(params),
                 distributions=plan.distributions,
                 value=result.value.mean,
-                user_attrs={"baseline": result.name},
+                user_attrs={"baseline": result.name, **scores},
             )
         )
 
-    def ask(self, plan: Plan, recipe_of: Callable[[Weights], Recipe]) -> Trial:
-        """The trial that was interrupted, or else a new proposal of `plan`."""
-        started, failed = 0, False
-        for frozen in self._search.get_trials(deepcopy=False):
-            if "recipe" in frozen.user_attrs:
-                started += 1
-                failed = frozen.state == TrialState.FAIL
-                if frozen.state == TrialState.RUNNING:
-                    return Trial(self._search, frozen)
-            elif frozen.state == TrialState.RUNNING:
-                # Killed between the proposal and its recipe: nothing was measured.
-                self._search.tell(frozen.number, state=TrialState.FAIL)
-        name = f"trial {started + 1}"
-        # An optimiser does not hear of failures and would ask for the same again, hence the detour.
-        if started < plan.init_points or failed:
-            values = _explore(plan, started)
-            recipe = recipe_of(plan.space.weights(values))
-            return self._add(self._search, "explore", name, recipe, values, plan.distributions)
-        # All chance comes from the trial's place, so a resumed run proposes what it would have.
-        self._search.sampler = _sampler(plan, started)
-        asked = self._search.ask(plan.distributions)
-        asked.set_user_attr("stage", "exploit")
-        asked.set_user_attr("name", name)
-        asked.set_user_attr("recipe", recipe_of(plan.space.weights(asked.params)).to_dict())
-        return Trial(self._search, _frozen(self._search, asked.number))
+    def ask(self, proposer: Proposer, recipe_of: Callable[[Mapping[str, float]], Recipe]) -> Trial:
+        """The trial that was interrupted, or else a new proposal."""
+        name = f"trial {len(begun(self._search)) + 1}"
+        frozen = proposer.begin(
+            lambda params: {"name": name, "recipe": recipe_of(params).to_dict()}
+        )
+        return Trial(self._search, frozen)
+
+    def expect(self, recipe: Recipe, value: Estimate) -> None:
+        """Store what is recommended as it stands now, and what value is expected of it."""
+        self._search.set_user_attr("leader", {"recipe": recipe.to_dict(), "value": asdict(value)})
+        self._search.set_user_attr(f"expected:{self.n_finished}", asdict(value))
+
+    @property
+    def leader(self) -> Result | None:
+        """What was last recommended, in the name "recommended"."""
+        told = self._search.user_attrs.get("leader")
+        if told is None:
+            return None
+        recipe, value = Recipe.from_dict(told["recipe"]), Estimate(**told["value"])
+        return Result("exploit", "recommended", -1, "complete", recipe, {}, value=value)
+
+    @property
+    def expected(self) -> dict[int, Estimate]:
+        """Number of finished trials -> the value that was then expected of what was recommended."""
+        found = self._search.user_attrs.items()
+        told = {int(k.partition(":")[2]): v for k, v in found if k.startswith("expected:")}
+        return {n: Estimate(**told[n]) for n in sorted(told)}
+
+    def choose(self, few: Sequence[Result]) -> None:
+        """Store which recipes are to be judged again on fresh seeds, by which value."""
+        told = [
+            {"name": r.name, "recipe": r.recipe.to_dict(), "value": asdict(r.value)}
+            for r in few
+            if r.value
+        ]
+        self._search.set_user_attr("candidates", {"trials": self.n_finished, "few": told})
+
+    @property
+    def candidates(self) -> list[Result]:
+        """What `choose` stored for the trials that there are; empty if there are more by now."""
+        told = self._search.user_attrs.get("candidates", {})
+        if told.get("trials") != self.n_finished:
+            return []
+        return [
+            Result(
+                "exploit",
+                one["name"],
+                -1,
+                "complete",
+                Recipe.from_dict(one["recipe"]),
+                {},
+                value=Estimate(**one["value"]),
+            )
+            for one in told["few"]
+        ]
+
+    @property
+    def n_finished(self) -> int:
+        """Trials that have ended, in whatever state."""
+        return sum(t.state.is_finished() for t in begun(self._search))
+
+    @property
+    def n_judged(self) -> int:
+        """Images that were judged in the search's trials."""
+        return n_judged(self._search)
 
     def book(self, stage: Stage, name: str, recipe: Recipe) -> Trial:
         """The record of `recipe` in `stage`: the one there is, unless it failed, or a new one."""
@@ -257,33 +288,17 @@ class Study:
                 result = _result(frozen)
                 if (result.stage, result.recipe.digest()) == (stage, recipe.digest()):
                     return Trial(self._judged, frozen)
-        return self._add(self._judged, stage, name, recipe, {}, {})
-
-    def _add(
-        self,
-        study: optuna.Study,
-        stage: Stage,
-        name: str,
-        recipe: Recipe,
-        values: Mapping[str, float],
-        distributions: Mapping[str, BaseDistribution],
-    ) -> Trial:
-        """A running trial written in one transaction with its recipe."""
-        study.add_trial(
+        self._judged.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.RUNNING,
-                params=dict(values),
-                distributions=dict(distributions),
                 user_attrs={"stage": stage, "name": name, "recipe": recipe.to_dict()},
             )
         )
-        return Trial(study, study.get_trials(deepcopy=False)[-1])
+        return Trial(self._judged, self._judged.get_trials(deepcopy=False)[-1])
 
     def searched(self) -> list[Result]:
         """The search's trials in order, the one in progress included."""
-        return [
-            _result(t) for t in self._search.get_trials(deepcopy=False) if "recipe" in t.user_attrs
-        ]
+        return [_result(trial) for trial in begun(self._search)]
 
     def judged(self, stage: Stage) -> list[Result]:
         """What was judged in `stage`, in order."""
@@ -291,33 +306,10 @@ class Study:
         return [result for result in results if result.stage == stage]
 
 
-def _explore(plan: Plan, place: int) -> dict[str, float]:
-    """The point at `place` of the scrambled Sobol sequence over the space."""
-    sobol = qmc.Sobol(len(plan.space.parameters), scramble=True, rng=plan.seed)
-    shares = sobol.random_base2((place + 1).bit_length())[place]
-    return {
-        p.name: p.low + float(share) * (p.high - p.low)
-        for p, share in zip(plan.space.parameters, shares, strict=True)
-    }
-
-
-def _sampler(plan: Plan, place: int) -> optuna.samplers.BaseSampler:
-    seed = int(np.random.SeedSequence([plan.seed, place]).generate_state(1)[0])
-    if plan.optimiser == "bayes":
-        return optuna.samplers.GPSampler(
-            seed=seed, deterministic_objective=False, n_startup_trials=0
-        )
-    return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=0)
-
-
-def _frozen(study: optuna.Study, number: int) -> FrozenTrial:
-    return next(t for t in study.get_trials(deepcopy=False) if t.number == number)
-
-
 def _result(frozen: FrozenTrial) -> Result:
     attrs = frozen.user_attrs
     measured = {
-        int(key[len(_SCORE) :]): found for key, found in attrs.items() if key.startswith(_SCORE)
+        int(key[len(SCORE) :]): found for key, found in attrs.items() if key.startswith(SCORE)
     }
     value = attrs.get("value")
     return Result(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import count, islice
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
 from bayesian_merger.bayes import Bayes, Judged, Recommended
+from bayesian_merger.data import Estimate
 from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.gp import Array
 from bayesian_merger.registry import nearest
@@ -37,24 +38,28 @@ _USUAL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 OPTIMISERS = ("bayes", *_USUAL)
 # Images of a trial, for optimisers that hear of their mean only.
 _N_MEAN = 10
-# Images that bayes takes in turn, where the payloads are fewer.
-_FEWEST = 5
+# Bayes takes so few images in turn at first, and twice as many when each was shown twice so often. Of
+# fewer it learns what becomes these images and not what is better; of more it cannot tell the easy ones.
+_FEWEST, _SHOWN = 5, 10
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a search proposes: where, by which optimiser, on which images.
 
-    `bounds` are those of each parameter; `panel` names the payload of each image. `optimiser` is one
-    of OPTIMISERS or the dotted path of an Optuna sampler, which is called with `options`. The first
-    trials are `start`, the next `init_points` explore as `init` says; the search ends when `images`
-    are spent. A trial is shown `per_trial` images; for None, bayes shows one to merges that explore and
-    two to others, and other optimisers ten.
+    `bounds` are those of each parameter; `panel` names the payload of each image, and a payload's
+    images have a share as `shares` says, or an equal one. `optimiser` is one of OPTIMISERS or the dotted
+    path of an Optuna sampler, which is called with `options`. The first trials are `start`, the next
+    `init_points` explore as `init` says. The search ends when `images` are spent or, if that is given,
+    after `n_iters` more trials. A trial is shown `per_trial` images; for None, bayes shows one to merges
+    that explore and two to others, and other optimisers ten.
     """
 
     bounds: Mapping[str, tuple[float, float]]
     panel: Sequence[str]
-    images: int
+    images: int | None = None
+    n_iters: int | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
     optimiser: str = "bayes"
     options: Mapping[str, Any] = field(default_factory=dict)
     init: Init = "sobol"
@@ -74,8 +79,12 @@ class Plan:
             mistakes.append("no parameter varies, so there is nothing to search")
         if not self.panel:
             mistakes.append("the panel has no image")
-        if self.images < 1:
+        if self.images is None and self.n_iters is None:
+            mistakes.append("neither images nor n_iters says when the search ends")
+        if self.images is not None and self.images < 1:
             mistakes.append(f"images is {self.images}; give a search at least one")
+        if self.n_iters is not None and self.n_first + self.n_iters < 1:
+            mistakes.append("init_points and n_iters are both 0, so there is no trial")
         if self.init not in get_args(Init):
             mistakes.append(f"unknown init {self.init!r}{nearest(self.init, get_args(Init))}")
         if self.per_trial is not None and self.per_trial < 1:
@@ -115,8 +124,36 @@ class Plan:
     @property
     def n_first(self) -> int:
         """How many trials are begun without the optimiser."""
-        usual = min(100, self.images // 2) if self.optimiser == "bayes" else 10
-        return len(self.start) + (usual if self.init_points is None else self.init_points)
+        if self.init_points is not None:
+            return len(self.start) + self.init_points
+        if self.optimiser != "bayes":
+            return len(self.start) + 10
+        most = self.n_iters if self.images is None else self.images // 2
+        return len(self.start) + min(4 * len(self.bounds), 100, most or 0)
+
+    def spent(self, n_trials: int, n_images: int) -> float:
+        """How much of the search is over, from 0; it ends at 1."""
+        of_images = n_images / self.images if self.images else 0.0
+        if self.n_iters is None:
+            return of_images
+        return max(of_images, n_trials / (self.n_first + self.n_iters))
+
+    @property
+    def n_images(self) -> int:
+        """Images of the whole search, if no trial fails."""
+        return self._size()[1]
+
+    @property
+    def n_trials(self) -> int:
+        """Trials of the whole search, if none fails."""
+        return self._size()[0]
+
+    def _size(self) -> tuple[int, int]:
+        trials = images = 0
+        while self.spent(trials, images) < 1:
+            images += len(self.items(trials, images))
+            trials += 1
+        return trials, images
 
     def scaled(self, params: Mapping[str, float]) -> Array:
         """The parameters as a point in [0, 1]^d."""
@@ -146,16 +183,34 @@ class Plan:
     def items(self, place: int, shown: int) -> list[int]:
         """The images for trial number `place`, when trials before it were given `shown`.
 
-        Bayes takes one round of the payloads in turn, so that few offsets have to be learnt and each
-        payload has its share. Other optimisers hear of means only, hence the same images for all.
+        Bayes takes few images in turn, so that few offsets have to be learnt and each payload has its
+        share. Other optimisers hear of means only, hence the same images for all.
         """
-        order = _interleaved(self.panel)
         if self.optimiser != "bayes":
-            return order[: self.per_trial or _N_MEAN]
-        few = order[: max(len(set(self.panel)), _FEWEST)]
+            first = islice(self._turns(len(self.panel)), self.per_trial or _N_MEAN)
+            return list(dict.fromkeys(first))
         explores = len(self.start) <= place < self.n_first
-        n = min(self.per_trial or (1 if explores else 2), len(few))
-        return [few[(shown + i) % len(few)] for i in range(n)]
+        n = self.per_trial or (1 if explores else 2)
+        fewest = _FEWEST
+        while shown >= 2 * _SHOWN * fewest:
+            fewest *= 2
+        rounds = math.ceil(fewest / len(set(self.panel)))
+        return list(dict.fromkeys(islice(self._turns(rounds), shown, shown + n)))
+
+    def _turns(self, rounds: int) -> Iterator[int]:
+        """Images of the first so many rounds of the payloads for ever, each payload by its share."""
+        of_payload: dict[str, list[int]] = {}
+        for item, payload in enumerate(self.panel):
+            of_payload.setdefault(payload, []).append(item)
+        share = {payload: self.shares.get(payload, 1.0) for payload in of_payload}
+        total = sum(share.values())
+        taken = dict.fromkeys(of_payload, 0)
+        for n in count(1):
+            # The payload that lags behind its share most; the first of equals.
+            payload = max(share, key=lambda p: n * share[p] / total - taken[p])
+            few = of_payload[payload][:rounds]
+            yield few[taken[payload] % len(few)]
+            taken[payload] += 1
 
     def sampler(self, place: int) -> BaseSampler:
         """Optuna's optimiser for trial number `place`, from which all its chance comes."""
@@ -200,10 +255,9 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, float]:
-        before = begun(study)
-        spent = sum(len(scores_of(t)) for t in before) / self._plan.images
-        point = self._bayes.propose(self._judged(study), len(before), spent)
-        return self._plan.params(point)
+        place = len(begun(study))
+        spent = self._plan.spent(place, n_judged(study))
+        return self._plan.params(self._bayes.propose(self._judged(study), place, spent))
 
     def sample_independent(
         self,
@@ -214,10 +268,10 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
     ) -> float:
         raise AssertionError(f"{param_name} does not vary in this search")
 
-    def recommend(self, study: Study) -> Recommended | None:
-        """The point of the highest expected value, or None where nothing was measured."""
+    def few(self, study: Study, n: int) -> list[Recommended]:
+        """The recommended point and the next best; none where nothing was measured."""
         found = self._judged(study)
-        return self._bayes.recommend(found) if found else None
+        return self._bayes.few(found, n) if found else []
 
     def _judged(self, study: Study) -> list[Judged]:
         found = []
@@ -255,8 +309,11 @@ class Proposer:
         place = len(before)
         shown = sum(len(trial.user_attrs["items"]) for trial in before)
         items = plan.items(place, shown)
-        # An optimiser does not hear of failures and would ask for the same again, hence the detour.
-        if place < plan.n_first or before[-1].state == TrialState.FAIL:
+        # An optimiser needs a score to begin with, and as it does not hear of a failure it would ask for
+        # the same again.
+        is_blind = not any(scores_of(trial) for trial in self.study.get_trials(deepcopy=False))
+        has_failed = any(trial.state == TrialState.FAIL for trial in before[-1:])
+        if place < plan.n_first or is_blind or has_failed:
             params = plan.first(place)
             self.study.add_trial(
                 optuna.trial.create_trial(
@@ -275,9 +332,16 @@ class Proposer:
             asked.set_user_attr(key, found)
         return next(t for t in self.study.get_trials(deepcopy=False) if t.number == asked.number)
 
-    def recommend(self) -> Recommended | None:
-        """The merge of the highest expected value, or None where nothing was measured."""
-        return self._bayes.recommend(self.study)
+    def few(self, n: int) -> list[tuple[dict[str, float], Estimate]]:
+        """The parameters of the recommended merge and of the next best, with their expected value.
+
+        The first need not have been tried. There is none where nothing was measured.
+        """
+        found = self._bayes.few(self.study, n)
+        n_images = n_judged(self.study)
+        return [
+            (self.plan.params(one.point), Estimate(one.mean, one.se, n_images)) for one in found
+        ]
 
 
 def begun(study: Study) -> list[FrozenTrial]:
@@ -285,18 +349,15 @@ def begun(study: Study) -> list[FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if "items" in t.user_attrs]
 
 
+def n_judged(study: Study) -> int:
+    """Images that were judged in the trials."""
+    return sum(len(scores_of(trial)) for trial in begun(study))
+
+
 def scores_of(trial: FrozenTrial) -> dict[int, Mapping[str, float]]:
     """Image -> its scores, in the order of the panel."""
     found = {k: v["scores"] for k, v in trial.user_attrs.items() if k.startswith(SCORE)}
     return dict(sorted((int(key[len(SCORE) :]), scores) for key, scores in found.items()))
-
-
-def _interleaved(panel: Sequence[str]) -> list[int]:
-    """The panel's images, one of each payload in turn."""
-    of_payload: dict[str, list[int]] = {}
-    for item, payload in enumerate(panel):
-        of_payload.setdefault(payload, []).append(item)
-    return [i for turn in zip_longest(*of_payload.values()) for i in turn if i is not None]
 
 
 def _seed(seed: int, place: int) -> int:

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bayesian_merger.errors import RunError
 from bayesian_merger.study import storage_errors
-from bayesian_merger.study.proposals import SCORE, Init, Plan, Proposer, begun, scores_of
+from bayesian_merger.study.proposals import SCORE, Init, Plan, Proposer, n_judged, scores_of
 
 _NAME = "score"
 _SILENT_IN_A_ROW = 3
@@ -131,12 +131,12 @@ class Search:
     @property
     def spent(self) -> int:
         """Images that were judged."""
-        return sum(len(scores_of(trial)) for trial in begun(self._study))
+        return n_judged(self._study)
 
     def __iter__(self) -> Iterator[SearchTrial]:
         """Trials until the images are spent; one that was left without any score has failed."""
         silent = 0
-        while self.spent < self.plan.images:
+        while self.plan.spent(0, self.spent) < 1:
             with storage_errors():
                 trial = SearchTrial(self._study, self._proposer.begin())
             yield trial
@@ -152,7 +152,8 @@ class Search:
     def best(self) -> Best:
         """The recommended weights, which need not have been tried; RunError before any score."""
         with storage_errors():
-            found = self._proposer.recommend()
-        if found is None:
+            found = self._proposer.few(1)
+        if not found:
             raise RunError("no image was judged, so there is nothing to recommend")
-        return Best(self.plan.params(found.point), found.mean, found.se)
+        weights, value = found[0]
+        return Best(weights, value.mean, value.se)
