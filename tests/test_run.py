@@ -175,6 +175,23 @@ def test_more_iterations_extend_a_finished_run(folder: Path) -> None:
     assert len(after.results) == 12
 
 
+def test_more_images_extend_a_finished_run_and_are_gone_on_with(folder: Path) -> None:
+    before = start(folder)
+    config = configuration.load(folder / "config.toml", ["backend.fault=stop"])
+    with pytest.raises(ConfigError):  # another configuration promises nothing
+        run.run(setup.prepare(config, folder, "toy"), folder / "run", Silent(), more=500)
+    ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
+    object.__setattr__(ready.backend, "_fault", "stop")
+    object.__setattr__(ready.backend, "_at", 9)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(ready, folder / "run", Silent(), more=18)
+    for more in (18, 0):  # the same command ends it, and a plain one adds nothing
+        ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
+        after = run.run(ready, folder / "run", Silent(), more)
+        assert [r.scores for r in after.results[:10]] == [r.scores for r in before.results]
+        assert len(after.results) == 13
+
+
 def test_failed_trial_has_no_value_and_the_search_goes_on(folder: Path) -> None:
     outcome = start(folder, "backend.fault=weak")
     failed = [r for r in outcome.results if r.state == "failed"]

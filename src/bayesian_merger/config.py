@@ -81,6 +81,8 @@ class Search(Section):
     freeze: dict[str, float] = {}
     ranges: dict[str, tuple[float, float]] = {}
     groups: list[list[str]] = []
+    guide: ConfigPath | None = None
+    start: list[str | dict[str, FiniteFloat]] = []
 
 
 class Panel(Section):

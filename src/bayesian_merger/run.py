@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Protocol
@@ -108,8 +108,10 @@ def judge(
         observer.judged(fresh, made=True)
 
 
-def run(setup: Setup, folder: Path, observer: Observer) -> Outcome:
+def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcome:
     """The whole run in `folder`, from wherever an earlier start of it ended.
+
+    `more` images are spent beyond those of a finished search.
 
     RunError if it cannot go on, ConfigError if the folder belongs to another configuration.
     """
@@ -118,6 +120,11 @@ def run(setup: Setup, folder: Path, observer: Observer) -> Outcome:
         check_folder(setup, folder)
         study = open_study(folder, create=True)
         study.begin(setup.identity, setup.about())
+        if more:
+            study.extend(more)
+        if study.target > (setup.plan.images or 0):
+            longer = replace(setup.plan, images=study.target, n_iters=None)
+            setup = replace(setup, plan=longer)
         observer.planned(setup.n_images())
         for warning in setup.warnings:
             observer.noted(warning)

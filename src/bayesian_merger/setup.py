@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bayesian_merger import config as configuration
-from bayesian_merger import devices, methods, prompts, space
+from bayesian_merger import curves, devices, methods, prompts, space
+from bayesian_merger import guide as guides
 from bayesian_merger.backends import Backend, backend
+from bayesian_merger.blocks import Architecture
 from bayesian_merger.checkpoint import sha256_of
 from bayesian_merger.config import Config
 from bayesian_merger.data import Prompt, Recipe, Weights
@@ -105,19 +107,18 @@ class Setup:
             {k: v for k, v in options.items() if k not in _MAY_CHANGE}
             for options in (plain["backend"], *plain["scorers"].values())
         )
-        search = {
-            k: plain["search"][k]
-            for k in (
-                "optimiser",
-                "options",
-                "init",
-                "seed",
-                "presets",
-                "freeze",
-                "ranges",
-                "groups",
-            )
-        }
+        names = (
+            "optimiser",
+            "options",
+            "init",
+            "seed",
+            "start",
+            "presets",
+            "freeze",
+            "ranges",
+            "groups",
+        )
+        search = {name: plain["search"][name] for name in names}
         merge = {k: plain["merge"][k] for k in ("method", "vae", "precision", "clip", "seed")}
         panels = {
             "panel": self.panel,
@@ -142,6 +143,8 @@ class Setup:
         """The files, beside the models, on which scores depend: plugins, and options' files."""
         engine, chosen = self.config.backend, self.config.scorers
         found = {f"plugins.{i}.{p.name}": p for i, p in enumerate(self.config.plugins)}
+        if self.config.search.guide:
+            found["search.guide"] = self.config.search.guide
         for key, path in backend.files(engine.name, engine.options, self.folder).items():
             found[f"backend.{key}"] = path
         for name, entry in chosen.items():
@@ -169,7 +172,11 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
     merger = attempt(lambda: _open_models(config))
     found = attempt(lambda: _space(config, merger)) if merger else None
     panels = attempt(lambda: _panels(config, folder))
-    plan = attempt(lambda: _plan(config, found, panels[0])) if found and panels else None
+    plan = (
+        attempt(lambda: _plan(config, found, merger.architecture, panels[0]))
+        if merger and found and panels
+        else None
+    )
     weights = {name: chosen.weight for name, chosen in config.scorers.items()}
     scorers: dict[str, Scorer | None] = {
         name: attempt(partial(scorer.build, name, chosen.options, folder))
@@ -236,15 +243,16 @@ def _space(config: Config, merger: Merger) -> Space:
     weights = methods.weights(methods.get(config.merge.method))
     if not weights:
         raise ConfigError(f"merge.method {config.merge.method!r} has no weights to search")
+    guide = guides.read(search.guide) if search.guide else guides.Guide.model_validate({})
     found = space.build(
         list(weights),
         merger.architecture,
         presets=search.presets,
         blocks=merger.blocks,
         parts=merger.parts,
-        freeze=search.freeze,
-        ranges=search.ranges,
-        groups=search.groups,
+        freeze={**_of(guide.freeze, weights), **search.freeze},
+        ranges={**_of(guide.ranges, weights), **search.ranges},
+        groups=[*guide.groups, *search.groups],
     )
     _require_domains(found, config.merge.method)
     merge = config.merge
@@ -256,7 +264,35 @@ def _space(config: Config, merger: Merger) -> Space:
     return found
 
 
-def _plan(config: Config, found: Space, panel: Sequence[Prompt]) -> Plan:
+def _of(given: Mapping[str, _T], weights: Mapping[str, object]) -> dict[str, _T]:
+    """Without the names of an old guide that end in a letter which the method does not have.
+
+    The guide that came with sd-webui-bayesian-merger froze base_beta for every method.
+    """
+    strange = tuple(f"_{letter}" for letter in ("alpha", "beta") if letter not in weights)
+    return {name: value for name, value in given.items() if not name.endswith(strange)}
+
+
+def _starts(config: Config, found: Space, architecture: Architecture) -> list[dict[str, float]]:
+    """The parameters of search.start: presets of the method's first weight, or weights by name."""
+    first = next(weight for weight, _ in found.names.values())
+    points = []
+    for number, wanted in enumerate(config.search.start, start=1):
+        given = wanted
+        if isinstance(given, str):
+            weights = curves.weights(given, architecture)
+            given = {
+                name: weights[block]
+                for name, (weight, block) in found.names.items()
+                if weight == first and block in weights and name not in found.frozen
+            }
+        points.append(space.start(found, architecture, given, f"start {number}"))
+    return points
+
+
+def _plan(
+    config: Config, found: Space, architecture: Architecture, panel: Sequence[Prompt]
+) -> Plan:
     search = config.search
     # Who says nothing wants a good merge in the morning.
     images = _USUAL_IMAGES if search.images is None and search.n_iters is None else search.images
@@ -270,6 +306,7 @@ def _plan(config: Config, found: Space, panel: Sequence[Prompt]) -> Plan:
         options=search.options,
         init=search.init,
         init_points=search.init_points,
+        start=_starts(config, found, architecture),
         per_trial=search.images_per_trial,
         seed=search.seed,
     )

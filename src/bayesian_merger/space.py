@@ -75,6 +75,28 @@ class Space:
         return values
 
 
+def start(
+    space: Space, architecture: Architecture, given: Mapping[str, float], where: str
+) -> dict[str, float]:
+    """The parameters nearest to weights by their names, as `build` takes them; others are in the middle.
+
+    A parameter with several members takes their mean. ConfigError for a name that does not vary.
+    """
+    weights = tuple(dict.fromkeys(weight for weight, _ in space.names.values()))
+    book = _Names(space.names, weights, architecture, [])
+    flat = book.table(where, given)
+    for name in flat:
+        if name in space.frozen:
+            book.mistake(f"search.{where}: {name} is frozen; leave it out")
+    book.raise_mistakes()
+    values = {}
+    for parameter in space.parameters:
+        own = [flat[member] for member in parameter.members if member in flat]
+        middle = (parameter.low + parameter.high) / 2
+        values[parameter.name] = sum(own) / len(own) if own else middle
+    return values
+
+
 @dataclass(frozen=True)
 class Preset:
     """A ready choice of what is searched, which `about` says in words.

@@ -140,23 +140,37 @@ def check_command(
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of the run (default: runs/CONFIG_FILE's name, beside it); the same folder goes on.",
 )
+@click.option(
+    "--more",
+    type=click.IntRange(0),
+    default=0,
+    help="Images to spend beyond those of a finished run; said again, it goes on with them.",
+)
 @_run_options
 def run_command(
-    config_file: Path, run_dir: Path | None, overrides: Sequence[str], **counts: int | None
+    config_file: Path,
+    run_dir: Path | None,
+    more: int,
+    overrides: Sequence[str],
+    **counts: int | None,
 ) -> None:
     """Search the best merge as CONFIG_FILE says; the same command resumes a stopped run."""
     config = _load(config_file, overrides, **counts)
     folder = run_dir or _default_run_dir(config_file)
-    _run(config, config_file.absolute().parent, config_file.stem, folder)
+    if more:
+        outcomes.open_study(folder)  # there is something to extend
+    _run(config, config_file.absolute().parent, config_file.stem, folder, more)
 
 
-def _run(config: configuration.Config, base: Path, title: str, run_dir: Path) -> None:
+def _run(
+    config: configuration.Config, base: Path, title: str, run_dir: Path, more: int = 0
+) -> None:
     with out.status("opening models, scorers and the back end"):
         setup = prepare(config, base, title)
     observer = _Progress(out)
     try:
         with observer:
-            outcome = run.run(setup, run_dir, observer)
+            outcome = run.run(setup, run_dir, observer, more)
     finally:
         setup.backend.close()
     _summary(outcome, run_dir)

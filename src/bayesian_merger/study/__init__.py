@@ -271,6 +271,17 @@ class Study:
             for one in told["few"]
         ]
 
+    def extend(self, images: int) -> None:
+        """Let the search spend so many images beyond those that are spent or promised already."""
+        if self.n_judged >= self.target:
+            self._search.set_user_attr("target", self.n_judged + images)
+
+    @property
+    def target(self) -> int:
+        """How many images the search may spend by `extend`; 0 where it was never extended."""
+        found: int = self._search.user_attrs.get("target", 0)
+        return found
+
     @property
     def n_finished(self) -> int:
         """Trials that have ended, in whatever state."""
