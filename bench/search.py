@@ -59,8 +59,12 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     seeds = range(options.first, options.first + options.instances)
+    # Instance by instance, so that what there is after an interruption is paired.
     tasks = [
-        Task(*task) for task in product(options.optimisers, options.families, seeds, options.noise)
+        Task(optimiser, family, seed, noise)
+        for seed, noise, family, optimiser in product(
+            seeds, options.noise, options.families, options.optimisers
+        )
     ]
     found = measured(tasks, options)
     for noise in options.noise:
