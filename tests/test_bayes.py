@@ -72,6 +72,11 @@ def test_proposals_close_in_on_the_best_merge() -> None:
     assert value(bayes.few(seen, 1)[0].point) > -0.1
 
 
+def test_gain_falls_as_the_best_merge_becomes_known() -> None:
+    gains = [Bayes(D, PANEL, 0).gain(judged(n)) for n in (40, 160)]
+    assert gains[0] > gains[1] > 0
+
+
 def test_log_gain_is_that_of_its_definition_and_smooth_far_below() -> None:
     u = torch.tensor([-3.0, -1.0, -0.999, 0.0, 2.0], dtype=torch.float64)
     density = torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)

@@ -405,6 +405,18 @@ def test_search_ends_when_its_images_are_spent(folder: Path) -> None:
     assert [len(r.scores) for r in trials] == [4, 4, 4, 4]
 
 
+def test_search_ends_when_little_is_to_be_gained(folder: Path) -> None:
+    override = (
+        "search.images=300",
+        "search.init_points=5",
+        "search.stop={min_gain=100, patience=1}",
+    )
+    outcome = start(folder, *override)
+    assert outcome.finished
+    assert len(outcome.results) == 3 + 5
+    assert start(folder, *override).images == outcome.images
+
+
 def test_trial_of_few_images_is_valued_as_if_it_had_seen_the_panel(folder: Path) -> None:
     outcome = start(folder, "search.images_per_trial=1", "search.n_iters=1")
     baselines = {r.name: r for r in outcome.results[:3]}

@@ -160,6 +160,19 @@ def test_trials_without_scores_end_the_search_with_a_reason() -> None:
             pass
 
 
+def test_search_stops_when_little_is_to_be_gained(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'search.db'}"
+    options = {"images": 400, "init_points": 20, "storage": url}
+    found = search(**options, stop=(0.05, 3))
+    trials = run(found)
+    assert 20 < len(trials) < 150
+    assert len(trials) % 5 == 0
+    assert score(found.best().weights, 0) > score(BEST, 0) - 0.1
+    assert run(search(**options, stop=(0.05, 3))) == []
+    # Who expects more goes on.
+    assert run(search(**{**options, "images": found.spent + 4}, stop=(0.0001, 3)))
+
+
 def test_start_is_tried_first_then_the_design() -> None:
     start = [BEST, {name: high for name, (_, high) in SPACE.items()}]
     trials = run(search(start=start, images=20))
@@ -197,6 +210,8 @@ def test_any_sampler_of_optuna_may_be_named_by_its_path() -> None:
         ({"init": "grid"}, "unknown init 'grid'"),
         ({"per_trial": 0}, "per_trial is 0"),
         ({"init_points": -1}, "init_points is -1"),
+        ({"stop": (0.0, 3)}, "min_gain is a number above 0"),
+        ({"stop": (0.1, 0)}, "patience at least 1"),
         ({"start": [{**BEST, "M00": 2.0}]}, "start 1: M00 is 2.0, outside its range -0.5 to 1.5"),
         ({"start": [{"M00": 1.0}]}, "start 1: has no 'IN00'"),
         ({"start": [{**BEST, "M01": 1.0}]}, "start 1: 'M01' does not vary; did you mean 'M00'"),

@@ -58,14 +58,21 @@ class Bayes:
 
     def propose(self, judged: Sequence[Judged], place: int, spent: float) -> Array:
         """The merge to try in trial number `place`, when a share `spent` of the images is."""
-        chance = np.random.default_rng([self.seed, place])
-        # A resumed search fits to the same merges as one that never stopped.
-        step = max(_EVERY, len(judged) // 20)
-        posterior = self._posterior(judged, max(1, len(judged) // step * step))
-        best = posterior.data.points[int(posterior.at_points.argmax())]
-        incumbent = _climb(posterior.mean, best[None])
+        posterior, incumbent = self._now(judged)
         rule = _RULES[-1 if spent >= 1 - _LAST else place % len(_RULES)]
-        return rule(posterior, incumbent, chance).numpy()
+        return rule(posterior, incumbent, np.random.default_rng([self.seed, place])).numpy()
+
+    def gain(self, judged: Sequence[Judged]) -> float:
+        """By how much the score is expected to rise if the most promising merge were known exactly."""
+        posterior, incumbent = self._now(judged)
+        promising = _improvement(posterior, incumbent, np.random.default_rng(self.seed))
+        log_gain = float(_log_improvement(posterior, incumbent)(promising[None]))
+        return posterior.data.scale * math.exp(log_gain)
+
+    def best(self, judged: Sequence[Judged]) -> Recommended:
+        """The merge of the highest expected score, as far as the next proposal knows it."""
+        posterior, incumbent = self._now(judged)
+        return Recommended(incumbent.numpy(), *posterior.expected(incumbent))
 
     def few(self, judged: Sequence[Judged], n: int) -> list[Recommended]:
         """The merge of the highest expected score, then the judged ones that should be nearly as good.
@@ -86,6 +93,14 @@ class Bayes:
         middle = torch.full((1, self.d), 0.5, dtype=torch.float64)
         best = _climb(posterior.mean, torch.cat([posterior.data.points[few], middle]))
         return Recommended(best.numpy(), *posterior.expected(best))
+
+    def _now(self, judged: Sequence[Judged]) -> tuple[Posterior, Tensor]:
+        """The posterior and its best merge, with hyperparameters that were fitted now and then."""
+        # A resumed search fits to the same merges as one that never stopped.
+        step = max(_EVERY, len(judged) // 20)
+        posterior = self._posterior(judged, max(1, len(judged) // step * step))
+        best = posterior.data.points[int(posterior.at_points.argmax())]
+        return posterior, _climb(posterior.mean, best[None])
 
     def _posterior(self, judged: Sequence[Judged], n_fitted: int, n_steps: int = 30) -> Posterior:
         if self._fitted is None or self._fitted[0] != n_fitted:
@@ -137,7 +152,12 @@ def _bound(posterior: Posterior, incumbent: Tensor, chance: np.random.Generator)
 
 
 def _improvement(posterior: Posterior, incumbent: Tensor, chance: np.random.Generator) -> Tensor:
-    """The maximum of log E[max(0, f(x) - f(incumbent))]; Ament et al. 2023, arXiv:2310.20708."""
+    value = _log_improvement(posterior, incumbent)
+    return _climb(value, _starts(incumbent, chance, near=3, apart=2))
+
+
+def _log_improvement(posterior: Posterior, incumbent: Tensor) -> Callable[[Tensor], Tensor]:
+    """Log E[max(0, f(x) - f(incumbent))]; Ament et al. 2023, arXiv:2310.20708."""
     here = incumbent[None]
     with torch.no_grad():
         mean_here, variance_here = posterior.mean_and_variance(here)
@@ -148,7 +168,7 @@ def _improvement(posterior: Posterior, incumbent: Tensor, chance: np.random.Gene
         sd = (variance + variance_here - 2 * shared).clamp(min=1e-9).sqrt()
         return sd.log() + _log_gain((mean - mean_here) / sd)
 
-    return _climb(value, _starts(incumbent, chance, near=3, apart=2))
+    return value
 
 
 def _log_gain(u: Tensor) -> Tensor:

@@ -66,6 +66,13 @@ class Merge(Section):
     device: str = "auto"
 
 
+class Stop(Section):
+    """[search.stop]: end the search when it expects to gain less than `min_gain`, `patience` times."""
+
+    min_gain: float = Field(gt=0, allow_inf_nan=False)
+    patience: PositiveInt = 3
+
+
 class Search(Section):
     """[search]: what may vary, and for how long."""
 
@@ -83,6 +90,7 @@ class Search(Section):
     groups: list[list[str]] = []
     guide: ConfigPath | None = None
     start: list[str | dict[str, FiniteFloat]] = []
+    stop: Stop | None = None
 
 
 class Panel(Section):

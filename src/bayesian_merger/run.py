@@ -47,7 +47,7 @@ _FAILURES_IN_A_ROW = 3
 # Errors of ours say what they mean for the run; a full disk or a lost server stops it.
 _NOT_OF_ONE_TRIAL = (MergerError, OSError)
 _REPORT_EVERY_S = 60.0
-_TELL_EVERY_S = 10.0
+_TELL_EVERY = 5
 
 
 class Observer(Protocol):
@@ -182,7 +182,7 @@ def _search(
 ) -> None:
     """Ask, judge, tell, until the trials are spent; a failed trial only has no value."""
     failures = 0
-    reported = told = -math.inf
+    reported = -math.inf
     # What an earlier, shorter run of this folder has confirmed is not replaced by a mere leader.
     is_confirmed = any(r.name not in BASELINES for r in study.judged("heldout"))
     models = () if is_confirmed else setup.merger.references()
@@ -191,7 +191,7 @@ def _search(
     def recipe_of(params: Mapping[str, float]) -> Recipe:
         return setup.recipe(setup.space.weights(params))
 
-    while setup.plan.spent(study.n_finished, study.n_judged) < 1:
+    while not proposer.is_over():
         start = time.monotonic()
         trial = study.ask(proposer, recipe_of)
         trial.spend(ask=time.monotonic() - start)
@@ -215,12 +215,11 @@ def _search(
         else:
             failures = 0
             trial.complete(yardstick.trial(trial.result(), panel))
-        if time.monotonic() - told > _TELL_EVERY_S and study.n_finished >= setup.plan.n_first:
-            told = time.monotonic()
-            for params, value in proposer.few(1):
-                study.expect(recipe_of(params), value)
-                if models:
-                    write_recipe(recipe_of(params), folder, models)
+        is_time = study.n_finished % _TELL_EVERY == 0 and study.n_finished >= setup.plan.n_first
+        if is_time and (best := proposer.best()):
+            study.expect(recipe_of(best[0]), best[1])
+            if models:
+                write_recipe(recipe_of(best[0]), folder, models)
         observer.finished(trial.result(), study.leader)
         if time.monotonic() - reported > _REPORT_EVERY_S:
             reported = time.monotonic()

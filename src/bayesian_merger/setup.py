@@ -22,7 +22,7 @@ from bayesian_merger.merge import Merger, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import Scorer, scorer
 from bayesian_merger.space import Space
-from bayesian_merger.study.proposals import Plan
+from bayesian_merger.study.proposals import Plan, Stop
 
 BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
 # Options that a resumed run may have otherwise: where and how many at once, not what is made.
@@ -307,6 +307,7 @@ def _plan(
         init=search.init,
         init_points=search.init_points,
         start=_starts(config, found, architecture),
+        stop=Stop(search.stop.min_gain, search.stop.patience) if search.stop else None,
         per_trial=search.images_per_trial,
         seed=search.seed,
     )

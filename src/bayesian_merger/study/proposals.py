@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import optuna
@@ -29,6 +29,8 @@ Value = Callable[[Mapping[str, float]], float]
 """The scores of one image -> its value."""
 
 SCORE = "score:"
+_GAIN = "gain:"
+_EVERY = 5
 _USUAL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "tpe": ("optuna.samplers.TPESampler", {"multivariate": True, "n_startup_trials": 0}),
     "cmaes": ("optuna.samplers.CmaEsSampler", {"n_startup_trials": 0}),
@@ -43,6 +45,16 @@ _N_MEAN = 10
 _FEWEST, _SHOWN = 5, 10
 
 
+class Stop(NamedTuple):
+    """When a search ends early: `patience` times in a row no more than `min_gain` was to be expected.
+
+    `min_gain` is in the units of the value. What a search expects is computed after every fifth trial.
+    """
+
+    min_gain: float
+    patience: int = 3
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a search proposes: where, by which optimiser, on which images.
@@ -51,8 +63,8 @@ class Plan:
     images have a share as `shares` says, or an equal one. `optimiser` is one of OPTIMISERS or the dotted
     path of an Optuna sampler, which is called with `options`. The first trials are `start`, the next
     `init_points` explore as `init` says. The search ends when `images` are spent or, if that is given,
-    after `n_iters` more trials. A trial is shown `per_trial` images; for None, bayes shows one to merges
-    that explore and two to others, and other optimisers ten.
+    after `n_iters` more trials, or as `stop` says. A trial is shown `per_trial` images; for None, bayes
+    shows one to merges that explore and two to others, and other optimisers ten.
     """
 
     bounds: Mapping[str, tuple[float, float]]
@@ -66,6 +78,7 @@ class Plan:
     init_points: int | None = None
     per_trial: int | None = None
     start: Sequence[Mapping[str, float]] = ()
+    stop: Stop | None = None
     seed: int = 0
 
     def check(self) -> None:
@@ -91,6 +104,8 @@ class Plan:
             mistakes.append(f"per_trial is {self.per_trial}; a trial takes at least one image")
         if self.init_points is not None and self.init_points < 0:
             mistakes.append(f"init_points is {self.init_points}")
+        if self.stop and not (0 < self.stop.min_gain < math.inf and self.stop.patience >= 1):
+            mistakes.append("stop: min_gain is a number above 0, and patience at least 1")
         for number, point in enumerate(self.start, start=1):
             mistakes += self._mistakes(point, f"start {number}")
         try:
@@ -268,6 +283,16 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
     ) -> float:
         raise AssertionError(f"{param_name} does not vary in this search")
 
+    def gain(self, study: Study) -> float:
+        """By how much the value is expected to rise if the most promising merge were known exactly."""
+        found = self._judged(study)
+        return self._bayes.gain(found) if found else math.inf
+
+    def best(self, study: Study) -> Recommended | None:
+        """The recommended point, without another fit; None where nothing was measured."""
+        found = self._judged(study)
+        return self._bayes.best(found) if found else None
+
     def few(self, study: Study, n: int) -> list[Recommended]:
         """The recommended point and the next best; none where nothing was measured."""
         found = self._judged(study)
@@ -332,16 +357,35 @@ class Proposer:
             asked.set_user_attr(key, found)
         return next(t for t in self.study.get_trials(deepcopy=False) if t.number == asked.number)
 
+    def is_over(self) -> bool:
+        """Whether the images or trials are spent, or little is to be gained by more."""
+        n_finished = sum(trial.state.is_finished() for trial in begun(self.study))
+        if self.plan.spent(n_finished, n_judged(self.study)) >= 1:
+            return True
+        if self.plan.stop is None or n_finished < self.plan.n_first:
+            return False
+        last = n_finished // _EVERY * _EVERY
+        if last == n_finished and f"{_GAIN}{last}" not in self.study.user_attrs:
+            self.study.set_user_attr(f"{_GAIN}{last}", self._bayes.gain(self.study))
+        times = [last - i * _EVERY for i in range(self.plan.stop.patience)]
+        gains = [self.study.user_attrs.get(f"{_GAIN}{n}", math.inf) for n in times]
+        return bool(max(gains) < self.plan.stop.min_gain)
+
+    def best(self) -> tuple[dict[str, float], Estimate] | None:
+        """The parameters that would be recommended now, as far as known without another fit."""
+        found = self._bayes.best(self.study)
+        return found and self._told(found)
+
     def few(self, n: int) -> list[tuple[dict[str, float], Estimate]]:
         """The parameters of the recommended merge and of the next best, with their expected value.
 
         The first need not have been tried. There is none where nothing was measured.
         """
-        found = self._bayes.few(self.study, n)
-        n_images = n_judged(self.study)
-        return [
-            (self.plan.params(one.point), Estimate(one.mean, one.se, n_images)) for one in found
-        ]
+        return [self._told(one) for one in self._bayes.few(self.study, n)]
+
+    def _told(self, found: Recommended) -> tuple[dict[str, float], Estimate]:
+        value = Estimate(found.mean, found.se, n_judged(self.study))
+        return self.plan.params(found.point), value
 
 
 def begun(study: Study) -> list[FrozenTrial]:

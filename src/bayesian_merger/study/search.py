@@ -12,7 +12,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bayesian_merger.errors import RunError
 from bayesian_merger.study import storage_errors
-from bayesian_merger.study.proposals import SCORE, Init, Plan, Proposer, n_judged, scores_of
+from bayesian_merger.study.proposals import (
+    SCORE,
+    Init,
+    Plan,
+    Proposer,
+    Stop,
+    n_judged,
+    scores_of,
+)
 
 _NAME = "score"
 _SILENT_IN_A_ROW = 3
@@ -86,6 +94,8 @@ class Search:
     `optimiser` is "bayes", "tpe", "cmaes", "random", "sobol" or the dotted path of an Optuna sampler,
     with `options`. The points of `start` are tried first, then `init_points` that explore as `init` says
     ("sobol", "lhs", "uniform"); a trial is shown `per_trial` images. What is None is chosen well.
+    `stop` is (min_gain, patience): the search ends early when it has expected to gain less than that,
+    in units of the score, so many times in a row.
 
     With `storage`, the URL of an Optuna storage, every score is kept there under `name` as it is
     reported; the same search opened again goes on with what is missing.
@@ -104,6 +114,7 @@ class Search:
         init: Init = "sobol",
         init_points: int | None = None,
         per_trial: int | None = None,
+        stop: tuple[float, int] | None = None,
         storage: str | None = None,
         name: str = "search",
     ) -> None:
@@ -118,6 +129,7 @@ class Search:
             init_points=init_points,
             per_trial=per_trial,
             start=tuple(start),
+            stop=Stop(*stop) if stop else None,
             seed=seed,
         )
         self.plan.check()
@@ -136,7 +148,7 @@ class Search:
     def __iter__(self) -> Iterator[SearchTrial]:
         """Trials until the images are spent; one that was left without any score has failed."""
         silent = 0
-        while self.plan.spent(0, self.spent) < 1:
+        while not self._is_over():
             with storage_errors():
                 trial = SearchTrial(self._study, self._proposer.begin())
             yield trial
@@ -148,6 +160,10 @@ class Search:
             silent = silent + 1 if trial.mean is None else 0
             if silent == _SILENT_IN_A_ROW:
                 raise RunError(f"{silent} trials in a row were left without a score")
+
+    def _is_over(self) -> bool:
+        with storage_errors():
+            return self._proposer.is_over()
 
     def best(self) -> Best:
         """The recommended weights, which need not have been tried; RunError before any score."""
