@@ -83,6 +83,12 @@ def test_payload_is_shown_as_often_as_its_share_says() -> None:
     assert [shown.count(item) for item in range(3)] == [30, 60, 0]
 
 
+@pytest.mark.parametrize("n", [3, 7, 20])
+def test_trial_is_shown_as_many_images_as_asked_for(n: int) -> None:
+    plan = Plan(SPACE, ["cat", "dog"] * 10, images=1000, per_trial=n)
+    assert {len(plan.items(place, n * place)) for place in range(5)} == {n}
+
+
 def test_more_of_the_panel_is_shown_when_the_first_images_are_known() -> None:
     plan = Plan(SPACE, ["p"] * 50, images=1000)
     shown = [plan.items(0, place)[0] for place in range(1000)]

@@ -209,7 +209,7 @@ class Plan:
         fewest = _FEWEST
         while shown >= 2 * _SHOWN * fewest:
             fewest *= 2
-        rounds = math.ceil(fewest / len(set(self.panel)))
+        rounds = math.ceil(max(fewest, n) / len(set(self.panel)))
         return list(dict.fromkeys(islice(self._turns(rounds), shown, shown + n)))
 
     def _turns(self, rounds: int) -> Iterator[int]:
