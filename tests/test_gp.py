@@ -97,6 +97,18 @@ def test_sums_tell_what_the_whole_covariance_does() -> None:
     assert both[1].numpy() == pytest.approx(np.diag(covariance), abs=1e-6)
 
 
+def test_payload_counts_by_its_share_in_what_is_expected() -> None:
+    points = np.random.default_rng(0).uniform(size=(40, D))
+    payload = ["p", "q"] * 20
+    y = [8.0 if name == "p" else 0.0 for name in payload]
+    image = [i % 4 for i in range(40)]
+    data = Data(points, list(range(40)), image, payload, y, {"p": 3.0, "q": 1.0})
+    model = Model(D)
+    model.fit(data)
+    mean, _ = model.posterior(data).expected(torch.full((D,), 0.5, dtype=torch.float64))
+    assert mean == pytest.approx(6.0, abs=0.3)
+
+
 def test_fit_leads_to_a_more_likely_model() -> None:
     data = Data(*scores())
     model = Model(D)

@@ -57,7 +57,7 @@ def test_search_finds_weights_near_the_best() -> None:
 
 @every_optimiser
 def test_images_are_spent_and_no_more_than_the_last_trial_takes(optimiser: str) -> None:
-    found = search(optimiser=optimiser)
+    found = search(optimiser=optimiser, init_points=4, per_trial=3)
     trials = run(found)
     n_images = [len(items) for _, items in trials]
     assert sum(n_images) == found.spent
@@ -130,6 +130,59 @@ def test_search_opened_again_goes_on_as_one_that_never_stopped(
     assert last.best().weights.keys() == SPACE.keys()
 
 
+@pytest.mark.parametrize("optimiser", ["bayes", "tpe"])
+def test_search_killed_after_any_image_ends_as_one_that_never_stopped(
+    optimiser: str, tmp_path: Path
+) -> None:
+    options = {"optimiser": optimiser, "init_points": 2, "per_trial": 4, "images": 14}
+    expected = run(search(**options))
+    options["storage"] = f"sqlite:///{tmp_path / 'search.db'}"
+
+    def lives_for_one_image() -> bool:
+        for trial in search(**options):
+            for item in trial:
+                trial.report(score(trial.weights, item))
+                return True
+        return False
+
+    while lives_for_one_image():
+        pass
+    assert run(search(**options)) == []
+    stored = optuna.load_study(storage=options["storage"], study_name="search").trials
+    assert {t.state.name for t in stored} == {"COMPLETE"}
+    assert [t.params for t in stored] == [weights for weights, _ in expected]
+
+
+def test_who_looks_at_the_best_in_between_changes_no_proposal() -> None:
+    def looking() -> list[tuple[dict[str, float], list[int]]]:
+        found, seen = search(init_points=8), []
+        for trial in found:
+            items = []
+            for item in trial:
+                trial.report(score(trial.weights, item))
+                items.append(item)
+                found.best()
+            seen.append((dict(trial.weights), items))
+        return seen
+
+    assert looking() == run(search(init_points=8))
+
+
+def test_longer_search_explores_no_more(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'search.db'}"
+    run(search(images=12, storage=url))
+    run(search(images=40, storage=url))
+    stages = [
+        t.user_attrs["stage"] for t in optuna.load_study(storage=url, study_name="search").trials
+    ]
+    assert stages.count("explore") == 6
+
+
+def test_payload_that_does_not_count_takes_no_image_from_others() -> None:
+    plan = Plan(SPACE, ["a", "b"] * 10, images=100, shares={"a": 1.0, "b": 0.0})
+    assert {item for place in range(100) for item in plan.items(0, place)} == {0, 2, 4, 6, 8}
+
+
 def test_trial_that_was_left_early_counts_with_what_it_has() -> None:
     found = search(per_trial=5, images=10)
     for trial in found:
@@ -198,9 +251,14 @@ def test_exploring_trials_fill_the_space(init: Init) -> None:
 
 
 def test_any_sampler_of_optuna_may_be_named_by_its_path() -> None:
-    found = search(optimiser="optuna.samplers.GPSampler", options={"n_startup_trials": 2})
-    run(found)
+    options = {"n_startup_trials": 2}
+    sampler = "optuna.samplers.GPSampler"
+    found = search(optimiser=sampler, options=options, init_points=2, per_trial=6)
+    trials = run(found)
     assert found.spent == 60
+    explored = run(search(optimiser=sampler, options=options, init_points=10, per_trial=6))
+    assert trials[:2] == explored[:2]
+    assert trials[2] != explored[2]
 
 
 @pytest.mark.parametrize(

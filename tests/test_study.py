@@ -136,7 +136,7 @@ def test_baseline_is_observed_once_with_its_scores(url: str) -> None:
     study.observe(trial.result(), params, plan())
     (stored,) = optuna.load_study(storage=url, study_name="search").trials
     assert (stored.values, stored.params) == ([7.0], params)
-    assert searching(study, plan()).few(1)[0][1].mean == pytest.approx(7.0)
+    assert searching(study, plan()).few(1)[0][2].mean == pytest.approx(7.0)
     assert (study.n_finished, study.n_judged) == (0, 0)
 
 

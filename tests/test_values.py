@@ -11,7 +11,7 @@ from scipy.stats import ttest_rel
 
 from bayesian_merger.data import Estimate, Prompt, Recipe, Result
 from bayesian_merger.errors import RunError
-from bayesian_merger.values import Yardstick, effective_n, weighted_mean
+from bayesian_merger.values import Yardstick, effective_n, shares, weighted_mean
 
 ONE = Yardstick({"taste": 1.0}, {"taste": (5.0, 2.0)})
 
@@ -267,3 +267,13 @@ def test_paired_interval_holds_the_truth_in_95_of_100_runs() -> None:
         found = ONE.difference(result(taste=list(mine)), result(taste=list(theirs)), images)
         hits += found.low <= 0.5 <= found.high
     assert hits / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_payloads_of_a_trial_keep_their_shares_however_many_images_it_saw() -> None:
+    def prompt(index: int, payload: str, weight: float) -> Prompt:
+        return Prompt(index, payload, "", 0, weight=weight)
+
+    whole = [prompt(0, "p", 3.0), prompt(1, "q", 1.0), prompt(2, "p", 3.0), prompt(3, "q", 1.0)]
+    assert shares(whole) == {"p": 6.0, "q": 2.0}
+    found = ONE.trial(result(taste={0: 8.0, 2: 8.0, 1: 0.0}), whole)
+    assert (found.mean, found.n) == (6.0, 3)

@@ -49,12 +49,14 @@ class Recommended(NamedTuple):
 class Bayes:
     """Proposes merges in [0, 1]^d; the same scores make the same proposals.
 
-    `panel` names the payload of each image.
+    `panel` names the payload of each image, `shares` says how much a payload counts beside others.
     """
 
-    def __init__(self, d: int, panel: Sequence[str], seed: int) -> None:
-        self.d, self.panel, self.seed = d, panel, seed
-        self._fitted: tuple[int, Model] | None = None
+    def __init__(
+        self, d: int, panel: Sequence[str], seed: int, shares: Mapping[str, float] | None = None
+    ) -> None:
+        self.d, self.panel, self.seed, self.shares = d, panel, seed, shares
+        self._fitted: tuple[tuple[int, int], Model] | None = None
 
     def propose(self, judged: Sequence[Judged], place: int, spent: float) -> Array:
         """The merge to try in trial number `place`, when a share `spent` of the images is."""
@@ -80,7 +82,10 @@ class Bayes:
         The first need not have been tried. They are apart from each other, so that they are not all
         wrong in the same way.
         """
-        posterior = self._posterior(judged, len(judged), n_steps=60)
+        data = self._data(judged)
+        model = Model(self.d)  # of its own: who asks in between changes no proposal
+        model.fit(data, n_steps=60)
+        posterior = model.posterior(data)
         found = [self._best(posterior)]
         for i in posterior.at_points.argsort()[::-1]:
             point = judged[i].point
@@ -102,18 +107,19 @@ class Bayes:
         best = posterior.data.points[int(posterior.at_points.argmax())]
         return posterior, _climb(posterior.mean, best[None])
 
-    def _posterior(self, judged: Sequence[Judged], n_fitted: int, n_steps: int = 30) -> Posterior:
-        if self._fitted is None or self._fitted[0] != n_fitted:
+    def _posterior(self, judged: Sequence[Judged], n_fitted: int) -> Posterior:
+        key = (n_fitted, sum(len(one.scores) for one in judged[:n_fitted]))
+        if self._fitted is None or self._fitted[0] != key:
             model = Model(self.d)
-            model.fit(self._data(judged[:n_fitted]), n_steps)
-            self._fitted = (n_fitted, model)
+            model.fit(self._data(judged[:n_fitted]))
+            self._fitted = (key, model)
         return self._fitted[1].posterior(self._data(judged))
 
     def _data(self, judged: Sequence[Judged]) -> Data:
         rows = [(i, *entry) for i, one in enumerate(judged) for entry in one.scores.items()]
         point, image, y = (list(column) for column in zip(*rows, strict=True))
         points = np.array([one.point for one in judged])
-        return Data(points, point, image, [self.panel[i] for i in image], y)
+        return Data(points, point, image, [self.panel[i] for i in image], y, self.shares)
 
 
 def _apart(one: Array, other: Array) -> float:

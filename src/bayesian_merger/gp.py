@@ -13,7 +13,7 @@ With C merges an evaluation costs C^3, however many images they were shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -41,7 +41,8 @@ class Data:
     """Scores of images by merges, as the sums that a Gaussian process needs.
 
     `points` [n_points, d] are the merges' weights, scaled to [0, 1]. Score i, `y[i]`, is that of merge
-    `point[i]` on the panel's image `image[i]`, which is of payload `payload[i]`.
+    `point[i]` on the panel's image `image[i]`, which is of payload `payload[i]`. A payload counts as
+    `shares` says in the expected score over all images, or like every other.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class Data:
         image: Sequence[int],
         payload: Sequence[str],
         y: Sequence[float],
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         values = np.asarray(y, float)
         self.points = torch.from_numpy(np.asarray(points, float))
         self.n, self.d = len(values), self.points.shape[1]
         payloads, payload_of = np.unique(payload, return_inverse=True)
-        _, image_of = np.unique(image, return_inverse=True)
+        _, first_of_image, image_of = np.unique(image, return_index=True, return_inverse=True)
         self.n_payloads, self.n_images = len(payloads), int(image_of.max()) + 1
         residual = values - _means(values, payload_of)[payload_of]
         self.mean, self.scale = float(values.mean()), max(float(residual.std()), 1e-9)
@@ -69,10 +71,12 @@ class Data:
         offsets[rows, 1 + self.n_payloads + torch.from_numpy(image_of)] = 1
         chosen = torch.zeros(self.n, len(self.points), dtype=torch.float64)
         chosen[rows, torch.as_tensor(point)] = 1
-        # The offset of a score over all payloads and images alike.
-        self.average = offsets.new_tensor(
-            [1.0] + [1 / self.n_payloads] * self.n_payloads + [1 / self.n_images] * self.n_images
-        )
+        # The offset of a score over all payloads by their shares, and their images alike.
+        share = np.array([(shares or {}).get(str(name), 1.0) for name in payloads])
+        share = share / share.sum()
+        payload_of_image = payload_of[first_of_image]
+        of_image = share[payload_of_image] / np.bincount(payload_of_image)[payload_of_image]
+        self.average = torch.from_numpy(np.concatenate([[1.0], share, of_image]))
         self.counts = chosen.sum(0)
         self.zu, self.uu = chosen.T @ offsets, offsets.T @ offsets
         self.zy, self.uy, self.yy = chosen.T @ scaled, offsets.T @ scaled, scaled @ scaled

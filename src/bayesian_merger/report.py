@@ -230,14 +230,14 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _selected(outcome: Outcome) -> list[dict[str, Any]]:
     """The few best merges: what the search expected, what they had on fresh seeds, which was chosen."""
-    before = {result.name: result.value for result in outcome.candidates}
-    chosen = outcome.best.name if outcome.best else None
+    before = {result.recipe.digest(): result.value for result in outcome.candidates}
+    chosen = outcome.best.recipe.digest() if outcome.best else None
     return [
         {
             "name": r.name,
-            "search": before.get(r.name),
+            "search": before.get(r.recipe.digest()),
             "fresh": r.value,
-            "chosen": r.name == chosen,
+            "chosen": r.recipe.digest() == chosen,
         }
         for r in outcome.selected
     ]

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -41,6 +40,7 @@ from bayesian_merger.outcome import (
 from bayesian_merger.scorers import Scorer
 from bayesian_merger.setup import BASELINES, Setup
 from bayesian_merger.study import Stage, Study, Trial, storage_errors
+from bayesian_merger.study.proposals import Plan
 from bayesian_merger.values import Yardstick
 
 _FAILURES_IN_A_ROW = 3
@@ -48,6 +48,7 @@ _FAILURES_IN_A_ROW = 3
 _NOT_OF_ONE_TRIAL = (MergerError, OSError)
 _REPORT_EVERY_S = 60.0
 _TELL_EVERY = 5
+_TELLING = 3
 
 
 class Observer(Protocol):
@@ -119,12 +120,11 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcom
         remove_parts(folder)
         check_folder(setup, folder)
         study = open_study(folder, create=True)
-        study.begin(setup.identity, setup.about())
-        if more:
+        study.require_same(setup.identity)
+        if more and read_outcome(folder, study).finished:
             study.extend(more)
-        if study.target > (setup.plan.images or 0):
-            longer = replace(setup.plan, images=study.target, n_iters=None)
-            setup = replace(setup, plan=longer)
+        setup = replace(setup, plan=_extended(setup.plan, study.target))
+        study.begin(setup.identity, setup.about())
         observer.planned(setup.n_images())
         for warning in setup.warnings:
             observer.noted(warning)
@@ -147,6 +147,15 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcom
                     f"{error}; the report and best.toml are written, and the same command tries again"
                 ) from error
         return outcome
+
+
+def _extended(plan: Plan, target: int) -> Plan:
+    """The plan of a run that was extended to `target` images; what had ended it ends it no more."""
+    if not target:
+        return plan
+    ended_early = plan.stop is not None or plan.n_iters is not None
+    images = target if ended_early else max(target, plan.images or 0)
+    return replace(plan, images=images, n_iters=None, stop=None)
 
 
 def _baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> Yardstick:
@@ -214,8 +223,8 @@ def _search(
                 raise RunError(f"{many}{error}") from error
         else:
             failures = 0
-            trial.complete(yardstick.trial(trial.result(), panel))
-        is_time = study.n_finished % _TELL_EVERY == 0 and study.n_finished >= setup.plan.n_first
+            trial.complete(yardstick.trial(trial.result(), setup.panel))
+        is_time = study.n_finished % _TELL_EVERY == 0 and study.n_finished >= proposer.plan.n_first
         if is_time and (best := proposer.best()):
             study.expect(recipe_of(best[0]), best[1])
             if models:
@@ -232,17 +241,11 @@ def _search(
         study.choose(
             [
                 Result("exploit", name, -1, "complete", recipe_of(params), {}, value=value)
-                for name, (params, value) in zip(_candidate_names(), few, strict=False)
+                for name, params, value in few
             ]
         )
         if few:
-            study.expect(recipe_of(few[0][0]), few[0][1])
-
-
-def _candidate_names() -> Iterator[str]:
-    """The merge that the search recommends was not tried as it is, nor need the others have been."""
-    yield "recommended"
-    yield from (f"runner-up {n}" for n in count(1))
+            study.expect(recipe_of(few[0][1]), few[0][2])
 
 
 def _confirm(
@@ -288,7 +291,10 @@ def _require_change(result: Result, others: Sequence[Result], setup: Setup) -> N
     """NothingChangedError if another merge, of clearly other weights, has made the very same images."""
     for other in others:
         both = result.images.keys() & other.images.keys()
-        same = both and all(result.images[i] == other.images[i] for i in both)
+        # One or two pictures may well be alike, all black say.
+        same = len(both) >= min(_TELLING, len(setup.panel)) and all(
+            result.images[i] == other.images[i] for i in both
+        )
         if same and _distance(result, other, setup) > 0.1:
             raise NothingChangedError(
                 f"{other.name} and {result.name} have different weights, but all their images are the "

@@ -23,6 +23,7 @@ from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import Scorer, scorer
 from bayesian_merger.space import Space
 from bayesian_merger.study.proposals import Plan, Stop
+from bayesian_merger.values import shares
 
 BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
 # Options that a resumed run may have otherwise: where and how many at once, not what is made.
@@ -299,7 +300,7 @@ def _plan(
     plan = Plan(
         bounds={p.name: (p.low, p.high) for p in found.parameters},
         panel=[prompt.payload for prompt in panel],
-        shares={prompt.payload: prompt.weight for prompt in panel},
+        shares=shares(panel),
         images=images,
         n_iters=search.n_iters,
         optimiser=search.optimiser,

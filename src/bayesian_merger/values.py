@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -85,7 +86,9 @@ class Yardstick:
         spread tells less of the error than that of the baselines.
         """
         seen = [p for p in panel if p.index in result.scores]
-        weights = [p.weight for p in seen]
+        share = shares(panel)
+        n_seen = Counter(p.payload for p in seen)
+        weights = [share[p.payload] / n_seen[p.payload] for p in seen]
         values = [
             self.value(result.scores[p.index]) - self.offsets.get(p.index, 0.0) for p in seen
         ]
@@ -108,6 +111,14 @@ class Yardstick:
             return Interval(found.mean, -math.inf, math.inf)
         reach = float(student.ppf(0.975, freedom)) * found.se
         return Interval(found.mean, found.mean - reach, found.mean + reach)
+
+
+def shares(panel: Sequence[Prompt]) -> dict[str, float]:
+    """How much each payload counts in the mean over the panel."""
+    found: dict[str, float] = {}
+    for prompt in panel:
+        found[prompt.payload] = found.get(prompt.payload, 0.0) + prompt.weight
+    return found
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate:

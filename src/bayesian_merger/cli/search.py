@@ -241,7 +241,8 @@ class _Progress:
         elif leader is not None and leader.value is not None and leader != self._leader:
             # One trial of few images tells little; what all of them tell is worth a line.
             self._leader = leader
-            line += f"{leader.value.mean:8.3f} ± {leader.value.se:.3f} expected of the best merge"
+            value = f"{leader.value.mean:.3f} ± {leader.value.se:.3f}"
+            line = f"after {result.name}: {value} is expected of the merge recommended so far"
         else:
             return
         self._console.print(line, soft_wrap=True)

@@ -272,9 +272,8 @@ class Study:
         ]
 
     def extend(self, images: int) -> None:
-        """Let the search spend so many images beyond those that are spent or promised already."""
-        if self.n_judged >= self.target:
-            self._search.set_user_attr("target", self.n_judged + images)
+        """Let a finished search spend so many more images."""
+        self._search.set_user_attr("target", self.n_judged + images)
 
     @property
     def target(self) -> int:

@@ -6,7 +6,8 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count, islice
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -141,10 +142,11 @@ class Plan:
         """How many trials are begun without the optimiser."""
         if self.init_points is not None:
             return len(self.start) + self.init_points
-        if self.optimiser != "bayes":
-            return len(self.start) + 10
-        most = self.n_iters if self.images is None else self.images // 2
-        return len(self.start) + min(4 * len(self.bounds), 100, most or 0)
+        is_bayes = self.optimiser == "bayes"
+        usual = min(4 * len(self.bounds), 100) if is_bayes else 10
+        n_each = 1 if is_bayes else self.per_trial or _N_MEAN
+        most = self.n_iters if self.images is None else self.images // (2 * n_each)
+        return len(self.start) + min(usual, most or 0)
 
     def spent(self, n_trials: int, n_images: int) -> float:
         """How much of the search is over, from 0; it ends at 1."""
@@ -156,13 +158,14 @@ class Plan:
     @property
     def n_images(self) -> int:
         """Images of the whole search, if no trial fails."""
-        return self._size()[1]
+        return self._size[1]
 
     @property
     def n_trials(self) -> int:
         """Trials of the whole search, if none fails."""
-        return self._size()[0]
+        return self._size[0]
 
+    @cached_property
     def _size(self) -> tuple[int, int]:
         trials = images = 0
         while self.spent(trials, images) < 1:
@@ -186,11 +189,11 @@ class Plan:
         if place < len(self.start):
             return {name: float(self.start[place][name]) for name in self.bounds}
         d = len(self.bounds)
-        if self.init == "uniform":
+        # Beyond the design there is nothing but chance.
+        if self.init == "uniform" or (self.init == "lhs" and place >= self.n_first):
             return self.params(np.random.default_rng([self.seed, place]).uniform(size=d))
         if self.init == "lhs":
-            design = qmc.LatinHypercube(d, rng=self.seed).random(max(1, self.n_first))
-            return self.params(design[place % len(design)])
+            return self.params(qmc.LatinHypercube(d, rng=self.seed).random(self.n_first)[place])
         point = qmc.Sobol(d, rng=self.seed).random_base2((place + 1).bit_length())[place]
         # Towards the faces: the ends of a range tell more of a weight than its middle.
         return self.params(np.sin(np.pi / 2 * point) ** 2)
@@ -202,22 +205,31 @@ class Plan:
         share. Other optimisers hear of means only, hence the same images for all.
         """
         if self.optimiser != "bayes":
-            first = islice(self._turns(len(self.panel)), self.per_trial or _N_MEAN)
-            return list(dict.fromkeys(first))
+            return self._turn(len(self.panel), 0, self.per_trial or _N_MEAN)
         explores = len(self.start) <= place < self.n_first
         n = self.per_trial or (1 if explores else 2)
         fewest = _FEWEST
         while shown >= 2 * _SHOWN * fewest:
             fewest *= 2
-        rounds = math.ceil(max(fewest, n) / len(set(self.panel)))
-        return list(dict.fromkeys(islice(self._turns(rounds), shown, shown + n)))
+        n_shown = len({p for p in self.panel if self.shares.get(p, 1.0) > 0})
+        return self._turn(math.ceil(max(fewest, n) / n_shown), shown, n)
+
+    def _turn(self, rounds: int, first: int, n: int) -> list[int]:
+        """`n` of the images that `_turns` gives from number `first` on, each once."""
+        taken, further = self._taken.setdefault(rounds, ([], self._turns(rounds)))
+        taken.extend(islice(further, max(0, first + n - len(taken))))
+        return list(dict.fromkeys(taken[first : first + n]))
+
+    @cached_property
+    def _taken(self) -> dict[int, tuple[list[int], Iterator[int]]]:
+        return {}
 
     def _turns(self, rounds: int) -> Iterator[int]:
         """Images of the first so many rounds of the payloads for ever, each payload by its share."""
         of_payload: dict[str, list[int]] = {}
         for item, payload in enumerate(self.panel):
             of_payload.setdefault(payload, []).append(item)
-        share = {payload: self.shares.get(payload, 1.0) for payload in of_payload}
+        share = {p: s for p in of_payload if (s := self.shares.get(p, 1.0)) > 0}
         total = sum(share.values())
         taken = dict.fromkeys(of_payload, 0)
         for n in count(1):
@@ -260,7 +272,7 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
 
     def __init__(self, plan: Plan, value: Value) -> None:
         self._plan, self._value = plan, value
-        self._bayes = Bayes(len(plan.bounds), plan.panel, plan.seed)
+        self._bayes = Bayes(len(plan.bounds), plan.panel, plan.seed, plan.shares)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -314,6 +326,11 @@ class Proposer:
     """
 
     def __init__(self, study: Study, plan: Plan, value: Value) -> None:
+        # A longer run explores no more than it would have.
+        if plan.init_points is None:
+            if "init_points" not in study.user_attrs:
+                study.set_user_attr("init_points", plan.n_first - len(plan.start))
+            plan = replace(plan, init_points=study.user_attrs["init_points"])
         self.study, self.plan = study, plan
         self._bayes = BayesSampler(plan, value)
 
@@ -359,7 +376,10 @@ class Proposer:
 
     def is_over(self) -> bool:
         """Whether the images or trials are spent, or little is to be gained by more."""
-        n_finished = sum(trial.state.is_finished() for trial in begun(self.study))
+        trials = begun(self.study)
+        n_finished = sum(trial.state.is_finished() for trial in trials)
+        if n_finished < len(trials):
+            return False  # one was interrupted
         if self.plan.spent(n_finished, n_judged(self.study)) >= 1:
             return True
         if self.plan.stop is None or n_finished < self.plan.n_first:
@@ -376,12 +396,29 @@ class Proposer:
         found = self._bayes.best(self.study)
         return found and self._told(found)
 
-    def few(self, n: int) -> list[tuple[dict[str, float], Estimate]]:
-        """The parameters of the recommended merge and of the next best, with their expected value.
+    def few(self, n: int) -> list[tuple[str, dict[str, float], Estimate]]:
+        """The recommended merge and the next best: name, parameters and expected value.
 
-        The first need not have been tried. There is none where nothing was measured.
+        The first, "recommended", need not have been tried; the others have the names of their trials.
+        There is none where nothing was measured.
         """
-        return [self._told(one) for one in self._bayes.few(self.study, n)]
+        found = [self._told(one) for one in self._bayes.few(self.study, n)]
+        names = [self._name(params) for params, _ in found[1:]]
+        return [(name, *one) for name, one in zip(["recommended", *names], found, strict=False)]
+
+    def _name(self, params: Mapping[str, float]) -> str:
+        """That of the trial that is nearest to the parameters."""
+        wanted = self.plan.scaled(params)
+        trials = [
+            t
+            for t in self.study.get_trials(deepcopy=False)
+            if t.params.keys() == self.plan.bounds.keys()
+        ]
+        nearest_one = min(
+            trials, key=lambda t: float(np.abs(self.plan.scaled(t.params) - wanted).sum())
+        )
+        attrs = nearest_one.user_attrs
+        return str(attrs.get("name") or attrs.get("baseline") or f"trial {nearest_one.number}")
 
     def _told(self, found: Recommended) -> tuple[dict[str, float], Estimate]:
         value = Estimate(found.mean, found.se, n_judged(self.study))

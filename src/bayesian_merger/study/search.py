@@ -171,5 +171,5 @@ class Search:
             found = self._proposer.few(1)
         if not found:
             raise RunError("no image was judged, so there is nothing to recommend")
-        weights, value = found[0]
+        _, weights, value = found[0]
         return Best(weights, value.mean, value.se)
