@@ -239,6 +239,11 @@ class Result:
     reason: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def recommended(cls, name: str, recipe: Recipe, value: Estimate) -> Result:
+        """What a search recommends, and the value that it expects; it need not have been judged."""
+        return cls("exploit", name, -1, "complete", recipe, {}, value=value)
+
     def but(self, **changes: Any) -> Result:
         """A copy with some fields changed."""
         return replace(self, **changes)
@@ -249,11 +254,11 @@ class Outcome:
     """A run as it stands, finished or not: what the report, the plots and `result.json` are made of.
 
     `results` are the baselines and then the search's trials in order, of which there will be about
-    `trials`; `leader` is what the search
-    recommends so far, and `expected` the value that it expected of that after so many trials.
-    `candidates` are the few that it recommends at the end, `selected` the same judged again on fresh
-    seeds, from which `best` was chosen. `heldout` holds "a", "b", "even" and "best" judged on seeds that
-    no choice was made on, and `gain` the paired differences "over_a", "over_b" and "over_even" there.
+    `trials`; `leader` is what the search recommends so far, and `expected` the value that it expected of
+    that after so many trials. `candidates` are the few that it recommends at the end, `selected` the
+    same judged again on fresh seeds, from which `best` was chosen. `heldout` holds "a", "b", "even" and
+    "best" judged on seeds that no choice was made on, and `gain` the paired differences "over_a",
+    "over_b" and "over_even" there.
     `best` is None and `heldout` empty until they are known. `pictures` maps "a", "b", "even", "best" to
     saved images by panel index: held-out ones once the run is finished, before that the baselines' own.
     `seconds` is the time spent by phase.

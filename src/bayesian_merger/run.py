@@ -239,10 +239,7 @@ def _search(
     if len(study.candidates) < setup.config.heldout.candidates:
         few = proposer.few(setup.config.heldout.candidates)
         study.choose(
-            [
-                Result("exploit", name, -1, "complete", recipe_of(params), {}, value=value)
-                for name, params, value in few
-            ]
+            [Result.recommended(name, recipe_of(params), value) for name, params, value in few]
         )
         if few:
             study.expect(recipe_of(few[0][1]), few[0][2])

@@ -13,6 +13,7 @@ from rich.table import Table
 from bayesian_merger import methods
 from bayesian_merger.backends import backend
 from bayesian_merger.blocks import ARCHITECTURES
+from bayesian_merger.cli.options import plugin_option
 from bayesian_merger.cli.screen import out
 from bayesian_merger.curves import CURVES
 from bayesian_merger.methods import mecha
@@ -25,13 +26,7 @@ from bayesian_merger.space import PRESETS
 @click.argument(
     "kind", type=click.Choice(["methods", "architectures", "presets", "scorers", "backends"])
 )
-@click.option(
-    "--plugin",
-    "plugins",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Python file of your own to list as well; it is run.",
-)
+@plugin_option
 def list_command(kind: str, plugins: Sequence[Path]) -> None:
     """List what can be named in a configuration or on the command line."""
     for plugin in plugins:

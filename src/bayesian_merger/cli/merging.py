@@ -23,6 +23,7 @@ from rich.table import Table
 
 from bayesian_merger import methods, recipes
 from bayesian_merger.checkpoint import PRECISIONS
+from bayesian_merger.cli.options import plugin_option
 from bayesian_merger.cli.screen import out, plain
 from bayesian_merger.data import Model, Recipe
 from bayesian_merger.errors import ConfigError
@@ -75,13 +76,7 @@ _LEAST, _MOST = -1.0, 2.0
     type=click.Path(path_type=Path, file_okay=False),
     help="Where a recipe's models lie, if neither beside it nor where it says; may be repeated.",
 )
-@click.option(
-    "--plugin",
-    "plugins",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Python file with a method of your own; it is run.",
-)
+@plugin_option
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 def merge_command(
     files: Sequence[Path],

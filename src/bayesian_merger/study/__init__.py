@@ -234,7 +234,7 @@ class Study:
         if told is None:
             return None
         recipe, value = Recipe.from_dict(told["recipe"]), Estimate(**told["value"])
-        return Result("exploit", "recommended", -1, "complete", recipe, {}, value=value)
+        return Result.recommended("recommended", recipe, value)
 
     @property
     def expected(self) -> dict[int, Estimate]:
@@ -259,14 +259,8 @@ class Study:
         if told.get("trials") != self.n_finished:
             return []
         return [
-            Result(
-                "exploit",
-                one["name"],
-                -1,
-                "complete",
-                Recipe.from_dict(one["recipe"]),
-                {},
-                value=Estimate(**one["value"]),
+            Result.recommended(
+                one["name"], Recipe.from_dict(one["recipe"]), Estimate(**one["value"])
             )
             for one in told["few"]
         ]
