@@ -28,7 +28,7 @@ from bayesian_merger import plots, run
 from bayesian_merger.data import Interval, Outcome, Prompt, Recipe, Result
 from bayesian_merger.outcome import mean
 from bayesian_merger.setup import Setup, prepare
-from bayesian_merger.study import Study, url_of
+from bayesian_merger.study import Study
 from bayesian_merger.values import Yardstick
 
 DEMO = Path(bayesian_merger.__file__).parent / "demo"
@@ -96,7 +96,7 @@ def main() -> None:
         return base.recipe({"alpha": dict.fromkeys(blocks, alpha)})
 
     with tempfile.TemporaryDirectory() as folder:
-        study = Study(url_of(Path(folder) / "landscape.db"))
+        study = Study(Path(folder) / "landscape.db")
         print(f"\n{len(panel)} fresh prompt and seed pairs\n")
         print("| alpha in every block | mean | standard error |\n|---|---|---|")
         evens: dict[float, Result] = {}

@@ -501,3 +501,23 @@ def test_second_process_in_the_folder_is_turned_away(folder: Path) -> None:
         process.wait()
     assert second.returncode == 1
     assert "another process is running here" in second.stderr
+
+
+def test_study_may_lie_in_a_storage_that_several_runs_share(folder: Path) -> None:
+    storage = f"search.storage=sqlite:///{folder / 'all.db'}"
+    one = start(folder, storage, "search.n_iters=1", into="one")
+    other = start(folder, storage, "search.n_iters=1", "search.seed=5", into="other")
+    assert measured(one) != measured(other)
+    assert start(folder, storage, "search.n_iters=1", into="one").images == one.images
+    assert not (folder / "one" / "study.db").exists()
+    assert "all.db" not in (folder / "one" / "report.html").read_text()
+    with pytest.raises(
+        ConfigError, match=r"the study 'one' belongs to another .* search.seed was 0"
+    ):
+        start(folder, storage, "search.n_iters=1", "search.seed=5", into="one")
+
+
+def test_run_folder_with_a_study_of_its_own_takes_no_storage_beside_it(folder: Path) -> None:
+    start(folder, "search.n_iters=1")
+    with pytest.raises(ConfigError, match="holds a study of its own"):
+        start(folder, "search.n_iters=1", f"search.storage=sqlite:///{folder / 'all.db'}")

@@ -300,8 +300,18 @@ def test_every_mistake_is_told_at_once() -> None:
 
 
 def test_storage_that_does_not_answer_is_told(tmp_path: Path) -> None:
-    with pytest.raises(RunError):
+    with pytest.raises(ConfigError, match="unable to open database file"):
         search(storage=f"sqlite:///{tmp_path / 'no' / 'such' / 'folder.db'}")
+
+
+def test_stored_study_of_another_search_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'search.db'}"
+    run(search(images=4, storage=url))
+    with pytest.raises(
+        ConfigError, match="the study 'search' belongs to another search: seed was"
+    ):
+        search(images=4, storage=url, seed=9)
+    assert search(images=4, storage=url, seed=9, name="other").spent == 0
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])

@@ -12,7 +12,7 @@ import pytest
 from bayesian_merger.blocks import SD1
 from bayesian_merger.data import Estimate, Model, Recipe, Result
 from bayesian_merger.errors import ConfigError, RunError
-from bayesian_merger.study import Study, Trial, create, url_of
+from bayesian_merger.study import Study, Trial, create, storage_at, url_of
 from bayesian_merger.study.proposals import Plan, Proposer
 
 MODELS = (Model("a.safetensors", "aa"), Model("b.safetensors", "bb"))
@@ -55,130 +55,127 @@ def proposals(study: Study, how: Plan, n: int) -> list[Mapping[str, float]]:
     return asked
 
 
-def ask(url: str) -> Trial:
-    study = Study(url)
+def ask(path: Path) -> Trial:
+    study = Study(path)
     return study.ask(searching(study, plan()), recipe)
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'study.db'}"
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "study.db"
 
 
 @pytest.mark.parametrize("optimiser", ["bayes", "tpe"])
 def test_reopened_study_proposes_what_an_open_one_would_have(
     tmp_path: Path, optimiser: str
 ) -> None:
-    open_all_along = Study(f"sqlite:///{tmp_path / 'one.db'}")
+    open_all_along = Study(tmp_path / "one.db")
     expected = proposals(open_all_along, plan(optimiser), 6)
-    found = [
-        proposals(Study(f"sqlite:///{tmp_path / 'two.db'}"), plan(optimiser), 1)[0]
-        for _ in range(6)
-    ]
+    found = [proposals(Study(tmp_path / "two.db"), plan(optimiser), 1)[0] for _ in range(6)]
     assert found == expected
 
 
-def test_interrupted_trial_comes_back_with_its_scores(url: str) -> None:
-    trial = ask(url)
+def test_interrupted_trial_comes_back_with_its_scores(path: Path) -> None:
+    trial = ask(path)
     trial.record(0, {"taste": 1.5}, "aaaa")
     trial.spend(generate=2.0)
-    again = ask(url)
+    again = ask(path)
     assert again.recipe == trial.recipe
     assert again.scores == {0: {"taste": 1.5}}
     again.spend(generate=1.0)
     assert again.result().seconds == {"generate": 3.0}
 
 
-def test_score_that_stands_is_not_replaced(url: str) -> None:
-    trial = ask(url)
+def test_score_that_stands_is_not_replaced(path: Path) -> None:
+    trial = ask(path)
     trial.record(0, {"taste": 1.5}, "aaaa")
     trial.record(0, {"taste": 9.9}, "bbbb")
-    (result,) = Study(url).searched()
+    (result,) = Study(path).searched()
     assert result.scores == {0: {"taste": 1.5}}
     assert result.images == {0: "aaaa"}
 
 
-def test_proposal_that_was_cut_off_before_its_recipe_is_asked_for_again(url: str) -> None:
-    study = Study(url)
+def test_proposal_that_was_cut_off_before_its_recipe_is_asked_for_again(path: Path) -> None:
+    study = Study(path)
     proposals(study, plan(), 3)
-    cut = optuna.load_study(storage=url, study_name="search")
+    cut = optuna.load_study(storage=url_of(path), study_name="search")
     cut.ask(plan().distributions)  # and is killed
-    expected = Study(url.replace("study.db", "other.db"))
+    expected = Study(path.with_name("other.db"))
     whole = proposals(expected, plan(), 4)
-    assert proposals(Study(url), plan(), 1)[0] == whole[3]
-    assert [r.name for r in Study(url).searched()] == ["trial 1", "trial 2", "trial 3", "trial 4"]
+    assert proposals(Study(path), plan(), 1)[0] == whole[3]
+    assert [r.name for r in Study(path).searched()] == ["trial 1", "trial 2", "trial 3", "trial 4"]
 
 
-def test_exploration_covers_each_axis_evenly_and_favours_its_ends(url: str) -> None:
-    points = proposals(Study(url), plan(init_points=8), 8)
+def test_exploration_covers_each_axis_evenly_and_favours_its_ends(path: Path) -> None:
+    points = proposals(Study(path), plan(init_points=8), 8)
     table = np.array([list(weights.values()) for weights in points])
     shares = np.arcsin(np.sqrt(table)) * 2 / np.pi
     # Each eighth of each axis holds one point of the first eight of a Sobol sequence.
     assert (np.sort(np.floor(shares * 8), axis=0) == np.arange(8)[:, None]).all()
 
 
-def test_failed_trial_is_not_told_as_a_number(url: str) -> None:
-    ask(url).fail("the server went away")
-    (result,) = Study(url).searched()
+def test_failed_trial_is_not_told_as_a_number(path: Path) -> None:
+    ask(path).fail("the server went away")
+    (result,) = Study(path).searched()
     assert (result.state, result.value, result.reason) == ("failed", None, "the server went away")
-    stored = optuna.load_study(storage=url, study_name="search").trials
+    stored = optuna.load_study(storage=url_of(path), study_name="search").trials
     assert [t.state.name for t in stored] == ["FAIL"]
     assert stored[0].values is None
 
 
-def test_baseline_is_observed_once_with_its_scores(url: str) -> None:
-    study = Study(url)
+def test_baseline_is_observed_once_with_its_scores(path: Path) -> None:
+    study = Study(path)
     trial = study.book("baseline", "even", even(0.5))
     trial.record(2, {"taste": 7.0}, "aaaa")
     trial.complete(Estimate(7.0, 0.1, 1))
     params = dict.fromkeys(SD1.blocks, 0.5)
     study.observe(trial.result(), params, plan())
     study.observe(trial.result(), params, plan())
-    (stored,) = optuna.load_study(storage=url, study_name="search").trials
+    (stored,) = optuna.load_study(storage=url_of(path), study_name="search").trials
     assert (stored.values, stored.params) == ([7.0], params)
     assert searching(study, plan()).few(1)[0][2].mean == pytest.approx(7.0)
     assert (study.n_finished, study.n_judged) == (0, 0)
 
 
-def test_recommendation_is_kept_with_what_was_expected(url: str) -> None:
-    study = Study(url)
+def test_recommendation_is_kept_with_what_was_expected(path: Path) -> None:
+    study = Study(path)
     assert (study.leader, study.expected) == (None, {})
     study.expect(even(0.1), Estimate(1.0, 0.5, 0))
     proposals(study, plan(), 3)
     study.expect(even(0.2), Estimate(2.0, 0.25, 6))
-    again = Study(url)
+    again = Study(path)
     assert again.leader is not None
     assert (again.leader.recipe, again.leader.value) == (even(0.2), Estimate(2.0, 0.25, 6))
     assert again.expected == {0: Estimate(1.0, 0.5, 0), 3: Estimate(2.0, 0.25, 6)}
 
 
-def test_candidates_stand_until_there_are_more_trials(url: str) -> None:
-    study = Study(url)
+def test_candidates_stand_until_there_are_more_trials(path: Path) -> None:
+    study = Study(path)
     proposals(study, plan(), 3)
     assert study.candidates == []
     wanted = Result(
         "exploit", "runner-up 1", -1, "complete", even(0.2), {}, value=Estimate(2.0, 0.25, 6)
     )
     study.choose([wanted])
-    assert Study(url).candidates == [wanted]
+    assert Study(path).candidates == [wanted]
     proposals(study, plan(), 1)
     assert study.candidates == []
 
 
-def test_booked_recipe_is_found_again_unless_it_failed(url: str) -> None:
-    first = Study(url).book("select", "trial 4", even(0.2))
+def test_booked_recipe_is_found_again_unless_it_failed(path: Path) -> None:
+    first = Study(path).book("select", "trial 4", even(0.2))
     first.record(0, {"taste": 2.0}, "aaaa")
-    assert Study(url).book("select", "trial 4", even(0.2)).scores == {0: {"taste": 2.0}}
-    assert Study(url).book("heldout", "trial 4", even(0.2)).scores == {}
-    Study(url).book("select", "trial 4", even(0.2)).fail("NaN images")
-    assert Study(url).book("select", "trial 4", even(0.2)).scores == {}
+    assert Study(path).book("select", "trial 4", even(0.2)).scores == {0: {"taste": 2.0}}
+    assert Study(path).book("heldout", "trial 4", even(0.2)).scores == {}
+    Study(path).book("select", "trial 4", even(0.2)).fail("NaN images")
+    assert Study(path).book("select", "trial 4", even(0.2)).scores == {}
 
 
-def test_study_of_another_run_is_refused_with_what_differs(url: str) -> None:
-    study = Study(url)
+def test_study_of_another_run_is_refused_with_what_differs(path: Path) -> None:
+    study = Study(path)
     study.begin({"search": {"seed": 0}, "models": {"a": "aa"}}, {})
     with pytest.raises(ConfigError, match=r"search\.seed was 0, is 1"):
-        Study(url).begin({"search": {"seed": 1}, "models": {"a": "aa"}}, {})
+        Study(path).begin({"search": {"seed": 1}, "models": {"a": "aa"}}, {})
 
 
 def test_study_of_another_version_of_optuna_is_told_in_one_line(tmp_path: Path) -> None:
@@ -187,8 +184,41 @@ def test_study_of_another_version_of_optuna_is_told_in_one_line(tmp_path: Path) 
         database.execute("UPDATE alembic_version SET version_num = 'v1.3.0.a'")
         database.commit()
     with pytest.raises(RunError) as told:
-        Study(url_of(tmp_path / "study.db"))
+        Study(tmp_path / "study.db")
     assert "\n" not in str(told.value)
+
+
+def test_runs_share_a_storage_by_their_names(path: Path) -> None:
+    storage = storage_at(f"sqlite:///{path}")
+    one, other = (Study(storage, name) for name in ("one", "other"))
+    one.begin({"seed": 1}, {})
+    proposals(one, plan(), 2)
+    assert (len(one.searched()), len(other.searched())) == (2, 0)
+    again = Study(storage_at(f"sqlite:///{path}"), "one")
+    assert again.searched() == one.searched()
+    with pytest.raises(
+        ConfigError, match="the study 'one' belongs to another configuration: seed"
+    ):
+        again.begin({"seed": 2}, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("nonsense", "is no URL; write it as"),
+        ("sqlite:////no/such/folder/x.db", "unable to open database file"),
+        ("oracle://me:secret@host/x", "install what the URL names"),
+        ("postgresql+nope://me:sec:r@et@127.0.0.1:1/x", "nope"),
+    ],
+)
+def test_storage_that_does_not_answer_is_told_in_one_line_without_its_password(
+    given: str, said: str
+) -> None:
+    with pytest.raises(ConfigError) as told:
+        storage_at(given)
+    assert said in str(told.value)
+    assert "\n" not in str(told.value)
+    assert "sec" not in str(told.value)
 
 
 def test_half_made_study_of_a_killed_process_is_cleared_away(tmp_path: Path) -> None:
@@ -202,5 +232,5 @@ def test_file_that_is_no_study_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     path.write_bytes(b"this is not a database at all" * 100)
     with pytest.raises(RunError, match="cannot be read or written") as caught:
-        Study(f"sqlite:///{path}")
+        Study(path)
     assert len(str(caught.value).splitlines()) == 1

@@ -91,6 +91,8 @@ class Search(Section):
     guide: ConfigPath | None = None
     start: list[str | dict[str, FiniteFloat]] = []
     stop: Stop | None = None
+    # Where a study lies is no part of it, and the address may hold a password.
+    storage: str | None = Field(None, exclude=True)
 
 
 class Panel(Section):

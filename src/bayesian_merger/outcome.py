@@ -12,19 +12,36 @@ from bayesian_merger.data import Model, Outcome, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.setup import BASELINES
-from bayesian_merger.study import Stage, Study, url_of
+from bayesian_merger.study import Stage, Study, is_in, storage_at
 from bayesian_merger.study import create as create_study
 from bayesian_merger.values import Yardstick
 
 
-def open_study(folder: Path, *, create: bool = False) -> Study:
-    """The study in the run folder; ConfigError if there is none and `create` is not set."""
-    path = folder / "study.db"
-    if not create and not path.is_file():
-        raise ConfigError(f"{folder}: not a run folder (it has no study.db)")
+def open_study(folder: Path, storage: str | None = None, *, create: bool = False) -> Study:
+    """The study of the run in the folder; ConfigError if there is none and `create` is not set.
+
+    It lies in the folder, or in the storage of that URL under the folder's name.
+    """
+    path, name = folder / "study.db", folder.absolute().name
+    if not create and not has_study(folder, storage):
+        where = f"the storage has no study {name!r}" if storage else "it has no study.db"
+        raise ConfigError(f"{folder}: not a run folder ({where})")
+    if storage:
+        return Study(storage_at(storage), name)
     if not path.is_file():
         create_study(path)
-    return Study(url_of(path))
+    return Study(path)
+
+
+def has_study(folder: Path, storage: str | None = None) -> bool:
+    """Whether a run has begun in the folder; ConfigError if the storage does not answer."""
+    path = folder / "study.db"
+    if storage and path.is_file():
+        raise ConfigError(
+            f"{folder} holds a study of its own (study.db), but search.storage names another place; "
+            f"leave that out, or choose another --run-dir"
+        )
+    return is_in(storage_at(storage), folder.absolute().name) if storage else path.is_file()
 
 
 def read_outcome(folder: Path, study: Study) -> Outcome:

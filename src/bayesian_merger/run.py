@@ -29,6 +29,7 @@ from bayesian_merger.errors import (
 )
 from bayesian_merger.merge import Merger
 from bayesian_merger.outcome import (
+    has_study,
     open_study,
     pictures_of,
     ranked,
@@ -119,7 +120,7 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcom
     with _locked(folder), storage_errors():
         remove_parts(folder)
         check_folder(setup, folder)
-        study = open_study(folder, create=True)
+        study = open_study(folder, setup.config.search.storage, create=True)
         study.require_same(setup.identity)
         if more and read_outcome(folder, study).finished:
             study.extend(more)
@@ -316,8 +317,9 @@ def _distance(one: Result, other: Result, setup: Setup) -> float:
 
 def check_folder(setup: Setup, folder: Path) -> None:
     """ConfigError or CheckpointError if `setup` cannot run in `folder`: another run's, or no space."""
-    if (folder / "study.db").is_file():
-        open_study(folder).require_same(setup.identity)
+    storage = setup.config.search.storage
+    if has_study(folder, storage):
+        open_study(folder, storage).require_same(setup.identity)
     best = folder / "best.safetensors"
     if setup.config.output.save_best:
         if any(model.path.resolve() == best.resolve() for model in setup.merger.models):

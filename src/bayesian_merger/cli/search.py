@@ -158,7 +158,7 @@ def run_command(
     config = _load(config_file, overrides, **counts)
     folder = run_dir or _default_run_dir(config_file)
     if more:
-        outcomes.open_study(folder)  # there is something to extend
+        outcomes.open_study(folder, config.search.storage)  # there is something to extend
     _run(config, config_file.absolute().parent, config_file.stem, folder, more)
 
 
@@ -178,9 +178,10 @@ def _run(
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False))
-def report_command(run_dir: Path) -> None:
+@click.option("--storage", metavar="URL", help="The search.storage of the run, if it had one.")
+def report_command(run_dir: Path, storage: str | None) -> None:
     """Write the report and the figures of RUN_DIR again, from its study alone."""
-    found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir))
+    found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir, storage))
     outcomes.write_outcome(found, run_dir)
     _summary(found, run_dir)
 

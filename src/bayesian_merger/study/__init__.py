@@ -9,6 +9,7 @@ as they arrive, so that a killed process loses at most the images that were bein
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import URL
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from bayesian_merger.data import Estimate, Recipe, Result, State
 from bayesian_merger.errors import ConfigError, RunError, first_line
@@ -33,6 +36,8 @@ from bayesian_merger.study.proposals import (
     n_judged,
 )
 
+_SEARCH = "search"
+_PATIENCE_S = 10
 Stage = Literal["baseline", "explore", "exploit", "select", "heldout"]
 
 _STATES: Mapping[TrialState, State] = {
@@ -49,13 +54,67 @@ def storage_errors() -> Iterator[None]:
     """Turn errors of the storage (full disk, damaged file, lost server) into a RunError."""
     try:
         yield
-    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
-        cause = error.__cause__ or error
-        reason = first_line(getattr(cause, "orig", None) or cause)
+    except (StorageInternalError, SQLAlchemyError) as error:
         raise RunError(
-            f"the study cannot be read or written ({reason}); what it holds is kept, "
+            f"the study cannot be read or written ({_reason(error)}); what it holds is kept, "
             f"and the same command goes on from there"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return first_line(getattr(cause, "orig", None) or cause)
+
+
+def storage_at(url: str) -> RDBStorage:
+    """The storage at an URL that a user gave; ConfigError if it is none or does not answer."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    options: dict[str, Any] = {}
+    try:
+        if make_url(url).get_backend_name() in ("postgresql", "mysql"):
+            # A server may drop a connection at night, and one that is away is not waited for long.
+            options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": _PATIENCE_S}}
+        return RDBStorage(url, engine_kwargs=options)
+    except ArgumentError as error:
+        raise ConfigError(
+            f"storage {_without_password(url)} is no URL; write it as sqlite:///FILE or "
+            f"postgresql://USER@HOST/DATABASE"
+        ) from error
+    except (ImportError, NoSuchModuleError) as error:
+        raise ConfigError(
+            f"storage {_without_password(url)}: {_reason(error)}; install what the URL names, for "
+            f"postgresql:// with pip install 'psycopg[binary]'"
+        ) from error
+    # No answer, no permission, tables of another version.
+    except (SQLAlchemyError, RuntimeError, StorageInternalError) as error:
+        raise ConfigError(
+            f"storage {_without_password(url)} cannot be opened: {_reason(error)}"
+        ) from error
+
+
+def is_in(storage: RDBStorage, name: str) -> bool:
+    """Whether the storage holds the run of that name."""
+    with storage_errors():
+        return f"{name}/{_SEARCH}" in optuna.get_all_study_names(storage)
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"(://[^/@]*?:)[^/]*@", r"\1***@", url)
+
+
+def require_same(study: optuna.Study, identity: Mapping[str, Any], what: str, advice: str) -> None:
+    """ConfigError that `what` differs, and in which, if the study belongs to another `identity`."""
+    stored = study.user_attrs.get("identity", identity)
+    # As the storage gives it back: tuples are lists there, and keys are texts.
+    before, now = (dict(_flat(json.loads(json.dumps(data)))) for data in (stored, identity))
+    differing = [k for k in (before | now) if before.get(k) != now.get(k)]
+    if differing:
+        said = "; ".join(
+            f"{key} was {_shown(before.get(key))}, is {_shown(now.get(key))}"
+            for key in differing[:3]
+        )
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ConfigError(f"{what}: {said}{more}; {advice}")
 
 
 class Trial:
@@ -129,7 +188,7 @@ def create(path: Path) -> None:
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-study-") as folder,
     ):
         new = Path(folder) / path.name
-        study = Study(url_of(new))
+        study = Study(new)
         study.close()
         new.replace(path)
 
@@ -141,21 +200,30 @@ def url_of(path: Path) -> str:
 
 
 class Study:
-    """The record of one run in the storage at `url`; opened again, it goes on where it was."""
+    """The record of one run; opened again, it goes on where it was.
 
-    def __init__(self, url: str) -> None:
-        """RunError if the storage cannot be opened."""
+    It lies in `storage`, or in the SQLite file at a path. Several runs share a storage by their names.
+    """
+
+    def __init__(self, storage: RDBStorage | Path, name: str = "") -> None:
+        """RunError if it cannot be opened."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with storage_errors():
             try:
-                self._storage = storage = optuna.storages.RDBStorage(url)
+                self._storage = (
+                    RDBStorage(url_of(storage)) if isinstance(storage, Path) else storage
+                )
             except RuntimeError as error:  # another version of Optuna's tables
                 raise RunError(first_line(error)) from error
+            self._name = name
             self._search, self._judged = (
                 optuna.create_study(
-                    storage=storage, study_name=name, direction="maximize", load_if_exists=True
+                    storage=self._storage,
+                    study_name=f"{name}/{part}" if name else part,
+                    direction="maximize",
+                    load_if_exists=True,
                 )
-                for name in ("search", "judged")
+                for part in (_SEARCH, "judged")
             )
 
     def close(self) -> None:
@@ -174,20 +242,13 @@ class Study:
 
     def require_same(self, identity: Mapping[str, Any]) -> None:
         """ConfigError with what differs if the study belongs to another run than `identity`."""
-        stored = self._search.user_attrs.get("identity", identity)
-        # As the storage gives it back: tuples are lists there, and keys are texts.
-        before, now = (dict(_flat(json.loads(json.dumps(data)))) for data in (stored, identity))
-        differing = [k for k in (before | now) if before.get(k) != now.get(k)]
-        if differing:
-            said = "; ".join(
-                f"{key} was {_shown(before.get(key))}, is {_shown(now.get(key))}"
-                for key in differing[:3]
-            )
-            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise ConfigError(
-                f"the run folder belongs to another configuration: {said}{more}; "
-                f"choose another --run-dir, or change it back"
-            )
+        place = f"the study {self._name!r}" if self._name else "the run folder"
+        require_same(
+            self._search,
+            identity,
+            f"{place} belongs to another configuration",
+            "choose another --run-dir, or change it back",
+        )
 
     @property
     def about(self) -> Mapping[str, Any]:

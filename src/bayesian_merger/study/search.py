@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from bayesian_merger.errors import RunError
-from bayesian_merger.study import storage_errors
+from bayesian_merger.study import require_same, storage_at, storage_errors
 from bayesian_merger.study.proposals import (
     SCORE,
     Init,
@@ -118,7 +118,7 @@ class Search:
         storage: str | None = None,
         name: str = "search",
     ) -> None:
-        """ConfigError with every mistake; RunError if the storage cannot be opened."""
+        """ConfigError with every mistake, for a storage that does not answer and for another's study."""
         self.plan = Plan(
             bounds={key: (float(low), float(high)) for key, (low, high) in space.items()},
             panel=[""] * panel if isinstance(panel, int) else list(panel),
@@ -136,8 +136,27 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with storage_errors():
             self._study = optuna.create_study(
-                storage=storage, study_name=name, direction="maximize", load_if_exists=True
+                storage=storage and storage_at(storage),
+                study_name=name,
+                direction="maximize",
+                load_if_exists=True,
             )
+            identity = {
+                "space": self.plan.bounds,
+                "panel": self.plan.panel,
+                "optimiser": optimiser,
+                "options": self.plan.options,
+                "init": init,
+                "start": self.plan.start,
+                "seed": seed,
+            }
+            require_same(
+                self._study,
+                identity,
+                f"the study {name!r} belongs to another search",
+                "choose another name, or change it back",
+            )
+            self._study.set_user_attr("identity", identity)
         self._proposer = Proposer(self._study, self.plan, lambda scores: scores[_NAME])
 
     @property
