@@ -227,6 +227,30 @@ def test_run_takes_the_names_of_the_original(folder: Path, command: Command) -> 
     assert str(run_dir / "report.html") in out.replace("\n", "")
 
 
+def test_fork_begins_a_run_that_goes_on_by_the_same_settings(
+    folder: Path, command: Command
+) -> None:
+    command("run", folder / "config.toml", "--n-iters", 0)
+    old, new = folder / "runs" / "config", folder / "new"
+    wider = (folder / "config.toml", "--batch-size", 4, "--run-dir", new)
+    code, out, _ = command("fork", old, *wider)
+    assert code == 0
+    assert "7 merges with 42 scores, 42 of images of the new panel\n" in out
+    assert f"next: bayesian-merger run {folder / 'config.toml'} --run-dir {new}\n" in out
+    assert command("run", *wider, "--n-iters", 0)[0] == 0
+    code, _, err = command("fork", old, *wider)
+    assert (code, "has begun already" in err) == (2, True)
+
+
+def test_import_says_how_many_merges_are_tried_first(folder: Path, command: Command) -> None:
+    log = folder / "bbwm.json"
+    log.write_text('{"target": 1.5, "params": {"block_3_alpha": 0.25}}\n')
+    code, out, _ = command("import", log, folder / "config.toml")
+    assert (code, "merges that are tried first: 1\n" in out) == (0, True)
+    code, _, err = command("import", folder / "no.json", folder / "config.toml")
+    assert (code, "no.json: cannot be read" in err) == (2, True)
+
+
 def test_merge_replays_a_recipe_and_never_overwrites(folder: Path, command: Command) -> None:
     command("run", folder / "config.toml", "--init-points", 1, "--n-iters", 0)
     run_dir = folder / "runs" / "config"

@@ -36,6 +36,7 @@ LAYERS = (
     ("setup",),
     ("outcome",),
     ("run",),
+    ("warm",),
     ("cli",),
     ("__main__",),
 )

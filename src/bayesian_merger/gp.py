@@ -73,7 +73,7 @@ class Data:
         chosen[rows, torch.as_tensor(point)] = 1
         # The offset of a score over all payloads by their shares, and their images alike.
         share = np.array([(shares or {}).get(str(name), 1.0) for name in payloads])
-        share = share / share.sum()
+        share = share / share.sum() if share.any() else np.full(len(share), 1 / len(share))
         payload_of_image = payload_of[first_of_image]
         of_image = share[payload_of_image] / np.bincount(payload_of_image)[payload_of_image]
         self.average = torch.from_numpy(np.concatenate([[1.0], share, of_image]))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL.Image import Image
 
 from bayesian_merger import plots, report
 from bayesian_merger.checkpoint import whole_file
@@ -174,6 +177,11 @@ def pictures_of(folder: Path, stage: str, name: str) -> Path:
 
 def _saved(folder: Path) -> dict[int, Path]:
     return {int(path.stem): path for path in sorted(folder.glob("*.png")) if path.stem.isdigit()}
+
+
+def digest_of(image: Image) -> str:
+    """Sixteen hexadecimal digits of the pixels."""
+    return hashlib.sha256(image.tobytes()).hexdigest()[:16]
 
 
 def save_image(sample: Sample, path: Path) -> None:

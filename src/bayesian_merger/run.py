@@ -5,7 +5,6 @@ config -> space -> ask -> merge -> generate -> score -> tell -> report
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from bayesian_merger.errors import (
 )
 from bayesian_merger.merge import Merger
 from bayesian_merger.outcome import (
+    digest_of,
     has_study,
     open_study,
     pictures_of,
@@ -42,7 +42,7 @@ from bayesian_merger.scorers import Scorer
 from bayesian_merger.setup import BASELINES, Setup
 from bayesian_merger.study import Stage, Study, Trial, storage_errors
 from bayesian_merger.study.proposals import Plan
-from bayesian_merger.values import Yardstick
+from bayesian_merger.values import Yardstick, weighted_mean
 
 _FAILURES_IN_A_ROW = 3
 # Errors of ours say what they mean for the run; a full disk or a lost server stops it.
@@ -97,14 +97,14 @@ def judge(
         start = time.monotonic()
         samples = _generate(setup, batch)
         generated = time.monotonic()
-        scores = _score(setup.scorers, samples)
+        scores = score(setup.scorers, samples)
         scored = time.monotonic()
         fresh = 0
         for sample, found in zip(samples, scores, strict=True):
             if sample.prompt.index not in trial.scores:
                 if keep:
                     save_image(sample, keep / f"{sample.prompt.index:03}.png")
-                trial.record(sample.prompt.index, found, _digest(sample))
+                trial.record(sample.prompt.index, found, digest_of(sample.image))
                 fresh += 1
         trial.spend(generate=generated - start, score=scored - generated)
         observer.judged(fresh, made=True)
@@ -117,10 +117,10 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcom
 
     RunError if it cannot go on, ConfigError if the folder belongs to another configuration.
     """
-    with _locked(folder), storage_errors():
+    with locked(folder), storage_errors():
         remove_parts(folder)
         check_folder(setup, folder)
-        study = open_study(folder, setup.config.search.storage, create=True)
+        study = open_study(folder, setup.config.search.storage, create=not more)
         study.require_same(setup.identity)
         if more and read_outcome(folder, study).finished:
             study.extend(more)
@@ -131,6 +131,7 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcom
             observer.noted(warning)
 
         yardstick = _baselines(study, setup, folder, observer)
+        _observe_brought(study, setup, yardstick)
         _search(study, setup, yardstick, folder, observer)
         if not read_outcome(folder, study).finished:
             _confirm(study, setup, yardstick, folder, observer)
@@ -185,6 +186,21 @@ def _baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> 
             study.observe(trial.result(), params, setup.plan)
         observer.finished(trial.result(), None)
     return yardstick
+
+
+def _observe_brought(study: Study, setup: Setup, yardstick: Yardstick) -> None:
+    """Hand what an earlier run has judged to the optimiser, as far as it can be compared."""
+    for result in study.judged("brought"):
+        params = setup.space.values(result.recipe.weights)
+        is_of_panel = all(index < len(setup.panel) for index in result.scores)
+        if is_of_panel:
+            value = yardstick.trial(result, setup.panel)
+        else:
+            # Of other images; bayes learns how easy they are, other optimisers would not.
+            values = [yardstick.value(scores) for scores in result.scores.values()]
+            value = weighted_mean(values, [1.0] * len(values))
+        if params and (is_of_panel or setup.plan.optimiser == "bayes"):
+            study.observe(result.but(value=value), params, setup.plan)
 
 
 def _search(
@@ -356,7 +372,7 @@ def try_out(setup: Setup) -> TryOut:
     batch = next(_batches(setup.panel, setup.backend.batch))
     _generate(setup, batch[:1])  # the first image warms up
     warm = time.monotonic()
-    scores = _score(setup.scorers, _generate(setup, batch))
+    scores = score(setup.scorers, _generate(setup, batch))
     per_image = (time.monotonic() - warm) / len(batch)
     merges = setup.plan.n_trials + 2 * len(BASELINES) + 1 + setup.config.heldout.candidates
     return TryOut(merged - start, per_image, scores[0], setup.n_images(), merges)
@@ -393,7 +409,7 @@ def _no_value(part: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[
         raise TrialError(f"{part}: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _score(scorers: Mapping[str, Scorer], samples: Sequence[Sample]) -> list[dict[str, float]]:
+def score(scorers: Mapping[str, Scorer], samples: Sequence[Sample]) -> list[dict[str, float]]:
     """The scores of each sample; TrialError for a scorer that returns anything but finite numbers."""
     table: list[dict[str, float]] = [{} for _ in samples]
     for name, judge_of in scorers.items():
@@ -418,12 +434,8 @@ def _batches(panel: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
             yield prompts[start : start + size]
 
 
-def _digest(sample: Sample) -> str:
-    return hashlib.sha256(sample.image.tobytes()).hexdigest()[:16]
-
-
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of the run folder; RunError if one is in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

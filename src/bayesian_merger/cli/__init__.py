@@ -42,6 +42,14 @@ COMMANDS = {
         "search",
         "Search the best merge as CONFIG_FILE says; the same command resumes a stopped run.",
     ),
+    "fork": (
+        "search",
+        "Begin the run of CONFIG_FILE with what OLD_RUN has judged, by another panel or other scorers.",
+    ),
+    "import": (
+        "search",
+        "Begin the run of CONFIG_FILE with the best merges of LOG, one of sd-webui-bayesian-merger.",
+    ),
     "merge": (
         "merging",
         "Merge models A B [C ...], or rebuild the merge of a recipe (best.toml), bit for bit.",

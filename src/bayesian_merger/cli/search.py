@@ -1,9 +1,10 @@
-"""The commands of a search: demo, init, check, run, report."""
+"""The commands of a search: demo, init, check, run, fork, import, report."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
-from bayesian_merger import run
+from bayesian_merger import run, warm
 from bayesian_merger.cli.screen import out
 from bayesian_merger.data import RIVALS, Outcome, Result
 from bayesian_merger.errors import ConfigError
@@ -22,6 +23,13 @@ from bayesian_merger.report import duration
 from bayesian_merger.setup import Setup, prepare
 
 _PACKAGE = Path(__file__).parents[1]
+
+
+_run_dir_option = click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the run (default: runs/CONFIG_FILE's name, beside it); the same folder goes on.",
+)
 
 
 def _run_options(command: Any) -> Any:
@@ -75,8 +83,7 @@ def _load(
 def demo_command(run_dir: Path, overrides: Sequence[str], **counts: int | None) -> None:
     """Run the embedded example: two small checkpoints, a scorer, a better merge, a report."""
     path = _PACKAGE / "demo" / "config.toml"
-    config = _load(path, overrides, **counts)
-    _run(config, path.parent, "demo", run_dir)
+    _run(_prepared(_load(path, overrides, **counts), path, "demo"), run_dir)
 
 
 @click.command()
@@ -101,29 +108,28 @@ def init_command(folder: Path) -> None:
 
 @click.command()
 @click.argument("config_file", type=click.Path(path_type=Path))
-@click.option("--run-dir", type=click.Path(path_type=Path, file_okay=False))
+@_run_dir_option
 @_run_options
 def check_command(
     config_file: Path, run_dir: Path | None, overrides: Sequence[str], **counts: int | None
 ) -> None:
     """Check all that CONFIG_FILE names, make a merge and a few images, say how long a run takes."""
-    config = _load(config_file, overrides, **counts)
-    setup = prepare(config, config_file.absolute().parent, config_file.stem)
+    setup = _prepared(_load(config_file, overrides, **counts), config_file)
     folder = run_dir or _default_run_dir(config_file)
     run.check_folder(setup, folder)
     for warning in setup.warnings:
         out.print(f"note: {warning}", soft_wrap=True)
     out.print("every file is in order; making a merge and a batch of images ...", soft_wrap=True)
-    try:
+    with closing(setup.backend):
         tried = run.try_out(setup)
-    finally:
-        setup.backend.close()
     shown = ", ".join(f"{name} {score:.3f}" for name, score in tried.scores.items())
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for model, letter in zip(setup.merger.models, "ABC", strict=False):
         table.add_row(f"model {letter}", f"{model.name} ({setup.merger.architecture.title})")
     plan = setup.plan
-    table.add_row("search", f"{len(plan.bounds)} weights, {config.merge.method}, {plan.optimiser}")
+    table.add_row(
+        "search", f"{len(plan.bounds)} weights, {setup.config.merge.method}, {plan.optimiser}"
+    )
     table.add_row("panel", f"{len(setup.panel)} images from {len(_payloads(setup))} payloads")
     table.add_row("trials", f"{plan.n_trials}, {plan.n_images} images")
     table.add_row("one merge", f"{tried.merge_s:.2f} s")
@@ -135,11 +141,7 @@ def check_command(
 
 @click.command()
 @click.argument("config_file", type=click.Path(path_type=Path))
-@click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of the run (default: runs/CONFIG_FILE's name, beside it); the same folder goes on.",
-)
+@_run_dir_option
 @click.option(
     "--more",
     type=click.IntRange(0),
@@ -155,24 +157,13 @@ def run_command(
     **counts: int | None,
 ) -> None:
     """Search the best merge as CONFIG_FILE says; the same command resumes a stopped run."""
-    config = _load(config_file, overrides, **counts)
-    folder = run_dir or _default_run_dir(config_file)
-    if more:
-        outcomes.open_study(folder, config.search.storage)  # there is something to extend
-    _run(config, config_file.absolute().parent, config_file.stem, folder, more)
+    setup = _prepared(_load(config_file, overrides, **counts), config_file)
+    _run(setup, run_dir or _default_run_dir(config_file), more)
 
 
-def _run(
-    config: configuration.Config, base: Path, title: str, run_dir: Path, more: int = 0
-) -> None:
-    with out.status("opening models, scorers and the back end"):
-        setup = prepare(config, base, title)
-    observer = _Progress(out)
-    try:
-        with observer:
-            outcome = run.run(setup, run_dir, observer, more)
-    finally:
-        setup.backend.close()
+def _run(setup: Setup, run_dir: Path, more: int = 0) -> None:
+    with closing(setup.backend), _Progress(out) as observer:
+        outcome = run.run(setup, run_dir, observer, more)
     _summary(outcome, run_dir)
 
 
@@ -184,6 +175,68 @@ def report_command(run_dir: Path, storage: str | None) -> None:
     found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir, storage))
     outcomes.write_outcome(found, run_dir)
     _summary(found, run_dir)
+
+
+@click.command()
+@click.argument("old_run", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("config_file", type=click.Path(path_type=Path))
+@_run_dir_option
+@click.option("--storage", metavar="URL", help="The search.storage of OLD_RUN, if it had one.")
+@_run_options
+def fork_command(
+    old_run: Path,
+    config_file: Path,
+    run_dir: Path | None,
+    storage: str | None,
+    overrides: Sequence[str],
+    **counts: int | None,
+) -> None:
+    """Begin the run of CONFIG_FILE with what OLD_RUN has judged, by another panel or other scorers."""
+    folder = run_dir or _default_run_dir(config_file)
+    setup = _prepared(_load(config_file, overrides, **counts), config_file)
+    with closing(setup.backend):
+        brought = warm.fork(old_run, setup, folder, storage)
+    if brought.merges:
+        rescored = f", {brought.rescored} of them judged anew" if brought.rescored else ""
+        out.print(
+            f"{brought.merges} merges with {brought.scores} scores, {brought.of_panel} of images of "
+            f"the new panel{rescored}"
+        )
+    _say_begun(brought, config_file, run_dir)
+
+
+@click.command()
+@click.argument("log", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("config_file", type=click.Path(path_type=Path))
+@_run_dir_option
+@_run_options
+def import_command(
+    log: Path,
+    config_file: Path,
+    run_dir: Path | None,
+    overrides: Sequence[str],
+    **counts: int | None,
+) -> None:
+    """Begin the run of CONFIG_FILE with the best merges of LOG, one of sd-webui-bayesian-merger."""
+    folder = run_dir or _default_run_dir(config_file)
+    setup = _prepared(_load(config_file, overrides, **counts), config_file)
+    with closing(setup.backend):
+        brought = warm.import_log(log, setup, folder)
+    _say_begun(brought, config_file, run_dir)
+
+
+def _prepared(config: configuration.Config, path: Path, title: str = "") -> Setup:
+    with out.status("opening models, scorers and the back end"):
+        return prepare(config, path.absolute().parent, title or path.stem)
+
+
+def _say_begun(brought: warm.Brought, config_file: Path, run_dir: Path | None) -> None:
+    if brought.starts:
+        out.print(f"merges that are tried first: {brought.starts}")
+    for reason, n in brought.left_out.items():
+        out.print(f"note: left out as {reason}: {n}", soft_wrap=True)
+    where = f" --run-dir {run_dir}" if run_dir else ""
+    out.print(f"next: bayesian-merger run {config_file}{where}", soft_wrap=True)
 
 
 class _Progress:

@@ -2,8 +2,9 @@
 
 One storage holds two Optuna studies. In `search` each trial is a proposal of the optimiser, judged on
 some images of the panel; in `judged` are the recipes that are measured for comparison: baselines, the
-best few, held-out. A trial's recipe, scores, image digests and timings are its user attributes, written
-as they arrive, so that a killed process loses at most the images that were being made.
+best few, held-out, and those that an earlier run has judged. A trial's recipe, scores, image digests and
+timings are its user attributes, written as they arrive, so that a killed process loses at most the
+images that were being made.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from bayesian_merger.data import Estimate, Recipe, Result, State
 from bayesian_merger.errors import ConfigError, RunError, first_line
 from bayesian_merger.study.proposals import (
+    FOREIGN,
+    OBSERVED,
     SCORE,
+    STARTS,
     Plan,
     Proposer,
     Value,
@@ -38,7 +42,7 @@ from bayesian_merger.study.proposals import (
 
 _SEARCH = "search"
 _PATIENCE_S = 10
-Stage = Literal["baseline", "explore", "exploit", "select", "heldout"]
+Stage = Literal["brought", "baseline", "explore", "exploit", "select", "heldout"]
 
 _STATES: Mapping[TrialState, State] = {
     TrialState.RUNNING: "running",
@@ -251,6 +255,12 @@ class Study:
         )
 
     @property
+    def identity(self) -> Mapping[str, Any]:
+        """The run that this is the study of; empty for a study that never began."""
+        identity: Mapping[str, Any] = self._search.user_attrs.get("identity", {})
+        return identity
+
+    @property
     def about(self) -> Mapping[str, Any]:
         """What `begin` stored; empty for a study that never began."""
         about: Mapping[str, Any] = self._search.user_attrs.get("about", {})
@@ -261,8 +271,8 @@ class Study:
         return Proposer(self._search, plan, value)
 
     def observe(self, result: Result, params: Mapping[str, float], plan: Plan) -> None:
-        """Hand a judged baseline to the optimiser, where `params` of the search give it."""
-        known = {t.user_attrs.get("baseline") for t in self._search.get_trials(deepcopy=False)}
+        """Hand a judged recipe to the optimiser, where `params` of the search give it."""
+        known = {t.user_attrs.get(OBSERVED) for t in self._search.get_trials(deepcopy=False)}
         if result.value is None or result.name in known:
             return
         scores = {f"{SCORE}{i}": {"scores": dict(found)} for i, found in result.scores.items()}
@@ -271,9 +281,18 @@ class Study:
                 params=dict(params),
                 distributions=plan.distributions,
                 value=result.value.mean,
-                user_attrs={"baseline": result.name, **scores},
+                user_attrs={OBSERVED: result.name, "stage": result.stage, **scores},
             )
         )
+
+    def prepare(self, starts: Sequence[Mapping[str, float]], foreign: Sequence[str]) -> None:
+        """Store what an earlier run gives a new one: points to try first, and its other images.
+
+        `foreign` are the payloads of images that are not of the panel, whose numbers follow those of
+        the panel's images.
+        """
+        self._search.set_user_attr(STARTS, [dict(point) for point in starts])
+        self._search.set_user_attr(FOREIGN, list(foreign))
 
     def ask(self, proposer: Proposer, recipe_of: Callable[[Mapping[str, float]], Recipe]) -> Trial:
         """The trial that was interrupted, or else a new proposal."""

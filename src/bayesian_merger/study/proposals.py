@@ -30,6 +30,9 @@ Value = Callable[[Mapping[str, float]], float]
 """The scores of one image -> its value."""
 
 SCORE = "score:"
+# Attributes of a study that goes on from another: points to try first, the payloads of images beside
+# the panel's; and of a trial that was judged elsewhere, its name.
+STARTS, FOREIGN, OBSERVED = "starts", "foreign", "observed"
 _GAIN = "gain:"
 _EVERY = 5
 _USUAL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -267,12 +270,16 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
     """Proposes by a Gaussian process of the scores of single images.
 
     It reads them from the trials' attributes "score:0", "score:1" and so on, one for each image of the
-    panel that a trial was shown.
+    panel that a trial was shown. Images of the `foreign` payloads, which no trial is shown, count from
+    there.
     """
 
-    def __init__(self, plan: Plan, value: Value) -> None:
+    def __init__(self, plan: Plan, value: Value, foreign: Sequence[str] = ()) -> None:
         self._plan, self._value = plan, value
-        self._bayes = Bayes(len(plan.bounds), plan.panel, plan.seed, plan.shares)
+        # What is recommended is to be good at the panel.
+        shares = {name: plan.shares.get(name, 1.0) for name in plan.panel}
+        shares |= dict.fromkeys(foreign, 0.0)
+        self._bayes = Bayes(len(plan.bounds), [*plan.panel, *foreign], plan.seed, shares)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -326,13 +333,18 @@ class Proposer:
     """
 
     def __init__(self, study: Study, plan: Plan, value: Value) -> None:
+        attrs = study.user_attrs
         # A longer run explores no more than it would have.
         if plan.init_points is None:
-            if "init_points" not in study.user_attrs:
-                study.set_user_attr("init_points", plan.n_first - len(plan.start))
+            if "init_points" not in attrs:
+                trials = study.get_trials(deepcopy=False)
+                n_known = sum(t.user_attrs.get("stage") == "brought" for t in trials)
+                n_wanted = plan.n_first - len(plan.start) - n_known
+                study.set_user_attr("init_points", max(0, n_wanted))
             plan = replace(plan, init_points=study.user_attrs["init_points"])
-        self.study, self.plan = study, plan
-        self._bayes = BayesSampler(plan, value)
+        self.study = study
+        self.plan = replace(plan, start=(*attrs.get(STARTS, ()), *plan.start))
+        self._bayes = BayesSampler(self.plan, value, attrs.get(FOREIGN, ()))
 
     def begin(
         self, about: Callable[[Mapping[str, float]], Mapping[str, Any]] = lambda _: {}
@@ -418,7 +430,7 @@ class Proposer:
             trials, key=lambda t: float(np.abs(self.plan.scaled(t.params) - wanted).sum())
         )
         attrs = nearest_one.user_attrs
-        return str(attrs.get("name") or attrs.get("baseline") or f"trial {nearest_one.number}")
+        return str(attrs.get("name") or attrs.get(OBSERVED) or f"trial {nearest_one.number}")
 
     def _told(self, found: Recommended) -> tuple[dict[str, float], Estimate]:
         value = Estimate(found.mean, found.se, n_judged(self.study))
