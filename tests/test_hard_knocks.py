@@ -182,7 +182,7 @@ def test_difference_of_b_is_not_told_as_the_score_of_b(folder: Path) -> None:
     toy_plugin.write_model(folder / "half.safetensors", 0.5)
     start(folder, "models.c=half.safetensors", "merge.method=add_difference")
     rows = sqlite3.connect(folder / "run" / "study.db").execute(
-        "select value_json from trial_user_attributes where key = 'baseline' order by value_json"
+        "select value_json from trial_user_attributes where key = 'observed' order by value_json"
     )
     assert [row[0] for row in rows.fetchall()] == ['"even"']
 

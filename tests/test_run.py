@@ -242,7 +242,7 @@ def test_optimiser_is_told_only_baselines_that_the_search_could_have_proposed(
         start(folder, f"merge.vae={vae}", "search.n_iters=0", into=vae)
         url = study.url_of(folder / vae / "study.db")
         trials = optuna.load_study(study_name="search", storage=url).trials
-        assert {t.user_attrs.get("baseline") for t in trials} - {None} == known
+        assert {t.user_attrs.get("observed") for t in trials} - {None} == known
 
 
 def test_three_failures_in_a_row_stop_the_run_with_the_reason(folder: Path) -> None:
@@ -521,3 +521,43 @@ def test_run_folder_with_a_study_of_its_own_takes_no_storage_beside_it(folder: P
     start(folder, "search.n_iters=1")
     with pytest.raises(ConfigError, match="holds a study of its own"):
         start(folder, "search.n_iters=1", f"search.storage=sqlite:///{folder / 'all.db'}")
+
+
+def with_same(folder: Path, *blocks: str) -> None:
+    """Make model B in these blocks what A is."""
+    tensors = {
+        name: torch.full((2, 2), 0.0 if block in blocks else 1.0)
+        for block, name in toy_plugin.TENSORS.items()
+    }
+    save_file(tensors, folder / "one.safetensors")
+
+
+def test_blocks_in_which_the_models_are_the_same_leave_the_search(folder: Path) -> None:
+    with_same(folder, "base", "IN03", "M00")
+    ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
+    assert len(ready.plan.bounds) == 23
+    observer = Silent()
+    outcome = run.run(ready, folder / "run", observer)
+    assert (
+        "the models are the same in IN03, M00, base, which the search leaves out" in observer.lines
+    )
+    assert {r.recipe.weights["alpha"]["M00"] for r in outcome.results[3:]} == {0.5}
+    # A and the even merge are what the search could have proposed, as M00 changes nothing in them.
+    study = outcomes.open_study(folder / "run")
+    told = [t.user_attrs.get("observed") for t in study._search.get_trials(deepcopy=False)]
+    assert {"a", "even"} <= set(told)
+
+
+def test_group_stays_in_the_search_if_one_of_its_blocks_differs(folder: Path) -> None:
+    with_same(folder, "IN03", "M00")
+    config = configuration.load(folder / "config.toml", ['search.groups=[["M00", "OUT00"]]'])
+    bounds = setup.prepare(config, folder, "toy").plan.bounds
+    assert "M00_alpha-OUT00_alpha" in bounds
+    assert "IN03_alpha" not in bounds
+
+
+def test_models_that_are_the_same_in_all_that_is_searched_are_refused(folder: Path) -> None:
+    with_same(folder, "IN03", "M00")
+    others = ", ".join(f"{b} = 0.5" for b in toy_plugin.TENSORS if b not in ("IN03", "M00"))
+    with pytest.raises(ConfigError, match="the same in every block that is searched"):
+        start(folder, f"search.freeze={{ {others} }}")

@@ -9,6 +9,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from bayesian_merger import config as configuration
 from bayesian_merger import curves, devices, methods, prompts, space
 from bayesian_merger import guide as guides
@@ -17,11 +19,11 @@ from bayesian_merger.blocks import Architecture
 from bayesian_merger.checkpoint import sha256_of
 from bayesian_merger.config import Config
 from bayesian_merger.data import Prompt, Recipe, Weights
-from bayesian_merger.errors import ConfigError, MergerError
+from bayesian_merger.errors import ConfigError, MergerError, TrialError
 from bayesian_merger.merge import Merger, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import Scorer, scorer
-from bayesian_merger.space import Space
+from bayesian_merger.space import Parameter, Space
 from bayesian_merger.study.proposals import Plan, Stop
 from bayesian_merger.values import shares
 
@@ -53,17 +55,7 @@ class Setup:
 
     def recipe(self, weights: Weights) -> Recipe:
         """The recipe of the configured method with `weights`."""
-        merge = self.config.merge
-        return Recipe(
-            method=merge.method,
-            architecture=self.merger.architecture.name,
-            models=self.merger.references(),
-            weights=weights,
-            vae=merge.vae,
-            precision=merge.precision,
-            clip=merge.clip,
-            seed=merge.seed,
-        )
+        return _recipe(self.config.merge, self.merger, weights)
 
     def baseline(self, name: str) -> Recipe:
         """Model A, model B, each with its own VAE, or the merge with every weight at one half."""
@@ -189,6 +181,9 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
         if engine and merger and panels
         else None
     )
+    if found and found.inert and warnings is not None:
+        blocks = ", ".join(dict.fromkeys(found.names[name][1] for name in sorted(found.inert)))
+        warnings.append(f"the models are the same in {blocks}, which the search leaves out")
     if mistakes or not (merger and found and plan and panels and engine):
         raise ConfigError("\n".join(mistakes))
     built = {name: judge for name, judge in scorers.items() if judge is not None}
@@ -262,7 +257,51 @@ def _space(config: Config, merger: Merger) -> Space:
             "merge.vae is 'b', which copies B's VAE, but search.presets, ranges, freeze or groups name "
             "a weight of the VAE; leave out one"
         )
-    return found
+    inert = _inert(found, config, merger)
+    if len(inert) == len(found.parameters):
+        raise ConfigError(
+            "the models are the same in every block that is searched, so every merge is the same"
+        )
+    return found.without(inert)
+
+
+def _recipe(merge: configuration.Merge, merger: Merger, weights: Weights) -> Recipe:
+    return Recipe(
+        method=merge.method,
+        architecture=merger.architecture.name,
+        models=merger.references(),
+        weights=weights,
+        vae=merge.vae,
+        precision=merge.precision,
+        clip=merge.clip,
+        seed=merge.seed,
+    )
+
+
+def _inert(found: Space, config: Config, merger: Merger) -> list[Parameter]:
+    """The parameters that make the same merge at their low end, in the middle and at their high end."""
+    ends = [
+        {p.name: p.low + share * (p.high - p.low) for p in found.parameters}
+        for share in (0.0, 0.5, 1.0)
+    ]
+    low, *others = (
+        merger.merge(_recipe(config.merge, merger, found.weights(values))) for values in ends
+    )
+
+    def changes(name: str) -> bool:
+        try:
+            return any(not torch.equal(low[name], other[name]) for other in others)
+        except TrialError:  # the first trial tells what is wrong
+            return True
+
+    inert = []
+    for parameter in found.parameters:
+        held = {found.names[member][1] for member in parameter.members}
+        places = merger.places.items()
+        names = [name for name, place in places if {place.block, place.part} & held]
+        if not any(changes(name) for name in names):
+            inert.append(parameter)
+    return inert
 
 
 def _of(given: Mapping[str, _T], weights: Mapping[str, object]) -> dict[str, _T]:

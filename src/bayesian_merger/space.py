@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import chain
 from typing import TypeVar
@@ -32,12 +32,13 @@ class Space:
     """The search space: parameters, and the weights that stay as they are.
 
     A weight's name is its block (or part) and the method's weight, "IN00_alpha"; `names` lists them
-    all as name -> (weight, block).
+    all as name -> (weight, block). Those that are `inert` change nothing, whatever they are.
     """
 
     names: Mapping[str, tuple[str, str]]
     parameters: tuple[Parameter, ...]
     frozen: Mapping[str, float]
+    inert: frozenset[str] = frozenset()
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -70,9 +71,20 @@ class Space:
             if not parameter.low <= first <= parameter.high:
                 return None
             values[parameter.name] = first
-        if any(flat[name] != value for name, value in self.frozen.items()):
+        frozen = ((n, value) for n, value in self.frozen.items() if n not in self.inert)
+        if any(flat[name] != value for name, value in frozen):
             return None
         return values
+
+    def without(self, inert: Sequence[Parameter]) -> Space:
+        """The space in which these parameters, which change nothing, stay in the middle."""
+        middles = {name: (p.low + p.high) / 2 for p in inert for name in p.members}
+        return replace(
+            self,
+            parameters=tuple(p for p in self.parameters if p not in inert),
+            frozen={**self.frozen, **middles},
+            inert=self.inert | middles.keys(),
+        )
 
 
 def start(
