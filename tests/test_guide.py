@@ -30,7 +30,7 @@ def guide(folder: Path) -> Path:
 def test_guide_of_the_original_is_read_as_it_is(guide: Path) -> None:
     space = begin(guide, "search.guide=guide.yaml").space
     assert space.frozen == {"base_alpha": 0.25}
-    found = {p.members: (p.low, p.high) for p in space.parameters}
+    found = {tuple(p.members): (p.low, p.high) for p in space.parameters}
     assert found[("IN00_alpha",)] == (0.2, 0.4)
     assert ("IN01_alpha", "IN02_alpha") in found
     assert ("OUT10_alpha", "OUT11_alpha") in found

@@ -24,6 +24,7 @@ def space(
     weights: Sequence[str] = ("alpha",),
     *,
     presets: Sequence[str] = (),
+    smooth: int | None = None,
     architecture: Architecture = SD1,
     blocks: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
@@ -35,6 +36,7 @@ def space(
         ranges=ranges or {},
         groups=groups,
         presets=presets,
+        smooth=smooth,
         blocks=blocks,
         parts=parts,
     )
@@ -54,7 +56,7 @@ def test_every_block_varies_from_0_to_1_unless_told_otherwise() -> None:
     found = space()
     assert [p.name for p in found.parameters] == [f"{block}_alpha" for block in SD1.blocks]
     assert {(p.low, p.high) for p in found.parameters} == {(0.0, 1.0)}
-    assert all(p.members == (p.name,) for p in found.parameters)
+    assert all(p.members == {p.name: 1.0} for p in found.parameters)
     assert found.frozen == {}
 
 
@@ -104,7 +106,7 @@ def test_range_narrows_or_widens_a_weight() -> None:
 
 def test_group_shares_one_value() -> None:
     found = space(groups=[["IN00", "IN01"], ["OUT*"]])
-    assert [p.members for p in found.parameters][:2] == [INS[:2], OUTS]
+    assert [tuple(p.members) for p in found.parameters][:2] == [INS[:2], OUTS]
     assert len(found.parameters) == 26 - 14 + 2
     values = {p.name: i / 32 for i, p in enumerate(found.parameters)}
     alpha = found.weights(values)["alpha"]
@@ -119,12 +121,14 @@ def test_group_takes_the_range_of_its_members() -> None:
 
 
 def test_member_named_twice_in_a_group_is_in_it_once() -> None:
-    assert space(groups=[["IN00", "block_0_alpha", "IN00*"]]).parameters[0].members == INS[:1]
+    assert space(groups=[["IN00", "block_0_alpha", "IN00*"]]).parameters[
+        0
+    ].members == dict.fromkeys(INS[:1], 1.0)
 
 
 def test_whole_space_may_be_one_number() -> None:
     found = space(groups=[["*"]])
-    assert [p.members for p in found.parameters] == [tuple(found.names)]
+    assert [tuple(p.members) for p in found.parameters] == [tuple(found.names)]
     assert set(found.weights({found.parameters[0].name: 0.3})["alpha"].values()) == {0.3}
 
 
@@ -240,7 +244,10 @@ def test_all_mistakes_are_told_at_once() -> None:
 def test_single_searches_one_value_for_each_weight_of_the_method() -> None:
     (only,) = space(presets=["single"]).parameters
     assert only == Parameter(
-        "base-OUT11_alpha", 0.0, 1.0, ("base_alpha", *INS, "M00_alpha", *OUTS)
+        "base-OUT11_alpha",
+        0.0,
+        1.0,
+        dict.fromkeys(("base_alpha", *INS, "M00_alpha", *OUTS), 1.0),
     )
     found = space(weights=["alpha", "beta"], presets=["single"])
     assert [p.name for p in found.parameters] == ["base-OUT11_alpha", "base-OUT11_beta"]
@@ -274,7 +281,7 @@ def test_groups8_of_sdxl_is_called_by_first_and_last_block() -> None:
 
 def test_what_the_user_freezes_or_groups_is_not_in_a_preset_s_group() -> None:
     found = space({"M00": 0.5}, groups=[["IN01", "IN04"]], presets=["groups8"])
-    members = {p.name: p.members for p in found.parameters}
+    members = {p.name: tuple(p.members) for p in found.parameters}
     assert members["IN01_alpha-IN04_alpha"] == ("IN01_alpha", "IN04_alpha")
     assert members["IN00-IN03_alpha"] == ("IN00_alpha", "IN02_alpha", "IN03_alpha")
     assert members["IN05-IN06_alpha"] == ("IN05_alpha", "IN06_alpha")
@@ -321,7 +328,7 @@ def test_part_named_by_the_user_has_a_weight_of_its_own() -> None:
     assert found.frozen == {"TIME_alpha": 0.0}
     parameters = by_name(found)
     assert (parameters["VAE_beta"].low, parameters["VAE_beta"].high) == (0.2, 0.4)
-    assert parameters["FINAL_alpha-M00_alpha"].members == ("FINAL_alpha", "M00_alpha")
+    assert tuple(parameters["FINAL_alpha-M00_alpha"].members) == ("FINAL_alpha", "M00_alpha")
     weights = found.weights({p.name: 0.5 for p in found.parameters})
     assert set(weights["alpha"]) - set(SD1.blocks) == {"TIME", "FINAL"}
     assert set(weights["beta"]) - set(SD1.blocks) == {"VAE"}
@@ -379,3 +386,69 @@ def test_docs_name_every_preset() -> None:
     docs = Path(__file__).parent.parent / "docs" / "blocks.md"
     rows = docs.read_text(encoding="utf-8").partition("\n## Presets\n")[2].splitlines()
     assert [row.split("`")[1] for row in rows if row.startswith("| `")] == list(PRESETS)
+
+
+def test_smooth_weights_lie_on_straight_lines_between_the_knots() -> None:
+    found = space(smooth=3)
+    knots = ["IN00_alpha", "M00_alpha", "OUT11_alpha"]
+    assert [p.name for p in found.parameters] == [*knots, "base_alpha"]
+    values = dict(zip([*knots, "base_alpha"], (0.0, 1.0, 0.5, 0.2), strict=True))
+    alpha = found.weights(values)["alpha"]
+    assert alpha["base"] == 0.2
+    assert [alpha[f"IN{i:02}"] for i in range(12)] == pytest.approx([i / 12 for i in range(12)])
+    assert [alpha[f"OUT{i:02}"] for i in range(12)] == pytest.approx(
+        [1 - (i + 1) / 24 for i in range(12)]
+    )
+    assert found.values(found.weights(values)) == pytest.approx(values)
+    assert found.values({"alpha": {**alpha, "IN05": 0.9}}) is None
+
+
+@given(
+    st.integers(2, 12),
+    st.sets(st.sampled_from([*INS, *OUTS]), max_size=12),
+    st.sampled_from([("alpha",), ("alpha", "beta")]),
+)
+@settings(deadline=None)
+def test_smooth_space_holds_every_even_merge_and_its_own_merges(
+    n: int, frozen: set[str], weights: tuple[str, ...]
+) -> None:
+    found = space(dict.fromkeys(frozen, 0.5), smooth=n, weights=weights)
+    assert len(found.parameters) == len(weights) * (n + 1)
+    even = {weight: dict.fromkeys(SD1.blocks, 0.5) for weight in weights}
+    assert found.values(even) == pytest.approx({p.name: 0.5 for p in found.parameters})
+    values = {p.name: i % 7 / 6 for i, p in enumerate(found.parameters)}
+    made = found.weights(values)
+    assert all(0 <= value <= 1 for blocks in made.values() for value in blocks.values())
+    assert found.values(made) == pytest.approx(values)
+
+
+def test_smooth_leaves_frozen_and_grouped_blocks_and_parts_as_they_are() -> None:
+    found = space(
+        {"IN00": 0.25, "TIME": 0.75},
+        {"M00": (0.0, 0.5), "OUT11": (0.0, 0.5)},
+        [["M00", "OUT11"]],
+        smooth=2,
+    )
+    assert [p.name for p in found.parameters] == [
+        "M00_alpha-OUT11_alpha",
+        "IN01_alpha",
+        "OUT10_alpha",
+        "base_alpha",
+    ]
+    values = {p.name: i / 4 for i, p in enumerate(found.parameters)}
+    alpha = found.weights(values)["alpha"]
+    assert (alpha["IN00"], alpha["TIME"], alpha["M00"]) == (0.25, 0.75, 0.0)
+    assert alpha["OUT00"] == pytest.approx(0.25 + 0.25 * 12 / 22)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"smooth": 26}, "search.smooth: 26 knots for 25 blocks"),
+        ({"smooth": 4, "presets": ["groups8"]}, "exclude each other"),
+        ({"smooth": 4, "ranges": {"IN*": (0.0, 0.5)}}, "different ranges"),
+    ],
+)
+def test_smooth_that_cannot_be_is_a_mistake(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        space(**options)

@@ -77,6 +77,11 @@ class Architecture:
         return tuple(block for block in self.blocks if block in filled)
 
     @property
+    def network(self) -> tuple[str, ...]:
+        """The blocks of what removes the noise, in the order of its depth."""
+        return tuple(block for block in self.blocks if block not in self.encoders)
+
+    @property
     def groups8(self) -> tuple[tuple[str, ...], ...]:
         """The blocks in eight groups of neighbours, which are about equally deep in the network."""
         starts = [self.blocks.index(block) for block in self.levels]

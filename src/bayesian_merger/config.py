@@ -85,6 +85,7 @@ class Search(Section):
     images_per_trial: PositiveInt | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     presets: list[str] = []
+    smooth: int | None = Field(None, ge=2)
     freeze: dict[str, float] = {}
     ranges: dict[str, tuple[float, float]] = {}
     groups: list[list[str]] = []

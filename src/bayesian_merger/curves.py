@@ -42,7 +42,7 @@ def weights(name: str, architecture: Architecture) -> dict[str, float]:
     "SMOOTHSTEP/2", "/3" and "/4" are "HALF_SMOOTHSTEP", "ONE_THIRD_" and "ONE_FOURTH_".
     """
     curve = _find(name)
-    network = [block for block in architecture.blocks if block not in architecture.encoders]
+    network = architecture.network
     return {
         **dict.fromkeys(architecture.encoders, curve.base),
         **{block: curve.at(i / (len(network) - 1)) for i, block in enumerate(network)},

@@ -326,7 +326,7 @@ def _distance(one: Result, other: Result, setup: Setup) -> float:
     if one.recipe.method != setup.config.merge.method:
         return float(one.recipe.digest() != other.recipe.digest())
     space = setup.space
-    searched = [space.names[member] for p in space.parameters for member in p.members]
+    searched = {space.names[member] for p in space.parameters for member in p.members}
     apart = [abs(one.recipe.weights[w][b] - other.recipe.weights[w][b]) for w, b in searched]
     return sum(apart) / len(apart)
 

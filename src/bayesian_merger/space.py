@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import TypeVar
 
+import numpy as np
+
 from bayesian_merger.blocks import Architecture, short_names
 from bayesian_merger.data import Weights
 from bayesian_merger.errors import ConfigError
@@ -19,12 +21,16 @@ _V = TypeVar("_V")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One number that the search varies in [low, high]; its `members` (names) share the value."""
+    """One number that the search varies in [low, high].
+
+    Each of its `members` (names) takes so much of the value: all of it, or on a line between two
+    parameters as near as it is.
+    """
 
     name: str
     low: float
     high: float
-    members: tuple[str, ...]
+    members: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,18 @@ class Space:
 
     def weights(self, values: Mapping[str, float]) -> Weights:
         """The weight of each block when the parameters have `values`."""
-        flat = dict(self.frozen)
-        for parameter in self.parameters:
-            flat.update(dict.fromkeys(parameter.members, values[parameter.name]))
+        flat = self._flat(values)
         weights: dict[str, dict[str, float]] = {}
         for name, (weight, block) in self.names.items():
             weights.setdefault(weight, {})[block] = flat[name]
         return weights
+
+    def _flat(self, values: Mapping[str, float]) -> dict[str, float]:
+        flat: dict[str, float] = {}
+        for parameter in self.parameters:
+            for name, share in parameter.members.items():
+                flat[name] = flat.get(name, 0.0) + share * values[parameter.name]
+        return {**flat, **self.frozen}
 
     def values(self, weights: Weights) -> dict[str, float] | None:
         """The parameters that give `weights`, or None if the space does not hold them.
@@ -62,19 +73,16 @@ class Space:
         """
         if any(block not in weights[weight] for weight, block in self.names.values()):
             return None
-        flat = {name: weights[weight][block] for name, (weight, block) in self.names.items()}
-        values: dict[str, float] = {}
-        for parameter in self.parameters:
-            first, *others = (flat[member] for member in parameter.members)
-            if any(other != first for other in others):
-                return None
-            if not parameter.low <= first <= parameter.high:
-                return None
-            values[parameter.name] = first
-        frozen = ((n, value) for n, value in self.frozen.items() if n not in self.inert)
-        if any(flat[name] != value for name, value in frozen):
+        wanted = {name: weights[weight][block] for name, (weight, block) in self.names.items()}
+        # One member takes all of the value.
+        values = {
+            p.name: wanted[max(p.members, key=p.members.__getitem__)] for p in self.parameters
+        }
+        if any(not p.low <= values[p.name] <= p.high for p in self.parameters):
             return None
-        return values
+        flat = self._flat(values)
+        is_held = all(abs(flat[n] - wanted[n]) < 1e-9 for n in wanted if n not in self.inert)
+        return values if is_held else None
 
     def without(self, inert: Sequence[Parameter]) -> Space:
         """The space in which these parameters, which change nothing, stay in the middle."""
@@ -92,7 +100,8 @@ def start(
 ) -> dict[str, float]:
     """The parameters nearest to weights by their names, as `build` takes them; others are in the middle.
 
-    A parameter with several members takes their mean. ConfigError for a name that does not vary.
+    A parameter with several members takes their mean by share. ConfigError for a name that does not
+    vary.
     """
     weights = tuple(dict.fromkeys(weight for weight, _ in space.names.values()))
     book = _Names(space.names, weights, architecture, [])
@@ -103,9 +112,11 @@ def start(
     book.raise_mistakes()
     values = {}
     for parameter in space.parameters:
-        own = [flat[member] for member in parameter.members if member in flat]
-        middle = (parameter.low + parameter.high) / 2
-        values[parameter.name] = sum(own) / len(own) if own else middle
+        own = {member: share for member, share in parameter.members.items() if member in flat}
+        mean = sum(share * flat[member] for member, share in own.items()) / (
+            sum(own.values()) or 1
+        )
+        values[parameter.name] = mean if own else (parameter.low + parameter.high) / 2
     return values
 
 
@@ -141,6 +152,7 @@ def build(
     ranges: Mapping[str, tuple[float, float]],
     groups: Sequence[Sequence[str]],
     presets: Sequence[str] = (),
+    smooth: int | None = None,
     blocks: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
 ) -> Space:
@@ -151,7 +163,8 @@ def build(
     a preset or, by its full name, a freeze, range or group asks for it; patterns do not.
 
     `blocks` and `parts` are those that the models hold, None for all. A preset that groups takes
-    the blocks that are neither frozen nor in `groups`; those given different ranges stay apart.
+    the blocks that are neither frozen nor in `groups`; those given different ranges stay apart. With
+    `smooth` such blocks of the network lie on straight lines between so many of them, the knots.
 
     All mistakes are in one ConfigError.
     """
@@ -199,8 +212,17 @@ def build(
             book.mistake(f"search.groups: group {number} has members with different ranges")
         if members:
             low, high = limits.pop() if limits else (0.0, 1.0)
-            parameters.append(Parameter("-".join(members), low, high, tuple(members)))
+            parameters.append(Parameter("-".join(members), low, high, dict.fromkeys(members, 1.0)))
     left = {n: place for n, place in names.items() if n not in frozen and n not in taken}
+    if smooth is not None:
+        if any(preset.groups for preset in chosen):
+            book.mistake("search.smooth and a preset of groups exclude each other; keep one")
+        for weight in weights:
+            curve = {
+                n: b for n, (w, b) in left.items() if w == weight and b in architecture.network
+            }
+            parameters += _knots(curve, spans, smooth, architecture, book)
+            left = {n: place for n, place in left.items() if n not in curve}
     parameters += _ungrouped(left, spans, chosen, architecture)
     if not parameters and not book.mistakes:
         book.mistake("search.freeze: every weight is frozen, so there is nothing to search")
@@ -228,6 +250,36 @@ def _chosen(
     return [PRESETS[name] for name in known], mistakes
 
 
+def _knots(
+    curve: Mapping[str, str],
+    spans: Mapping[str, tuple[float, float]],
+    n: int,
+    architecture: Architecture,
+    book: _Names,
+) -> Iterator[Parameter]:
+    """A parameter for each of `n` of the weights `curve` (name -> block), about equally far apart.
+
+    The others are interpolated by their depth in the network.
+    """
+    limits = {spans.get(name, (0.0, 1.0)) for name in curve}
+    if n > len(curve):
+        book.mistake(f"search.smooth: {n} knots for {len(curve)} blocks; take fewer")
+    elif len(limits) > 1:
+        book.mistake(
+            "search.smooth: its weights have different ranges; freeze or group those that are apart"
+        )
+    else:
+        ((low, high),) = limits
+        names = list(curve)
+        knots = [names[round(i * (len(names) - 1) / (n - 1))] for i in range(n)]
+        depth = {name: architecture.network.index(block) for name, block in curve.items()}
+        for i, knot in enumerate(knots):
+            hat = np.eye(n)[i]
+            at = np.interp(list(depth.values()), [depth[k] for k in knots], hat)
+            members = {name: float(share) for name, share in zip(names, at, strict=True) if share}
+            yield Parameter(knot, low, high, members)
+
+
 def _ungrouped(
     names: Mapping[str, tuple[str, str]],
     spans: Mapping[str, tuple[float, float]],
@@ -247,7 +299,7 @@ def _ungrouped(
     for (weight, _, (low, high)), members in shared.items():
         first, last = names[members[0]][1], names[members[-1]][1]
         called = members[0] if len(members) == 1 else f"{first}-{last}_{weight}"
-        yield Parameter(called, low, high, tuple(members))
+        yield Parameter(called, low, high, dict.fromkeys(members, 1.0))
 
 
 class _Names:
