@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -90,17 +90,18 @@ def measured(tasks: Sequence[Task], options: argparse.Namespace) -> Found:
                 found[Task(*entry["task"])] = (regrets, entry["ask_s"])
     todo = [task for task in tasks if task not in found]
 
-    def run(task: Task) -> str:
+    def run(task: Task) -> tuple[Task, str]:
         python = sys.executable if task.optimiser == OURS else str(options.peers)
         command = [python, str(PEERS), *map(str, task), str(options.images)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{' '.join(command)}:\n{done.stderr}")
-        return done.stdout.splitlines()[-1]
+        return task, done.stdout.splitlines()[-1]
 
     pool = ThreadPoolExecutor(options.jobs)
     try:
-        for task, line in zip(todo, pool.map(run, todo), strict=True):
+        for done in as_completed([pool.submit(run, task) for task in todo]):
+            task, line = done.result()
             entry = json.loads(line)
             found[task] = ({int(n): r for n, r in entry["regrets"].items()}, entry["ask_s"])
             if options.results:
