@@ -561,3 +561,40 @@ def test_models_that_are_the_same_in_all_that_is_searched_are_refused(folder: Pa
     others = ", ".join(f"{b} = 0.5" for b in toy_plugin.TENSORS if b not in ("IN03", "M00"))
     with pytest.raises(ConfigError, match="the same in every block that is searched"):
         start(folder, f"search.freeze={{ {others} }}")
+
+
+HALF = """
+from bayesian_merger.methods import method
+
+@method
+def half(a, b, *, beta=0.5):
+    return a + 0.5 * beta * (b - a)
+"""
+
+
+def test_method_is_chosen_beside_the_weights(folder: Path) -> None:
+    (folder / "fragile.py").write_text(HALF)
+    override = (PLUGINS, 'search.methods=["half"]', "search.init_points=8", "search.n_iters=4")
+    outcome = start(folder, *override)
+    assert outcome.finished
+    recipes_of = {r.recipe.method: r.recipe for r in outcome.results[3:]}
+    assert {method: set(r.weights) for method, r in recipes_of.items()} == {
+        "weighted_sum": {"alpha"},
+        "half": {"beta"},
+    }
+    found = outcomes.open_study(folder / "run")._search.get_trials(deepcopy=False)
+    # A, the even merge and B, which keeps its own VAE and so is none of the search's merges.
+    assert [t.params["method"] for t in found[:2]] == ["weighted_sum"] * 2
+    assert all(len(t.params) == 1 + 2 * 26 for t in found)
+    for trial, result in zip(found[2:], outcome.results[3:], strict=True):
+        assert trial.params["method"] == result.recipe.method
+    assert measured(start(folder, *override)) == measured(outcome)
+
+
+def test_method_that_lacks_its_third_model_is_told(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="'add_difference' merges 3 models"):
+        start(folder, 'search.methods=["add_difference"]')
+    with pytest.raises(ConfigError, match="unknown merge method 'slurp'; did you mean 'slerp'"):
+        start(folder, 'search.methods=["slurp"]')
+    with pytest.raises(ConfigError, match="'n_average' has no weights to search"):
+        start(folder, 'search.methods=["n_average"]')

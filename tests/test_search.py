@@ -314,6 +314,62 @@ def test_stored_study_of_another_search_is_refused(tmp_path: Path) -> None:
     assert search(images=4, storage=url, seed=9, name="other").spent == 0
 
 
+def of_method(weights: Mapping[str, Any], item: int) -> float:
+    """Better by `slerp`, and at other weights."""
+    best = {"lerp": 0.2, "slerp": 0.7, "ties": 0.5}[weights["method"]]
+    bonus = {"lerp": 0.0, "slerp": 1.0, "ties": -1.0}[weights["method"]]
+    return bonus + item % 3 - 4 * (weights["alpha"] - best) ** 2
+
+
+CHOICE: dict[str, Any] = {"alpha": (0.0, 1.0), "method": ["lerp", "slerp", "ties"]}
+
+
+@every_optimiser
+def test_search_chooses_by_name_beside_the_weights(optimiser: str) -> None:
+    found = Search(CHOICE, images=60, panel=6, seed=2, optimiser=optimiser, per_trial=1)
+    tried = set()
+    for trial in found:
+        tried.add(trial.weights["method"])
+        for item in trial:
+            trial.report(of_method(trial.weights, item))
+    best = found.best().weights
+    assert tried == {"lerp", "slerp", "ties"}
+    assert best["method"] == "slerp"
+    assert best["alpha"] == pytest.approx(0.7, abs=0.25)
+
+
+def test_choice_is_kept_and_gone_on_with(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"images": 16, "panel": 6, "init_points": 8, "per_trial": 1}
+
+    def proposals(found: Search, n: int) -> list[Mapping[str, Any]]:
+        asked = []
+        for trial in found:
+            for item in trial:
+                trial.report(of_method(trial.weights, item))
+            asked.append(trial.weights)
+            if len(asked) == n:
+                break
+        return asked
+
+    whole = proposals(Search(CHOICE, **options), 16)
+    url = f"sqlite:///{tmp_path / 'search.db'}"
+    # A loop that is left ends its trial only when it is opened again, hence one more each time.
+    parts = [*proposals(Search(CHOICE, storage=url, **options), 9)[:8]]
+    parts += proposals(Search(CHOICE, storage=url, **options), 16)
+    assert parts == whole
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [(["one"], "method: 'one' is no choice"), ([], "method: nothing is no choice")],
+)
+def test_choice_of_one_is_none(names: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Search({"method": names}, images=5, panel=2)
+    with pytest.raises(ConfigError, match="start 1: method is 'slurp', none of lerp, slerp, ties"):
+        Search(CHOICE, images=5, panel=2, start=[{"alpha": 0.5, "method": "slurp"}])
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_score_that_is_no_number_is_refused(wrong: float) -> None:
     trial = next(iter(search()))

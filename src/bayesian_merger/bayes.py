@@ -23,6 +23,7 @@ _KAPPA = 2.0
 _N_SAMPLED = 400
 _N_VARIED = 20
 _STEP = 0.3
+_CHANGED = 0.2
 # The hyperparameters are fitted anew after so many further merges, or a twentieth of them.
 _EVERY = 3
 # Of the images, those that only the expected improvement spends: nothing is learnt for later then.
@@ -50,24 +51,33 @@ class Bayes:
     """Proposes merges in [0, 1]^d; the same scores make the same proposals.
 
     `panel` names the payload of each image, `shares` says how much a payload counts beside others.
+    `choices` are coordinates of which one is 1 and the others 0, a group for each thing to choose.
     """
 
     def __init__(
-        self, d: int, panel: Sequence[str], seed: int, shares: Mapping[str, float] | None = None
+        self,
+        d: int,
+        panel: Sequence[str],
+        seed: int,
+        shares: Mapping[str, float] | None = None,
+        choices: Sequence[slice] = (),
     ) -> None:
         self.d, self.panel, self.seed, self.shares = d, panel, seed, shares
+        self._box = _Box(d, choices)
         self._fitted: tuple[tuple[int, int], Model] | None = None
 
     def propose(self, judged: Sequence[Judged], place: int, spent: float) -> Array:
         """The merge to try in trial number `place`, when a share `spent` of the images is."""
         posterior, incumbent = self._now(judged)
         rule = _RULES[-1 if spent >= 1 - _LAST else place % len(_RULES)]
-        return rule(posterior, incumbent, np.random.default_rng([self.seed, place])).numpy()
+        chance = np.random.default_rng([self.seed, place])
+        return rule(posterior, incumbent, self._box, chance).numpy()
 
     def gain(self, judged: Sequence[Judged]) -> float:
         """By how much the score is expected to rise if the most promising merge were known exactly."""
         posterior, incumbent = self._now(judged)
-        promising = _improvement(posterior, incumbent, np.random.default_rng(self.seed))
+        chance = np.random.default_rng(self.seed)
+        promising = _improvement(posterior, incumbent, self._box, chance)
         log_gain = float(_log_improvement(posterior, incumbent)(promising[None]))
         return posterior.data.scale * math.exp(log_gain)
 
@@ -96,7 +106,8 @@ class Bayes:
     def _best(self, posterior: Posterior) -> Recommended:
         few = posterior.at_points.argsort()[::-1][:5].copy()
         middle = torch.full((1, self.d), 0.5, dtype=torch.float64)
-        best = _climb(posterior.mean, torch.cat([posterior.data.points[few], middle]))
+        starts = torch.cat([posterior.data.points[few], self._box.of_each_choice(middle)])
+        best = self._box.climb(posterior.mean, starts)
         return Recommended(best.numpy(), *posterior.expected(best))
 
     def _now(self, judged: Sequence[Judged]) -> tuple[Posterior, Tensor]:
@@ -105,7 +116,7 @@ class Bayes:
         step = max(_EVERY, len(judged) // 20)
         posterior = self._posterior(judged, max(1, len(judged) // step * step))
         best = posterior.data.points[int(posterior.at_points.argmax())]
-        return posterior, _climb(posterior.mean, best[None])
+        return posterior, self._box.climb(posterior.mean, best[None])
 
     def _posterior(self, judged: Sequence[Judged], n_fitted: int) -> Posterior:
         key = (n_fitted, sum(len(one.scores) for one in judged[:n_fitted]))
@@ -127,39 +138,104 @@ def _apart(one: Array, other: Array) -> float:
     return float(np.abs(one - other).mean())
 
 
-def _climb(value: Callable[[Tensor], Tensor], starts: Tensor) -> Tensor:
-    """Where in [0, 1]^d `value` (of points [n, d] -> [n]) is largest, of climbs from the starts."""
+class _Box:
+    """Where a search looks: [0, 1]^d, at a corner in the coordinates of each choice."""
 
-    def loss(flat: Array) -> tuple[float, Array]:
-        x = torch.from_numpy(flat).view(starts.shape).requires_grad_()
-        total = -value(x).sum()
-        (slope,) = torch.autograd.grad(total, x)
-        return float(total.detach()), slope.flatten().numpy()
+    def __init__(self, d: int, choices: Sequence[slice]) -> None:
+        self.d, self.choices = d, choices
+        self._is_free = np.ones(d, bool)
+        for group in choices:
+            self._is_free[group] = False
 
-    found = minimize(
-        loss,
-        starts.numpy().ravel(),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(0.0, 1.0)] * starts.numel(),
-        options={"maxiter": 60},
-    )
-    with torch.no_grad():
-        x = torch.from_numpy(found.x).view(starts.shape)
-        return x[value(x).argmax()]
+    def of_each_choice(self, points: Tensor) -> Tensor:
+        """The points with each choice of one thing, other things as they are or chosen first."""
+        corners = [self.chosen(points, [0] * len(self.choices))] if self.choices else [points]
+        for number, group in enumerate(self.choices):
+            for place in range(1, group.stop - group.start):
+                others = [0] * len(self.choices)
+                others[number] = place
+                corners.append(self.chosen(points, others))
+        return torch.cat(corners)
+
+    def chosen(self, points: Tensor, places: Sequence[int]) -> Tensor:
+        """The points with these choices."""
+        found = points.clone()
+        for group, place in zip(self.choices, places, strict=True):
+            found[:, group] = 0.0
+            found[:, group.start + place] = 1.0
+        return found
+
+    def climb(self, value: Callable[[Tensor], Tensor], starts: Tensor) -> Tensor:
+        """Where `value` (of points [n, d] -> [n]) is largest, of climbs from the starts."""
+
+        def loss(flat: Array) -> tuple[float, Array]:
+            x = torch.from_numpy(flat).view(starts.shape).requires_grad_()
+            total = -value(x).sum()
+            (slope,) = torch.autograd.grad(total, x)
+            return float(total.detach()), slope.flatten().numpy()
+
+        first = starts.numpy()
+        low = np.where(self._is_free, 0.0, first).ravel()
+        high = np.where(self._is_free, 1.0, first).ravel()
+        found = minimize(
+            loss,
+            first.ravel(),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=np.column_stack([low, high]),
+            options={"maxiter": 60},
+        )
+        with torch.no_grad():
+            x = torch.from_numpy(found.x).view(starts.shape)
+            return x[value(x).argmax()]
+
+    def starts(
+        self, incumbent: Tensor, chance: np.random.Generator, *, near: int, apart: int
+    ) -> Tensor:
+        """The incumbent, merges near it, and merges anywhere, these with each choice."""
+        close = incumbent + torch.from_numpy(chance.normal(0.0, 0.1, (near, self.d)))
+        anywhere = torch.from_numpy(chance.uniform(size=(apart, self.d)))
+        return torch.cat(
+            [
+                incumbent[None],
+                self._like(close.clamp(0.0, 1.0), incumbent),
+                self.of_each_choice(anywhere),
+            ]
+        )
+
+    def around(self, incumbent: Tensor, chance: np.random.Generator) -> Tensor:
+        """Merges that vary some weights of the incumbent, and now and then a choice."""
+        varied = chance.random((_N_SAMPLED, self.d)) < min(1.0, _N_VARIED / self.d)
+        steps = torch.from_numpy(varied * chance.normal(0.0, _STEP, (_N_SAMPLED, self.d)))
+        found = self._like((incumbent + steps).clamp(0.0, 1.0), incumbent)
+        for group in self.choices:
+            n = group.stop - group.start
+            rows = np.flatnonzero(chance.random(_N_SAMPLED) < _CHANGED)
+            found[rows, group] = torch.eye(n, dtype=torch.float64)[
+                chance.integers(n, size=len(rows))
+            ]
+        return found
+
+    def _like(self, points: Tensor, one: Tensor) -> Tensor:
+        """The points with the choices of another."""
+        return torch.where(torch.from_numpy(self._is_free), points, one)
 
 
-def _bound(posterior: Posterior, incumbent: Tensor, chance: np.random.Generator) -> Tensor:
+def _bound(
+    posterior: Posterior, incumbent: Tensor, box: _Box, chance: np.random.Generator
+) -> Tensor:
     def value(x: Tensor) -> Tensor:
         mean, variance = posterior.mean_and_variance(x)
         return mean + _KAPPA * variance.sqrt()
 
-    return _climb(value, _starts(incumbent, chance, near=1, apart=3))
+    return box.climb(value, box.starts(incumbent, chance, near=1, apart=3))
 
 
-def _improvement(posterior: Posterior, incumbent: Tensor, chance: np.random.Generator) -> Tensor:
+def _improvement(
+    posterior: Posterior, incumbent: Tensor, box: _Box, chance: np.random.Generator
+) -> Tensor:
     value = _log_improvement(posterior, incumbent)
-    return _climb(value, _starts(incumbent, chance, near=3, apart=2))
+    return box.climb(value, box.starts(incumbent, chance, near=3, apart=2))
 
 
 def _log_improvement(posterior: Posterior, incumbent: Tensor) -> Callable[[Tensor], Tensor]:
@@ -187,25 +263,16 @@ def _log_gain(u: Tensor) -> Tensor:
     return torch.where(u > -1.0, log_near, log_far)
 
 
-def _sampled(posterior: Posterior, incumbent: Tensor, chance: np.random.Generator) -> Tensor:
+def _sampled(
+    posterior: Posterior, incumbent: Tensor, box: _Box, chance: np.random.Generator
+) -> Tensor:
     """The best of merges near the incumbent in one function drawn from the posterior."""
-    d = len(incumbent)
-    varied = chance.random((_N_SAMPLED, d)) < min(1.0, _N_VARIED / d)
-    steps = torch.from_numpy(varied * chance.normal(0.0, _STEP, (_N_SAMPLED, d)))
-    x = (incumbent + steps).clamp(0.0, 1.0)
+    x = box.around(incumbent, chance)
     jitter = 1e-6 * posterior.variance * torch.eye(_N_SAMPLED, dtype=torch.float64)
     with torch.no_grad():
         root = torch.linalg.cholesky(posterior.covariance(x, x) + jitter)
         drawn = posterior.mean(x) + root @ torch.from_numpy(chance.normal(size=_N_SAMPLED))
     return x[drawn.argmax()]
-
-
-def _starts(incumbent: Tensor, chance: np.random.Generator, *, near: int, apart: int) -> Tensor:
-    """The incumbent, merges near it, and merges anywhere."""
-    d = len(incumbent)
-    close = incumbent + torch.from_numpy(chance.normal(0.0, 0.1, (near, d)))
-    anywhere = torch.from_numpy(chance.uniform(size=(apart, d)))
-    return torch.cat([incumbent[None], close.clamp(0.0, 1.0), anywhere])
 
 
 _RULES = (_bound, _sampled, _improvement)

@@ -84,6 +84,7 @@ class Search(Section):
     init_points: NonNegativeInt | None = None
     images_per_trial: PositiveInt | None = None
     seed: int = Field(0, ge=0, lt=2**31)
+    methods: list[str] = []
     presets: list[str] = []
     smooth: int | None = Field(None, ge=2)
     freeze: dict[str, float] = {}

@@ -180,9 +180,7 @@ def _baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> 
     for trial in trials:
         if not trial.is_complete:
             trial.complete(yardstick.estimate(trial.result(), setup.panel))
-        recipe, merge = trial.recipe, setup.config.merge
-        is_alike = (recipe.method, recipe.vae) == (merge.method, merge.vae)
-        if is_alike and (params := setup.space.values(recipe.weights)):
+        if params := setup.params(trial.recipe):
             study.observe(trial.result(), params, setup.plan)
         observer.finished(trial.result(), None)
     return yardstick
@@ -191,7 +189,7 @@ def _baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> 
 def _observe_brought(study: Study, setup: Setup, yardstick: Yardstick) -> None:
     """Hand what an earlier run has judged to the optimiser, as far as it can be compared."""
     for result in study.judged("brought"):
-        params = setup.space.values(result.recipe.weights)
+        params = setup.params(result.recipe)
         is_of_panel = all(index < len(setup.panel) for index in result.scores)
         if is_of_panel:
             value = yardstick.trial(result, setup.panel)
@@ -214,12 +212,9 @@ def _search(
     models = () if is_confirmed else setup.merger.references()
     proposer = study.searching(setup.plan, yardstick.value)
 
-    def recipe_of(params: Mapping[str, float]) -> Recipe:
-        return setup.recipe(setup.space.weights(params))
-
     while not proposer.is_over():
         start = time.monotonic()
-        trial = study.ask(proposer, recipe_of)
+        trial = study.ask(proposer, setup.recipe)
         trial.spend(ask=time.monotonic() - start)
         panel = [setup.panel[i] for i in trial.items or ()]
         observer.started(trial.stage, trial.name, len(panel))
@@ -243,9 +238,9 @@ def _search(
             trial.complete(yardstick.trial(trial.result(), setup.panel))
         is_time = study.n_finished % _TELL_EVERY == 0 and study.n_finished >= proposer.plan.n_first
         if is_time and (best := proposer.best()):
-            study.expect(recipe_of(best[0]), best[1])
+            study.expect(setup.recipe(best[0]), best[1])
             if models:
-                write_recipe(recipe_of(best[0]), folder, models)
+                write_recipe(setup.recipe(best[0]), folder, models)
         observer.finished(trial.result(), study.leader)
         if time.monotonic() - reported > _REPORT_EVERY_S:
             reported = time.monotonic()
@@ -256,10 +251,10 @@ def _search(
     if len(study.candidates) < setup.config.heldout.candidates:
         few = proposer.few(setup.config.heldout.candidates)
         study.choose(
-            [Result.recommended(name, recipe_of(params), value) for name, params, value in few]
+            [Result.recommended(name, setup.recipe(params), value) for name, params, value in few]
         )
         if few:
-            study.expect(recipe_of(few[0][1]), few[0][2])
+            study.expect(setup.recipe(few[0][1]), few[0][2])
 
 
 def _confirm(
@@ -323,10 +318,11 @@ def _distance(one: Result, other: Result, setup: Setup) -> float:
     """
     if one.recipe.method != other.recipe.method:
         return 0.0
-    if one.recipe.method != setup.config.merge.method:
+    space, weights = setup.space, one.recipe.weights
+    names = {space.names[member] for p in space.parameters for member in p.members}
+    searched = {(w, b) for w, b in names if b in weights.get(w, {})}
+    if not searched:
         return float(one.recipe.digest() != other.recipe.digest())
-    space = setup.space
-    searched = {space.names[member] for p in space.parameters for member in p.members}
     apart = [abs(one.recipe.weights[w][b] - other.recipe.weights[w][b]) for w, b in searched]
     return sum(apart) / len(apart)
 

@@ -24,9 +24,10 @@ from bayesian_merger.merge import Merger, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import Scorer, scorer
 from bayesian_merger.space import Parameter, Space
-from bayesian_merger.study.proposals import Plan, Stop
+from bayesian_merger.study.proposals import Params, Plan, Stop
 from bayesian_merger.values import shares
 
+METHOD = "method"
 BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
 # Options that a resumed run may have otherwise: where and how many at once, not what is made.
 _MAY_CHANGE = ("device", "batch")
@@ -53,9 +54,23 @@ class Setup:
     weights: Mapping[str, float]
     warnings: tuple[str, ...]
 
-    def recipe(self, weights: Weights) -> Recipe:
-        """The recipe of the configured method with `weights`."""
-        return _recipe(self.config.merge, self.merger, weights)
+    def recipe(self, params: Params) -> Recipe:
+        """The recipe that the parameters of the search give."""
+        method = params.get(METHOD, self.config.merge.method)
+        return _recipe(self.config.merge, self.merger, method, self.space.weights(params))
+
+    def params(self, recipe: Recipe) -> dict[str, Any] | None:
+        """The parameters that give a merge of these models, or None if the search has none for it."""
+        known = _methods(self.config)
+        if recipe.method not in known or recipe.vae != self.config.merge.vae:
+            return None
+        blocks = dict.fromkeys(self.space.blocks, 0.5)
+        # A weight that the method does not have may be anything.
+        own = {w: recipe.weights.get(w, blocks) for w, _ in self.space.names.values()}
+        values = self.space.values(own)
+        if values is None:
+            return None
+        return {**values, METHOD: recipe.method} if len(known) > 1 else dict(values)
 
     def baseline(self, name: str) -> Recipe:
         """Model A, model B, each with its own VAE, or the merge with every weight at one half."""
@@ -68,7 +83,7 @@ class Setup:
         # Two of three models may share blocks that all three do not.
         blocks = dict.fromkeys((*self.merger.architecture.blocks, *self.space.blocks))
         weights = even_weights(method, blocks, BASELINES[name])
-        return replace(self.recipe(weights), method=method, vae=vae)
+        return replace(_recipe(merge, self.merger, method, weights), vae=vae)
 
     def n_images(self) -> int:
         """Images of the whole run."""
@@ -106,6 +121,7 @@ class Setup:
             "init",
             "seed",
             "start",
+            "methods",
             "presets",
             "smooth",
             "freeze",
@@ -213,14 +229,16 @@ def _check_backend(engine: Backend, merger: Merger, panel: Sequence[Prompt]) -> 
 
 def _open_models(config: Config) -> Merger:
     chosen = config.models
-    method = methods.get(config.merge.method)
     paths = [path for path in (chosen.a, chosen.b, chosen.c) if path is not None]
-    if len(paths) < methods.n_models(method):
-        raise ConfigError(
-            f"merge.method {config.merge.method!r} merges {methods.n_models(method)} models; "
-            f"name the third as models.c"
-        )
-    needed = n_used(method, config.merge.method, len(paths))
+    needed = 0
+    for name in _methods(config):
+        method = methods.get(name)
+        if len(paths) < methods.n_models(method):
+            raise ConfigError(
+                f"merge.method {name!r} merges {methods.n_models(method)} models; "
+                f"name the third as models.c"
+            )
+        needed = max(needed, n_used(method, name, len(paths)))
     place = devices.device(config.merge.device, "merge.device", float64=True)
     models, mistakes = [], []
     for path in paths[:needed]:
@@ -237,9 +255,12 @@ def _open_models(config: Config) -> Merger:
 
 def _space(config: Config, merger: Merger) -> Space:
     search = config.search
-    weights = methods.weights(methods.get(config.merge.method))
-    if not weights:
-        raise ConfigError(f"merge.method {config.merge.method!r} has no weights to search")
+    weights: dict[str, float] = {}
+    for name in _methods(config):
+        own = methods.weights(methods.get(name))
+        if not own:
+            raise ConfigError(f"merge.method {name!r} has no weights to search")
+        weights |= own
     guide = guides.read(search.guide) if search.guide else guides.Guide.model_validate({})
     found = space.build(
         list(weights),
@@ -252,7 +273,8 @@ def _space(config: Config, merger: Merger) -> Space:
         ranges={**_of(guide.ranges, weights), **search.ranges},
         groups=[*guide.groups, *search.groups],
     )
-    _require_domains(found, config.merge.method)
+    for name in _methods(config):
+        _require_domains(found, name)
     merge = config.merge
     if merge.vae == "b" and "VAE" in found.blocks:
         raise ConfigError(
@@ -267,12 +289,18 @@ def _space(config: Config, merger: Merger) -> Space:
     return found.without(inert)
 
 
-def _recipe(merge: configuration.Merge, merger: Merger, weights: Weights) -> Recipe:
+def _methods(config: Config) -> tuple[str, ...]:
+    """The merge methods of the search by name; the first is that of the baselines."""
+    return tuple(dict.fromkeys([config.merge.method, *config.search.methods]))
+
+
+def _recipe(merge: configuration.Merge, merger: Merger, method: str, weights: Weights) -> Recipe:
+    known = methods.weights(methods.get(method))
     return Recipe(
-        method=merge.method,
+        method=method,
         architecture=merger.architecture.name,
         models=merger.references(),
-        weights=weights,
+        weights={name: blocks for name, blocks in weights.items() if name in known},
         vae=merge.vae,
         precision=merge.precision,
         clip=merge.clip,
@@ -283,16 +311,21 @@ def _recipe(merge: configuration.Merge, merger: Merger, weights: Weights) -> Rec
 def _inert(found: Space, config: Config, merger: Merger) -> list[Parameter]:
     """The parameters that make the same merge at their low end, in the middle and at their high end."""
     ends = [
-        {p.name: p.low + share * (p.high - p.low) for p in found.parameters}
+        found.weights({p.name: p.low + share * (p.high - p.low) for p in found.parameters})
         for share in (0.0, 0.5, 1.0)
     ]
-    low, *others = (
-        merger.merge(_recipe(config.merge, merger, found.weights(values))) for values in ends
-    )
+    merges = [
+        [merger.merge(_recipe(config.merge, merger, method, weights)) for weights in ends]
+        for method in _methods(config)
+    ]
 
     def changes(name: str) -> bool:
         try:
-            return any(not torch.equal(low[name], other[name]) for other in others)
+            return any(
+                not torch.equal(low[name], other[name])
+                for low, *others in merges
+                for other in others
+            )
         except TrialError:  # the first trial tells what is wrong
             return True
 
@@ -315,7 +348,7 @@ def _of(given: Mapping[str, _T], weights: Mapping[str, object]) -> dict[str, _T]
     return {name: value for name, value in given.items() if not name.endswith(strange)}
 
 
-def _starts(config: Config, found: Space, architecture: Architecture) -> list[dict[str, float]]:
+def _starts(config: Config, found: Space, architecture: Architecture) -> list[dict[str, Any]]:
     """The parameters of search.start: presets of the method's first weight, or weights by name."""
     first = next(weight for weight, _ in found.names.values())
     points = []
@@ -328,8 +361,19 @@ def _starts(config: Config, found: Space, architecture: Architecture) -> list[di
                 for name, (weight, block) in found.names.items()
                 if weight == first and block in weights and name not in found.frozen
             }
-        points.append(space.start(found, architecture, given, f"start {number}"))
+        values = space.start(found, architecture, given, f"start {number}")
+        points.append(values | _first_choice(config))
     return points
+
+
+def _choices(config: Config) -> dict[str, tuple[str, ...]]:
+    """What the search chooses beside the weights."""
+    known = _methods(config)
+    return {METHOD: known} if len(known) > 1 else {}
+
+
+def _first_choice(config: Config) -> dict[str, str]:
+    return {name: known[0] for name, known in _choices(config).items()}
 
 
 def _plan(
@@ -340,6 +384,7 @@ def _plan(
     images = _USUAL_IMAGES if search.images is None and search.n_iters is None else search.images
     plan = Plan(
         bounds={p.name: (p.low, p.high) for p in found.parameters},
+        choices=_choices(config),
         panel=[prompt.payload for prompt in panel],
         shares=shares(panel),
         images=images,

@@ -16,11 +16,12 @@ from PIL import Image
 from bayesian_merger import run, space
 from bayesian_merger.bayes import Bayes, Judged
 from bayesian_merger.blocks import short_names
-from bayesian_merger.data import Prompt, Recipe, Result, Sample, Weights
+from bayesian_merger.data import Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.outcome import digest_of, has_study, open_study, pictures_of, read_outcome
 from bayesian_merger.setup import Setup
 from bayesian_merger.study import Study
+from bayesian_merger.study.proposals import Params
 
 _N_STARTS = 5
 _Identity = Mapping[str, Any]
@@ -96,19 +97,20 @@ def import_log(log: Path, setup: Setup, folder: Path) -> Brought:
     and often of another scorer, so they are not mixed with this run's: a model of them says which few
     merges they speak for. ConfigError with the line that is wrong, or if the run has begun its search.
     """
-    judged, left_out = [], Counter[str]()
+    judged, left_out, plan = [], Counter[str](), setup.plan
     for number, (flat, target) in enumerate(_lines(log, setup)):
         values = space.start(setup.space, setup.merger.architecture, flat, "start")
-        if any(not low <= values[name] <= high for name, (low, high) in setup.plan.bounds.items()):
+        if any(not low <= values[name] <= high for name, (low, high) in plan.bounds.items()):
             left_out["outside the ranges of the new search"] += 1
         elif not math.isfinite(target):
             left_out["without a score"] += 1
         else:
-            judged.append(Judged(setup.plan.scaled(values), {number: target}))
+            point = {**values, **{name: known[0] for name, known in plan.choices.items()}}
+            judged.append(Judged(plan.scaled(point), {number: target}))
     if not judged:
         raise ConfigError(f"{log}: no merge of this log can be used: {'; '.join(left_out)}")
-    model = Bayes(len(setup.plan.bounds), [log.name] * (number + 1), setup.plan.seed)
-    few = [setup.plan.params(found.point) for found in model.few(judged, _N_STARTS)]
+    model = Bayes(plan.d, [log.name] * (number + 1), plan.seed, choices=plan.corners)
+    few = [plan.params(found.point) for found in model.few(judged, _N_STARTS)]
     with run.locked(folder):
         _begin(setup, folder).prepare(few, ())
     return Brought(starts=len(few), left_out=left_out)
@@ -229,12 +231,12 @@ def _has_plugins(old: _Identity, new: _Identity) -> bool:
 
 def _misfit(recipe: Recipe, setup: Setup) -> str:
     """Why a merge is none that the new search could propose; nothing if it is one."""
-    own = setup.recipe(recipe.weights)
-    if [m.sha256 for m in recipe.models] != [m.sha256 for m in own.models]:
+    if [m.sha256 for m in recipe.models] != [m.sha256 for m in setup.merger.references()]:
         return "their models are others"
-    if recipe.digest() != own.digest():
-        return "their method, precision, VAE or seed of merging is another"
-    if setup.space.values(recipe.weights) is None:
+    merge = setup.config.merge
+    if (recipe.precision, recipe.clip, recipe.seed) != (merge.precision, merge.clip, merge.seed):
+        return "their precision, clipping or seed of merging is another"
+    if setup.params(recipe) is None:
         return "they are outside the space of the new search"
     return ""
 
@@ -261,26 +263,30 @@ def _take_baseline(
     return others
 
 
-def _best_of(old: Path, before: Study, setup: Setup) -> list[dict[str, float]]:
+def _best_of(old: Path, before: Study, setup: Setup) -> list[Params]:
     """The merges that the old run recommends, as near to them as the new space comes."""
     outcome = read_outcome(old, before)
     few = outcome.candidates or ((outcome.leader,) if outcome.leader else ())
     models = [m.sha256 for m in setup.merger.references()]
     return [
-        _nearest(result.recipe.weights, setup)
+        _nearest(result.recipe, setup)
         for result in few[:_N_STARTS]
         if [m.sha256 for m in result.recipe.models] == models
     ]
 
 
-def _nearest(weights: Weights, setup: Setup) -> dict[str, float]:
+def _nearest(recipe: Recipe, setup: Setup) -> Params:
+    """The merge of the new search that is nearest to a recipe, by its method if that is one of them."""
     flat = {
-        name: weights[weight][block]
+        name: recipe.weights[weight][block]
         for name, (weight, block) in setup.space.names.items()
-        if name not in setup.space.frozen and block in weights.get(weight, {})
+        if name not in setup.space.frozen and block in recipe.weights.get(weight, {})
     }
+    plan = setup.plan
     values = space.start(setup.space, setup.merger.architecture, flat, "start")
-    return {n: min(high, max(low, values[n])) for n, (low, high) in setup.plan.bounds.items()}
+    near = {n: min(high, max(low, values[n])) for n, (low, high) in plan.bounds.items()}
+    chosen = {n: recipe.method if recipe.method in k else k[0] for n, k in plan.choices.items()}
+    return {**near, **chosen}
 
 
 def _lines(log: Path, setup: Setup) -> Iterator[tuple[dict[str, float], float]]:

@@ -20,7 +20,7 @@ from bayesian_merger.cli.screen import out
 from bayesian_merger.data import RIVALS, Outcome, Result
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.report import duration
-from bayesian_merger.setup import Setup, prepare
+from bayesian_merger.setup import METHOD, Setup, prepare
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -127,9 +127,8 @@ def check_command(
     for model, letter in zip(setup.merger.models, "ABC", strict=False):
         table.add_row(f"model {letter}", f"{model.name} ({setup.merger.architecture.title})")
     plan = setup.plan
-    table.add_row(
-        "search", f"{len(plan.bounds)} weights, {setup.config.merge.method}, {plan.optimiser}"
-    )
+    methods = " or ".join(plan.choices.get(METHOD, (setup.config.merge.method,)))
+    table.add_row("search", f"{len(plan.bounds)} weights, {methods}, {plan.optimiser}")
     table.add_row("panel", f"{len(setup.panel)} images from {len(_payloads(setup))} payloads")
     table.add_row("trials", f"{plan.n_trials}, {plan.n_images} images")
     table.add_row("one merge", f"{tried.merge_s:.2f} s")

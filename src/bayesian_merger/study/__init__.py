@@ -33,6 +33,7 @@ from bayesian_merger.study.proposals import (
     OBSERVED,
     SCORE,
     STARTS,
+    Params,
     Plan,
     Proposer,
     Value,
@@ -270,7 +271,7 @@ class Study:
         """What proposes the trials; `value` is that of one image's scores."""
         return Proposer(self._search, plan, value)
 
-    def observe(self, result: Result, params: Mapping[str, float], plan: Plan) -> None:
+    def observe(self, result: Result, params: Params, plan: Plan) -> None:
         """Hand a judged recipe to the optimiser, where `params` of the search give it."""
         known = {t.user_attrs.get(OBSERVED) for t in self._search.get_trials(deepcopy=False)}
         if result.value is None or result.name in known:
@@ -285,7 +286,7 @@ class Study:
             )
         )
 
-    def prepare(self, starts: Sequence[Mapping[str, float]], foreign: Sequence[str]) -> None:
+    def prepare(self, starts: Sequence[Params], foreign: Sequence[str]) -> None:
         """Store what an earlier run gives a new one: points to try first, and its other images.
 
         `foreign` are the payloads of images that are not of the panel, whose numbers follow those of
@@ -294,7 +295,7 @@ class Study:
         self._search.set_user_attr(STARTS, [dict(point) for point in starts])
         self._search.set_user_attr(FOREIGN, list(foreign))
 
-    def ask(self, proposer: Proposer, recipe_of: Callable[[Mapping[str, float]], Recipe]) -> Trial:
+    def ask(self, proposer: Proposer, recipe_of: Callable[[Params], Recipe]) -> Trial:
         """The trial that was interrupted, or else a new proposal."""
         name = f"trial {len(begun(self._search)) + 1}"
         frozen = proposer.begin(

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import count, islice
-from typing import Any, Literal, NamedTuple, get_args
+from itertools import accumulate, count, islice, pairwise
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -26,6 +26,9 @@ from bayesian_merger.gp import Array
 from bayesian_merger.registry import nearest
 
 Init = Literal["sobol", "lhs", "uniform"]
+Params: TypeAlias = Mapping[str, Any]
+"""A number for each weight that varies, and a name for each thing to choose."""
+
 Value = Callable[[Mapping[str, float]], float]
 """The scores of one image -> its value."""
 
@@ -63,12 +66,13 @@ class Stop(NamedTuple):
 class Plan:
     """How a search proposes: where, by which optimiser, on which images.
 
-    `bounds` are those of each parameter; `panel` names the payload of each image, and a payload's
-    images have a share as `shares` says, or an equal one. `optimiser` is one of OPTIMISERS or the dotted
-    path of an Optuna sampler, which is called with `options`. The first trials are `start`, the next
-    `init_points` explore as `init` says. The search ends when `images` are spent or, if that is given,
-    after `n_iters` more trials, or as `stop` says. A trial is shown `per_trial` images; for None, bayes
-    shows one to merges that explore and two to others, and other optimisers ten.
+    `bounds` are those of each parameter, `choices` the names of which one is chosen. `panel` names the
+    payload of each image, and a payload's images have a share as `shares` says, or an equal one.
+    `optimiser` is one of OPTIMISERS or the dotted path of an Optuna sampler, which is called with
+    `options`. The first trials are `start`, the next `init_points` explore as `init` says. The search
+    ends when `images` are spent or, if that is given, after `n_iters` more trials, or as `stop` says. A
+    trial is shown `per_trial` images; for None, bayes shows one to merges that explore and two to
+    others, and other optimisers ten.
     """
 
     bounds: Mapping[str, tuple[float, float]]
@@ -81,9 +85,10 @@ class Plan:
     init: Init = "sobol"
     init_points: int | None = None
     per_trial: int | None = None
-    start: Sequence[Mapping[str, float]] = ()
+    start: Sequence[Params] = ()
     stop: Stop | None = None
     seed: int = 0
+    choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def check(self) -> None:
         """ConfigError with every mistake, one on a line."""
@@ -92,7 +97,12 @@ class Plan:
             for name, (low, high) in self.bounds.items()
             if not (math.isfinite(low) and math.isfinite(high) and low < high)
         ]
-        if not self.bounds:
+        mistakes += [
+            f"{name}: {', '.join(map(repr, known)) or 'nothing'} is no choice; give two or more names"
+            for name, known in self.choices.items()
+            if len(set(known)) < max(2, len(known))
+        ]
+        if not self.names:
             mistakes.append("no parameter varies, so there is nothing to search")
         if not self.panel:
             mistakes.append("the panel has no image")
@@ -122,14 +132,18 @@ class Plan:
         if mistakes:
             raise ConfigError("\n".join(mistakes))
 
-    def _mistakes(self, point: Mapping[str, float], what: str) -> list[str]:
+    def _mistakes(self, point: Params, what: str) -> list[str]:
         """What is wrong with a point that is to be tried."""
-        strange = [name for name in point if name not in self.bounds]
+        strange = [name for name in point if name not in self.names]
         if strange:
-            return [f"{what}: {strange[0]!r} does not vary{nearest(strange[0], self.bounds)}"]
-        missing = [name for name in self.bounds if name not in point]
+            return [f"{what}: {strange[0]!r} does not vary{nearest(strange[0], self.names)}"]
+        missing = [name for name in self.names if name not in point]
         if missing:
             return [f"{what}: has no {missing[0]!r}"]
+        unknown = [(n, known) for n, known in self.choices.items() if point[n] not in known]
+        if unknown:
+            name, known = unknown[0]
+            return [f"{what}: {name} is {point[name]!r}, none of {', '.join(known)}"]
         return [
             f"{what}: {name} is {point[name]}, outside its range {low:g} to {high:g}"
             for name, (low, high) in self.bounds.items()
@@ -137,8 +151,16 @@ class Plan:
         ]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters: what varies, then what is chosen."""
+        return (*self.bounds, *self.choices)
+
+    @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        return {name: FloatDistribution(low, high) for name, (low, high) in self.bounds.items()}
+        return {
+            **{name: FloatDistribution(low, high) for name, (low, high) in self.bounds.items()},
+            **{name: CategoricalDistribution(known) for name, known in self.choices.items()},
+        }
 
     @property
     def n_first(self) -> int:
@@ -146,7 +168,7 @@ class Plan:
         if self.init_points is not None:
             return len(self.start) + self.init_points
         is_bayes = self.optimiser == "bayes"
-        usual = min(4 * len(self.bounds), 100) if is_bayes else 10
+        usual = min(4 * len(self.names), 100) if is_bayes else 10
         n_each = 1 if is_bayes else self.per_trial or _N_MEAN
         most = self.n_iters if self.images is None else self.images // (2 * n_each)
         return len(self.start) + min(usual, most or 0)
@@ -176,30 +198,61 @@ class Plan:
             trials += 1
         return trials, images
 
-    def scaled(self, params: Mapping[str, float]) -> Array:
-        """The parameters as a point in [0, 1]^d."""
+    @property
+    def corners(self) -> list[slice]:
+        """The coordinates of each choice in a point."""
+        sizes = [len(self.bounds), *(len(known) for known in self.choices.values())]
+        ends = list(accumulate(sizes))
+        return [slice(i, j) for i, j in pairwise(ends)]
+
+    @property
+    def d(self) -> int:
+        """Coordinates of a point."""
+        return len(self.bounds) + sum(len(known) for known in self.choices.values())
+
+    def scaled(self, params: Params) -> Array:
+        """The parameters as a point in [0, 1]^d; what is chosen has a 1, its rivals have 0."""
         spans = self.bounds.items()
-        return np.array([(params[name] - low) / (high - low) for name, (low, high) in spans])
+        flat = [(params[name] - low) / (high - low) for name, (low, high) in spans]
+        chosen = [float(params[n] == one) for n, known in self.choices.items() for one in known]
+        return np.array([*flat, *chosen])
 
-    def params(self, point: Array) -> dict[str, float]:
+    def params(self, point: Array) -> dict[str, Any]:
         """The parameters of a point in [0, 1]^d."""
-        pairs = zip(self.bounds.items(), point, strict=True)
+        pairs = zip(self.bounds.items(), point, strict=False)
         # Rounding may not lead out of the range.
-        return {n: min(high, float(low + x * (high - low))) for (n, (low, high)), x in pairs}
+        flat = {n: min(high, float(low + x * (high - low))) for (n, (low, high)), x in pairs}
+        chosen = zip(self.choices.items(), self.corners, strict=True)
+        return {**flat, **{n: known[int(point[c].argmax())] for (n, known), c in chosen}}
 
-    def first(self, place: int) -> dict[str, float]:
+    def first(self, place: int) -> dict[str, Any]:
         """A start, or an exploring point of the design."""
         if place < len(self.start):
-            return {name: float(self.start[place][name]) for name in self.bounds}
-        d = len(self.bounds)
+            given = self.start[place]
+            flat = {name: float(given[name]) for name in self.bounds}
+            return {**flat, **{name: given[name] for name in self.choices}}
+        point = self._design(place)
+        # Towards the faces: the ends of a range tell more of a weight than its middle.
+        weights = point[: len(self.bounds)]
+        if self.init == "sobol":
+            weights = np.sin(np.pi / 2 * weights) ** 2
+        pairs = zip(self.choices.values(), point[len(self.bounds) :], strict=True)
+        places = [(known, int(x * len(known))) for known, x in pairs]
+        chosen = [np.eye(len(known))[i] for known, i in places]
+        return self.params(np.concatenate([weights, *chosen]))
+
+    def _design(self, place: int) -> Array:
+        """Point number `place` of the design, in [0, 1) for each parameter."""
+        d = len(self.names)
         # Beyond the design there is nothing but chance.
         if self.init == "uniform" or (self.init == "lhs" and place >= self.n_first):
-            return self.params(np.random.default_rng([self.seed, place]).uniform(size=d))
+            drawn: Array = np.random.default_rng([self.seed, place]).uniform(size=d)
+            return drawn
         if self.init == "lhs":
-            return self.params(qmc.LatinHypercube(d, rng=self.seed).random(self.n_first)[place])
-        point = qmc.Sobol(d, rng=self.seed).random_base2((place + 1).bit_length())[place]
-        # Towards the faces: the ends of a range tell more of a weight than its middle.
-        return self.params(np.sin(np.pi / 2 * point) ** 2)
+            found: Array = qmc.LatinHypercube(d, rng=self.seed).random(self.n_first)[place]
+            return found
+        point: Array = qmc.Sobol(d, rng=self.seed).random_base2((place + 1).bit_length())[place]
+        return point
 
     def items(self, place: int, shown: int) -> list[int]:
         """The images for trial number `place`, when trials before it were given `shown`.
@@ -279,7 +332,7 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         # What is recommended is to be good at the panel.
         shares = {name: plan.shares.get(name, 1.0) for name in plan.panel}
         shares |= dict.fromkeys(foreign, 0.0)
-        self._bayes = Bayes(len(plan.bounds), [*plan.panel, *foreign], plan.seed, shares)
+        self._bayes = Bayes(plan.d, [*plan.panel, *foreign], plan.seed, shares, plan.corners)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -288,7 +341,7 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         place = len(begun(study))
         spent = self._plan.spent(place, n_judged(study))
         return self._plan.params(self._bayes.propose(self._judged(study), place, spent))
@@ -321,7 +374,7 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         found = []
         for trial in study.get_trials(deepcopy=False):
             values = {item: self._value(scores) for item, scores in scores_of(trial).items()}
-            if values and trial.params.keys() == self._plan.bounds.keys():
+            if values and trial.params.keys() == set(self._plan.names):
                 found.append(Judged(self._plan.scaled(trial.params), values))
         return found
 
@@ -346,9 +399,7 @@ class Proposer:
         self.plan = replace(plan, start=(*attrs.get(STARTS, ()), *plan.start))
         self._bayes = BayesSampler(self.plan, value, attrs.get(FOREIGN, ()))
 
-    def begin(
-        self, about: Callable[[Mapping[str, float]], Mapping[str, Any]] = lambda _: {}
-    ) -> FrozenTrial:
+    def begin(self, about: Callable[[Params], Mapping[str, Any]] = lambda _: {}) -> FrozenTrial:
         """The trial that was interrupted, or else a new one, running.
 
         `about` tells further attributes of a new trial by its parameters.
@@ -403,12 +454,12 @@ class Proposer:
         gains = [self.study.user_attrs.get(f"{_GAIN}{n}", math.inf) for n in times]
         return bool(max(gains) < self.plan.stop.min_gain)
 
-    def best(self) -> tuple[dict[str, float], Estimate] | None:
+    def best(self) -> tuple[dict[str, Any], Estimate] | None:
         """The parameters that would be recommended now, as far as known without another fit."""
         found = self._bayes.best(self.study)
         return found and self._told(found)
 
-    def few(self, n: int) -> list[tuple[str, dict[str, float], Estimate]]:
+    def few(self, n: int) -> list[tuple[str, dict[str, Any], Estimate]]:
         """The recommended merge and the next best: name, parameters and expected value.
 
         The first, "recommended", need not have been tried; the others have the names of their trials.
@@ -418,13 +469,13 @@ class Proposer:
         names = [self._name(params) for params, _ in found[1:]]
         return [(name, *one) for name, one in zip(["recommended", *names], found, strict=False)]
 
-    def _name(self, params: Mapping[str, float]) -> str:
+    def _name(self, params: Params) -> str:
         """That of the trial that is nearest to the parameters."""
         wanted = self.plan.scaled(params)
         trials = [
             t
             for t in self.study.get_trials(deepcopy=False)
-            if t.params.keys() == self.plan.bounds.keys()
+            if t.params.keys() == set(self.plan.names)
         ]
         nearest_one = min(
             trials, key=lambda t: float(np.abs(self.plan.scaled(t.params) - wanted).sum())
@@ -432,7 +483,7 @@ class Proposer:
         attrs = nearest_one.user_attrs
         return str(attrs.get("name") or attrs.get(OBSERVED) or f"trial {nearest_one.number}")
 
-    def _told(self, found: Recommended) -> tuple[dict[str, float], Estimate]:
+    def _told(self, found: Recommended) -> tuple[dict[str, Any], Estimate]:
         value = Estimate(found.mean, found.se, n_judged(self.study))
         return self.plan.params(found.point), value
 

@@ -15,6 +15,7 @@ from bayesian_merger.study import require_same, storage_at, storage_errors
 from bayesian_merger.study.proposals import (
     SCORE,
     Init,
+    Params,
     Plan,
     Proposer,
     Stop,
@@ -34,7 +35,7 @@ class Best:
     that chose the weights; measure them on fresh images for a figure that no choice was made on.
     """
 
-    weights: Mapping[str, float]
+    weights: Params
     mean: float
     se: float
 
@@ -48,7 +49,7 @@ class SearchTrial:
         self._scores = {i: found[_NAME] for i, found in scores_of(frozen).items()}
         self._item: int | None = None
         self.number = frozen.number
-        self.weights: Mapping[str, float] = dict(frozen.params)
+        self.weights: Params = dict(frozen.params)
 
     def __iter__(self) -> Iterator[int]:
         for item in self._items:
@@ -86,10 +87,10 @@ class Search:
                 trial.report(score(trial.weights, item))
         best = search.best()
 
-    `space` gives the range of each weight. `panel` is the number of images that can be asked for, or the
-    payload of each, so that easy payloads are told from good merges. The same `item` should be the same
-    prompt and seed for all trials: merges that were shown the same images are compared best. A search is
-    over when `images` are spent.
+    `space` gives the range of each weight, or the names of which one is to be chosen. `panel` is the
+    number of images that can be asked for, or the payload of each, so that easy payloads are told from
+    good merges. The same `item` should be the same prompt and seed for all trials: merges that were
+    shown the same images are compared best. A search is over when `images` are spent.
 
     `optimiser` is "bayes", "tpe", "cmaes", "random", "sobol" or the dotted path of an Optuna sampler,
     with `options`. The points of `start` are tried first, then `init_points` that explore as `init` says
@@ -103,14 +104,14 @@ class Search:
 
     def __init__(
         self,
-        space: Mapping[str, tuple[float, float]],
+        space: Mapping[str, tuple[float, float] | Sequence[str]],
         *,
         images: int,
         panel: int | Sequence[str],
         seed: int = 0,
         optimiser: str = "bayes",
         options: Mapping[str, Any] | None = None,
-        start: Sequence[Mapping[str, float]] = (),
+        start: Sequence[Params] = (),
         init: Init = "sobol",
         init_points: int | None = None,
         per_trial: int | None = None,
@@ -119,8 +120,16 @@ class Search:
         name: str = "search",
     ) -> None:
         """ConfigError with every mistake, for a storage that does not answer and for another's study."""
+        bounds, choices = {}, {}
+        for key, given in space.items():
+            if all(isinstance(one, str) for one in given):
+                choices[key] = tuple(map(str, given))
+            else:
+                low, high = given
+                bounds[key] = (float(low), float(high))
         self.plan = Plan(
-            bounds={key: (float(low), float(high)) for key, (low, high) in space.items()},
+            bounds=bounds,
+            choices=choices,
             panel=[""] * panel if isinstance(panel, int) else list(panel),
             images=images,
             optimiser=optimiser,
@@ -142,7 +151,7 @@ class Search:
                 load_if_exists=True,
             )
             identity = {
-                "space": self.plan.bounds,
+                "space": {**self.plan.bounds, **self.plan.choices},
                 "panel": self.plan.panel,
                 "optimiser": optimiser,
                 "options": self.plan.options,
