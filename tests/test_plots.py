@@ -11,11 +11,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from outcomes import BLOCKS, a_result, an_outcome, an_unfinished_outcome, baselines
+from outcomes import BLOCKS, a_recipe, a_result, an_outcome, an_unfinished_outcome, baselines
 from PIL import Image
 
 from bayesian_merger import plots
-from bayesian_merger.data import Estimate, Outcome
+from bayesian_merger.data import Compromise, Estimate, Outcome
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +268,39 @@ def test_saved_figure_takes_the_place_of_an_older_one_and_leaves_nothing_else(
     plots.save(figure, path)
     assert path.read_bytes() == plots.png(figure)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def a_front(tmp_path: Path, *names: str) -> Outcome:
+    """A front of three merges, the first best at the first of these objectives."""
+    merges = [
+        Compromise(
+            a_recipe(), {n: Estimate(8 - i + 2 * i * k, 0.2, 60) for k, n in enumerate(names)}
+        )
+        for i in range(3)
+    ]
+    known = {
+        b: {n: Estimate(7.0 + j, 0.1, 16) for n in names} for j, b in enumerate(("a", "even", "b"))
+    }
+    return an_outcome(tmp_path, front=tuple(merges), front_baselines=known)
+
+
+def test_front_of_two_objectives_is_a_plane_with_every_merge_and_baseline(tmp_path: Path) -> None:
+    figure = plots.front(a_front(tmp_path, "taste", "p$t$y <b>"))
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("taste", "p$t$y <b>")
+    assert {text.get_text() for text in axes.texts} == {"A", "B", "even", "1", "2", "3"}
+    places = {c.lines[0].get_gid(): c.lines[0].get_xydata()[0].tolist() for c in axes.containers}
+    assert places["2"] == [7.0, 9.0]
+    assert places["even"] == [8.0, 8.0]
+
+
+def test_front_of_more_objectives_shows_differences_to_the_even_merge(tmp_path: Path) -> None:
+    figure = plots.front(a_front(tmp_path, "taste", "sharpness", "light"), dark=True)
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["taste", "sharpness", "light"]
+    assert {text.get_text() for text in axes.texts} == {"A", "B", "even", "1", "2", "3"}
+    heights = {c.lines[0].get_gid(): list(c.lines[0].get_ydata()) for c in axes.containers}
+    assert heights["2"] == [-1.0, 1.0, 3.0]
+    assert heights["a"] == [-1.0, -1.0, -1.0]
+    colours = [c.lines[0].get_color() for c in axes.containers]
+    assert len(set(colours)) == 5

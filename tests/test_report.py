@@ -22,7 +22,7 @@ from outcomes import (
 from PIL import Image
 
 from bayesian_merger import report
-from bayesian_merger.data import Estimate, Interval, Outcome, Prompt
+from bayesian_merger.data import Compromise, Estimate, Interval, Outcome, Prompt
 
 EVIL = "<script>alert('x')</script>\" onload=\"alert(1)"
 VOID = {"meta", "link", "img", "br", "line", "circle", "source"}
@@ -394,3 +394,20 @@ def test_best_log_is_base_blank_line_the_25_blocks_blank_line_for_each_weight() 
         "\n\n"
         f"-0.25\n\n0.30000000000000004{ones}\n\n"
     )
+
+
+def test_page_lists_compromises_and_what_the_baselines_have(tmp_path: Path) -> None:
+    names = ("taste", EVIL)
+    merges = tuple(
+        Compromise(a_recipe(), {n: Estimate(8.0 + i, 0.25, 60) for n in names}) for i in range(2)
+    )
+    known = {b: {n: Estimate(7.0, 0.125, 16) for n in names} for b in ("a", "even", "b")}
+    html = report.html(an_outcome(tmp_path, front=merges, front_baselines=known))
+    page = Page(html)
+    assert "Compromises" in page.text
+    assert "2 9.000 ± 0.250 9.000 ± 0.250 A 7.000 ± 0.125 7.000 ± 0.125 even" in page.text
+    assert EVIL not in html
+
+
+def test_page_without_several_objectives_says_nothing_of_compromises(page: Page) -> None:
+    assert "Compromises" not in page.text

@@ -30,6 +30,8 @@ _EVERY = 3
 _LAST = 0.15
 # Merges whose weights differ by less on average are one and the same candidate.
 _NEAR = 0.05
+# Compromises whose expected scores differ by less, in standard deviations, are one.
+_TELLING = 0.05
 
 
 class Judged(NamedTuple):
@@ -92,16 +94,47 @@ class Bayes:
         The first need not have been tried. They are apart from each other, so that they are not all
         wrong in the same way.
         """
-        data = self._data(judged)
-        model = Model(self.d)  # of its own: who asks in between changes no proposal
-        model.fit(data, n_steps=60)
-        posterior = model.posterior(data)
+        posterior = self.learnt(judged)
         found = [self._best(posterior)]
         for i in posterior.at_points.argsort()[::-1]:
             point = judged[i].point
             if len(found) < n and all(_apart(point, one.point) > _NEAR for one in found):
                 found.append(Recommended(point, *posterior.expected(torch.from_numpy(point))))
         return found[:n]
+
+    def learnt(self, judged: Sequence[Judged]) -> Posterior:
+        """What the scores say of every merge, by hyperparameters of their own."""
+        data = self._data(judged)
+        model = Model(self.d)  # of its own: who asks in between changes no proposal
+        model.fit(data, n_steps=60)
+        return model.posterior(data)
+
+    def compromises(self, learnt: Sequence[Posterior], n: int) -> list[Array]:
+        """Merges of which none is expected to be better than another in every one of several scores.
+
+        At most `n`, that of the highest expected score of each kind first, then those that are furthest
+        from these in what is expected of them.
+        """
+        m = len(learnt)
+        chance = np.random.default_rng(self.seed)
+        shares = torch.from_numpy(
+            np.concatenate([np.eye(m), chance.dirichlet(np.ones(m), 10 * m)])
+        )
+        tried = torch.cat([posterior.data.points for posterior in learnt])
+        means = torch.stack([posterior.mean(tried) for posterior in learnt], 1)
+        found = []
+        for share in shares:
+
+            def value(x: Tensor, share: Tensor = share) -> Tensor:
+                return sum(
+                    (s * p.mean(x) for s, p in zip(share, learnt, strict=True)), x.new_zeros(())
+                )
+
+            starts = tried[(means @ share).argsort(descending=True)[:3]]
+            found.append(self._box.climb(value, starts))
+        points = torch.cat([torch.stack(found), tried])
+        expected = np.array([posterior.mean(points).numpy() for posterior in learnt]).T
+        return [points[i].numpy() for i in _spread(expected, n)]
 
     def _best(self, posterior: Posterior) -> Recommended:
         few = posterior.at_points.argsort()[::-1][:5].copy()
@@ -131,6 +164,25 @@ class Bayes:
         point, image, y = (list(column) for column in zip(*rows, strict=True))
         points = np.array([one.point for one in judged])
         return Data(points, point, image, [self.panel[i] for i in image], y, self.shares)
+
+
+def _spread(values: Array, n: int) -> list[int]:
+    """At most `n` of the rows that no other row beats in every column, far apart, the best first."""
+    front = [
+        i
+        for i, row in enumerate(values)
+        if not ((values >= row).all(1) & (values > row).any(1)).any()
+    ]
+    chosen = list(
+        dict.fromkeys(max(front, key=lambda i: values[i, j]) for j in range(len(values[0])))
+    )
+    while len(chosen) < n:
+        distance = {i: min(np.abs(values[i] - values[j]).sum() for j in chosen) for i in front}
+        furthest = max(front, key=distance.__getitem__)
+        if distance[furthest] < _TELLING:
+            break
+        chosen.append(furthest)
+    return chosen[:n]
 
 
 def _apart(one: Array, other: Array) -> float:
@@ -276,3 +328,4 @@ def _sampled(
 
 
 _RULES = (_bound, _sampled, _improvement)
+N_RULES = len(_RULES)

@@ -92,6 +92,7 @@ class Search(Section):
     groups: list[list[str]] = []
     guide: ConfigPath | None = None
     start: list[str | dict[str, FiniteFloat]] = []
+    objectives: Literal["mean", "scorers", "payloads"] = "mean"
     stop: Stop | None = None
     # Where a study lies is no part of it, and the address may hold a password.
     storage: str | None = Field(None, exclude=True)

@@ -250,6 +250,17 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Compromise:
+    """A merge of the Pareto front: none is expected to be better at every objective at once.
+
+    `values` holds what is expected of it, objective -> estimate.
+    """
+
+    recipe: Recipe
+    values: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A run as it stands, finished or not: what the report, the plots and `result.json` are made of.
 
@@ -261,7 +272,9 @@ class Outcome:
     "over_b" and "over_even" there.
     `best` is None and `heldout` empty until they are known. `pictures` maps "a", "b", "even", "best" to
     saved images by panel index: held-out ones once the run is finished, before that the baselines' own.
-    `seconds` is the time spent by phase.
+    `front` are the compromises between several objectives, where they were asked for, and
+    `front_baselines` what the baselines have, "a" -> objective -> estimate. `seconds` is the time spent
+    by phase.
     """
 
     title: str
@@ -280,6 +293,8 @@ class Outcome:
     heldout: Mapping[str, Estimate] = field(default_factory=dict)
     gain: Mapping[str, Interval] = field(default_factory=dict)
     pictures: Mapping[str, Mapping[int, Path]] = field(default_factory=dict)
+    front: tuple[Compromise, ...] = ()
+    front_baselines: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     images: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     finished: bool = False

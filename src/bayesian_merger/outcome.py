@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from bayesian_merger import plots, report
 from bayesian_merger.checkpoint import whole_file
-from bayesian_merger.data import Model, Outcome, Prompt, Recipe, Result, Sample
+from bayesian_merger.data import Estimate, Model, Outcome, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.setup import BASELINES
@@ -102,16 +102,42 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         heldout={name: r.value for name, r in sorted(judged.items()) if r.value and finished},
         gain=gain,
         pictures={key: _saved(pictures_of(folder, stage, name)) for key, name in names.items()},
+        front=tuple(study.front),
+        front_baselines=_of_objectives(study, baselines, panels["panel"]),
         images=sum(len(result.scores) for result in everything),
         seconds=seconds,
         finished=finished,
     )
 
 
+def _of_objectives(
+    study: Study, baselines: Sequence[Result], panel: Sequence[Prompt]
+) -> dict[str, dict[str, Estimate]]:
+    """What the baselines have of each of several objectives, as the search was told of them."""
+    about, front = study.about, study.front
+    if not front:
+        return {}
+    yardstick = Yardstick.from_baselines(about["weights"], baselines, panel)
+    of_scorers = about["config"]["search"]["objectives"] == "scorers"
+
+    def estimate(result: Result, objective: str) -> Estimate:
+        if of_scorers:
+            return Yardstick({objective: 1.0}, {}).estimate(result, panel)
+        return yardstick.estimate(result, [p for p in panel if p.payload == objective])
+
+    return {r.name: {n: estimate(r, n) for n in front[0].values} for r in baselines}
+
+
 def write_outcome(outcome: Outcome, folder: Path, models: Sequence[Model] = ()) -> None:
-    """result.json, report.html, the figures and the best recipe so far, each written whole."""
+    """result.json, report.html, the figures and the best recipes so far, each written whole."""
     _write(folder / "result.json", json.dumps(report.result_json(outcome), indent=2) + "\n")
     plots.save(plots.convergence(outcome), folder / "convergence.png")
+    if outcome.front:
+        plots.save(plots.front(outcome), folder / "front.png")
+    for number, one in enumerate(outcome.front, start=1):
+        if models:
+            with whole_file(folder / "front" / f"{number}.toml") as file:
+                file.write(to_toml(one.recipe, {m.sha256: m.path for m in models}).encode())
     found = outcome.best or outcome.leader
     if found is not None:
         weights = next(iter(found.recipe.weights.values()))

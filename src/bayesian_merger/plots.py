@@ -39,6 +39,7 @@ class _Theme:
     a: str
     b: str
     even: str
+    shades: tuple[float, float]
 
     def of(self, name: str) -> str:
         """The colour of "a", "b", "even" or "best", and the text's for any other name."""
@@ -55,6 +56,7 @@ _LIGHT = _Theme(
     a="#b35806",
     b="#6a3d9a",
     even="#6b6863",
+    shades=(0.0, 0.85),
 )
 _DARK = _Theme(
     paper="#1b1b1a",
@@ -66,6 +68,7 @@ _DARK = _Theme(
     a="#f0a35c",
     b="#bfaee3",
     even="#a5a19a",
+    shades=(0.3, 1.0),
 )
 
 # ColorBrewer's PuOr can be read with every common colour blindness: orange 0, white 0.5, purple 1.
@@ -143,6 +146,85 @@ def convergence(outcome: Outcome, *, dark: bool = False) -> Figure:
         prop={"family": _FONT, "size": 9},
     )
     return figure
+
+
+def front(outcome: Outcome, *, dark: bool = False) -> Figure:
+    """What is expected of each compromise between several objectives, with its standard error.
+
+    Two objectives are the axes. Of more, each is a place on the axis, and a merge a line of differences
+    to the even merge.
+    """
+    theme = _DARK if dark else _LIGHT
+    figure = Figure(figsize=(8.4, 4.6), facecolor=theme.paper)
+    axes = figure.add_axes((0.085, 0.125, 0.775, 0.82), facecolor=theme.paper)
+    names = list(outcome.front[0].values)
+    merges = {str(n): one.values for n, one in enumerate(outcome.front, start=1)}
+    if len(names) == 2:
+        _draw_plane(axes, merges, outcome.front_baselines, names, theme)
+    else:
+        _draw_lines(axes, merges, outcome.front_baselines, names, theme)
+    axes.tick_params(colors=theme.soft, labelsize=9, length=3, labelfontfamily=_FONT)
+    axes.grid(color=theme.line, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _draw_plane(
+    axes: Axes,
+    merges: Mapping[str, Mapping[str, Estimate]],
+    baselines: Mapping[str, Mapping[str, Estimate]],
+    names: Sequence[str],
+    theme: _Theme,
+) -> None:
+    one, other = names
+    for name, values in {**baselines, **merges}.items():
+        x, y = values[one], values[other]
+        colour = theme.of(name) if name in baselines else theme.best
+        marker: dict[str, Any] = {"fmt": "s" if name in baselines else "o", "ms": 6, "gid": name}
+        axes.errorbar(x.mean, y.mean, y.se, x.se, color=colour, elinewidth=0.8, **marker)
+        style = _text(colour, 10, weight="bold", textcoords="offset points")
+        # The even merge is often near the others, so names of baselines are on the other side.
+        place: dict[str, Any] = {"xytext": (6, 5)}
+        if name in baselines:
+            place = {"xytext": (-6, -5), "ha": "right", "va": "top"}
+        axes.annotate(_LABELS.get(name, name), (x.mean, y.mean), **style, **place)
+    axes.set_xlabel(_drawable(one), **_text(theme.ink, 10))
+    axes.set_ylabel(_drawable(other), **_text(theme.ink, 10))
+
+
+def _draw_lines(
+    axes: Axes,
+    merges: Mapping[str, Mapping[str, Estimate]],
+    baselines: Mapping[str, Mapping[str, Estimate]],
+    names: Sequence[str],
+    theme: _Theme,
+) -> None:
+    zero = {name: value.mean for name, value in baselines["even"].items()}
+    drawn = {**{n: baselines[n] for n in baselines if n != "even"}, **merges}
+    axes.axhline(0.0, color=theme.even, lw=1.3, ls=(0, (5, 3)))
+    places = range(len(names))
+    # From dark to light, without the end that the paper swallows.
+    low, high = theme.shades
+    shades = (
+        to_hex(colormaps["viridis"](low + (high - low) * i / len(merges)))
+        for i in range(len(merges))
+    )
+    colours = {**{n: theme.of(n) for n in baselines}, **dict(zip(merges, shades, strict=True))}
+    for name, values in drawn.items():
+        colour = colours[name]
+        heights = [values[n].mean - zero[n] for n in names]
+        errors = [values[n].se for n in names]
+        style: dict[str, Any] = {"marker": "o", "ms": 4, "elinewidth": 0.8, "lw": 1.3, "gid": name}
+        axes.errorbar(places, heights, errors, color=colour, **style)
+    low, high = axes.get_ylim()
+    ends = {"even": 0.0, **{n: v[names[-1]].mean - zero[names[-1]] for n, v in drawn.items()}}
+    places_of = {name: (end - low) / (high - low) for name, end in ends.items()}
+    for name, height in _apart(places_of, 0.05).items():
+        text = _text(colours[name], 10, va="center", weight="bold", transform=axes.transAxes)
+        axes.text(1.012, height, _LABELS.get(name, name), **text)
+    axes.set_xticks(places, [_drawable(_shortened(name, 22)) for name in names])
+    axes.set_ylabel("difference to the even merge ± standard error", **_text(theme.ink, 10))
 
 
 def unet(

@@ -46,6 +46,8 @@ def html(outcome: Outcome) -> str:
         n_panel=len(_shown_panel(outcome)),
         convergence=_drawn(partial(plots.convergence, outcome)),
         convergence_alt=_convergence_alt(outcome),
+        front=_drawn(partial(plots.front, outcome)) if outcome.front else None,
+        front_alt=_front_alt(outcome),
         shown=shown,
         unets=_unets(outcome, shown.recipe) if shown else [],
         weights_text=best_log(shown.recipe).strip() if shown else "",
@@ -177,6 +179,15 @@ def _convergence_alt(outcome: Outcome) -> str:
     if outcome.leader and outcome.leader.value:
         text += f"; {_number(outcome.leader.value.mean)} is expected of the recommended merge"
     return f"{text}; for comparison {', '.join(lines)}." if lines else f"{text}."
+
+
+def _front_alt(outcome: Outcome) -> str:
+    """What the figure of the compromises shows, in words."""
+    merges = [
+        f"{n}: " + ", ".join(f"{name} {_number(v.mean)}" for name, v in one.values.items())
+        for n, one in enumerate(outcome.front, start=1)
+    ]
+    return f"Chart of what is expected of each merge. {'; '.join(merges)}."
 
 
 def _unets(outcome: Outcome, recipe: Recipe) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from bayesian_merger.checkpoint import remove_parts
-from bayesian_merger.data import Outcome, Prompt, Recipe, Result, Sample
+from bayesian_merger.data import Compromise, Outcome, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import (
     CheckpointError,
     ConfigError,
@@ -50,6 +50,7 @@ _NOT_OF_ONE_TRIAL = (MergerError, OSError)
 _REPORT_EVERY_S = 60.0
 _TELL_EVERY = 5
 _TELLING = 3
+_MOST_COMPROMISES = 8
 
 
 class Observer(Protocol):
@@ -248,6 +249,8 @@ def _search(
                 write_outcome(read_outcome(folder, study), folder, models)
             except PermissionError as error:  # on Windows, a program that has the page open
                 observer.noted(f"the report could not be renewed ({error})")
+    front = proposer.front(_MOST_COMPROMISES) if setup.plan.objectives else []
+    study.compromise([Compromise(setup.recipe(params), values) for params, values in front])
     if len(study.candidates) < setup.config.heldout.candidates:
         few = proposer.few(setup.config.heldout.candidates)
         study.choose(

@@ -24,7 +24,7 @@ from bayesian_merger.merge import Merger, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import Scorer, scorer
 from bayesian_merger.space import Parameter, Space
-from bayesian_merger.study.proposals import Params, Plan, Stop
+from bayesian_merger.study.proposals import Objective, Params, Plan, Stop
 from bayesian_merger.values import shares
 
 METHOD = "method"
@@ -385,6 +385,7 @@ def _plan(
     plan = Plan(
         bounds={p.name: (p.low, p.high) for p in found.parameters},
         choices=_choices(config),
+        objectives=_objectives(config, panel),
         panel=[prompt.payload for prompt in panel],
         shares=shares(panel),
         images=images,
@@ -405,6 +406,20 @@ def _plan(
             "\n".join(f"search: {line}" for line in str(error).splitlines())
         ) from error
     return plan
+
+
+def _objectives(config: Config, panel: Sequence[Prompt]) -> list[Objective]:
+    wanted = config.search.objectives
+    if wanted == "mean":
+        return []
+    if wanted == "scorers":
+        found = [Objective(name, "scorer") for name in config.scorers]
+    else:
+        names = dict.fromkeys(p.payload for p in panel if p.weight > 0)
+        found = [Objective(name, "payload") for name in names]
+    if len(found) < 2:
+        raise ConfigError(f"search.objectives: there is only one of the {wanted}; leave it out")
+    return found
 
 
 def _require_domains(found: Space, method: str) -> None:

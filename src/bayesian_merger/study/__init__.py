@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from bayesian_merger.data import Estimate, Recipe, Result, State
+from bayesian_merger.data import Compromise, Estimate, Recipe, Result, State
 from bayesian_merger.errors import ConfigError, RunError, first_line
 from bayesian_merger.study.proposals import (
     FOREIGN,
@@ -344,6 +344,28 @@ class Study:
                 one["name"], Recipe.from_dict(one["recipe"]), Estimate(**one["value"])
             )
             for one in told["few"]
+        ]
+
+    def compromise(self, front: Sequence[Compromise]) -> None:
+        """Store the Pareto front."""
+        told = [
+            {
+                "recipe": one.recipe.to_dict(),
+                "values": {name: asdict(value) for name, value in one.values.items()},
+            }
+            for one in front
+        ]
+        self._search.set_user_attr("front", told)
+
+    @property
+    def front(self) -> list[Compromise]:
+        """What `compromise` stored."""
+        return [
+            Compromise(
+                Recipe.from_dict(one["recipe"]),
+                {name: Estimate(**value) for name, value in one["values"].items()},
+            )
+            for one in self._search.user_attrs.get("front", [])
         ]
 
     def extend(self, images: int) -> None:

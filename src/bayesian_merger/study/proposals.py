@@ -13,13 +13,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import optuna
+import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
-from bayesian_merger.bayes import Bayes, Judged, Recommended
+from bayesian_merger.bayes import N_RULES, Bayes, Judged, Recommended
 from bayesian_merger.data import Estimate
 from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.gp import Array
@@ -52,6 +53,13 @@ _N_MEAN = 10
 _FEWEST, _SHOWN = 5, 10
 
 
+class Objective(NamedTuple):
+    """One of several things to be good at: a scorer's score, or the value on a payload's images."""
+
+    name: str
+    kind: Literal["scorer", "payload"]
+
+
 class Stop(NamedTuple):
     """When a search ends early: `patience` times in a row no more than `min_gain` was to be expected.
 
@@ -72,7 +80,8 @@ class Plan:
     `options`. The first trials are `start`, the next `init_points` explore as `init` says. The search
     ends when `images` are spent or, if that is given, after `n_iters` more trials, or as `stop` says. A
     trial is shown `per_trial` images; for None, bayes shows one to merges that explore and two to
-    others, and other optimisers ten.
+    others, and other optimisers ten. With `objectives` bayes looks in turn for what is good on average
+    and at each of them.
     """
 
     bounds: Mapping[str, tuple[float, float]]
@@ -89,6 +98,7 @@ class Plan:
     stop: Stop | None = None
     seed: int = 0
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    objectives: Sequence[Objective] = ()
 
     def check(self) -> None:
         """ConfigError with every mistake, one on a line."""
@@ -332,7 +342,13 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         # What is recommended is to be good at the panel.
         shares = {name: plan.shares.get(name, 1.0) for name in plan.panel}
         shares |= dict.fromkeys(foreign, 0.0)
-        self._bayes = Bayes(plan.d, [*plan.panel, *foreign], plan.seed, shares, plan.corners)
+        panel = [*plan.panel, *foreign]
+        # One for each objective, as each keeps hyperparameters; the first is for all together.
+        self._of = [
+            Bayes(plan.d, panel, plan.seed, shares, plan.corners)
+            for _ in range(1 + len(plan.objectives))
+        ]
+        self._bayes = self._of[0]
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -344,7 +360,11 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
     ) -> dict[str, Any]:
         place = len(begun(study))
         spent = self._plan.spent(place, n_judged(study))
-        return self._plan.params(self._bayes.propose(self._judged(study), place, spent))
+        # The rules take turns too, so an objective keeps its turn for a round of them.
+        turn = place // N_RULES % (1 + len(self._plan.objectives))
+        judged = self._judged(study, self._plan.objectives[turn - 1] if turn else None)
+        asked = self._of[turn].propose(judged or self._judged(study), place, spent)
+        return self._plan.params(asked)
 
     def sample_independent(
         self,
@@ -370,13 +390,31 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         found = self._judged(study)
         return self._bayes.few(found, n) if found else []
 
-    def _judged(self, study: Study) -> list[Judged]:
+    def front(self, study: Study, n: int) -> list[tuple[Array, list[tuple[float, float]]]]:
+        """Points of the Pareto front, each with mean and standard error of every objective."""
+        judged = [self._judged(study, objective) for objective in self._plan.objectives]
+        if not all(judged):
+            return []
+        learnt = [self._bayes.learnt(some) for some in judged]
+        points = self._bayes.compromises(learnt, n)
+        return [(x, [p.expected(torch.from_numpy(x)) for p in learnt]) for x in points]
+
+    def _judged(self, study: Study, objective: Objective | None = None) -> list[Judged]:
         found = []
         for trial in study.get_trials(deepcopy=False):
-            values = {item: self._value(scores) for item, scores in scores_of(trial).items()}
+            values = self._values(trial, objective)
             if values and trial.params.keys() == set(self._plan.names):
                 found.append(Judged(self._plan.scaled(trial.params), values))
         return found
+
+    def _values(self, trial: FrozenTrial, objective: Objective | None) -> dict[int, float]:
+        scores = scores_of(trial)
+        if objective is None:
+            return {item: self._value(found) for item, found in scores.items()}
+        if objective.kind == "scorer":
+            return {item: found[objective.name] for item, found in scores.items()}
+        own = self._bayes.panel
+        return {i: self._value(s) for i, s in scores.items() if own[i] == objective.name}
 
 
 class Proposer:
@@ -468,6 +506,24 @@ class Proposer:
         found = [self._told(one) for one in self._bayes.few(self.study, n)]
         names = [self._name(params) for params, _ in found[1:]]
         return [(name, *one) for name, one in zip(["recommended", *names], found, strict=False)]
+
+    def front(self, n: int) -> list[tuple[dict[str, Any], dict[str, Estimate]]]:
+        """At most `n` merges of the Pareto front of the objectives, and what is expected of each.
+
+        The best at the first objective comes first.
+        """
+        n_images = n_judged(self.study)
+        found = sorted(self._bayes.front(self.study, n), key=lambda one: -one[1][0][0])
+        return [
+            (
+                self.plan.params(point),
+                {
+                    objective.name: Estimate(mean, se, n_images)
+                    for objective, (mean, se) in zip(self.plan.objectives, expected, strict=True)
+                },
+            )
+            for point, expected in found
+        ]
 
     def _name(self, params: Params) -> str:
         """That of the trial that is nearest to the parameters."""
