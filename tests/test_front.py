@@ -96,6 +96,19 @@ def test_front_can_be_asked_of_a_finished_run_without_an_image(folder: Path) -> 
     assert again.front == after.front
 
 
+def test_front_of_a_longer_run_by_other_objectives_replaces_the_old_one(folder: Path) -> None:
+    of_two_scorers(folder, "search.objectives=scorers")
+    ready = prepared(folder, "search.objectives=payloads")
+    outcome = run.run(ready, folder / "run", Silent(), more=12)
+    assert {name for one in outcome.front for name in one.values} == {"portrait", "landscape"}
+    assert outcome.front_baselines["a"].keys() == {"portrait", "landscape"}
+    recipes_left = {path.stem for path in (folder / "run" / "front").glob("*.toml")}
+    assert recipes_left == {str(n) for n in range(1, len(outcome.front) + 1)}
+    of_two_scorers(folder, "search.images=1000")  # more than it has spent, but of 12 trials
+    assert not (folder / "run" / "front.png").exists()
+    assert not list((folder / "run" / "front").glob("*.toml"))
+
+
 def test_search_for_several_objectives_looks_elsewhere_and_can_be_stopped(folder: Path) -> None:
     wanted = "search.objectives=scorers"
     plain, whole = (

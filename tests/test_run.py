@@ -517,6 +517,23 @@ def test_study_may_lie_in_a_storage_that_several_runs_share(folder: Path) -> Non
         start(folder, storage, "search.n_iters=1", "search.seed=5", into="one")
 
 
+def test_study_in_a_storage_belongs_to_one_run_folder(folder: Path) -> None:
+    storage = "search.storage=sqlite:///all.db"  # beside the configuration, like other files
+    start(folder, storage, "search.n_iters=1", into="x/one")
+    assert (folder / "all.db").is_file()
+    with pytest.raises(ConfigError, match="a study 'one' of another run folder"):
+        start(folder, storage, "search.n_iters=1", into="y/one")
+    assert not (folder / "y" / "one" / "study.id").exists()
+    with pytest.raises(ConfigError, match="lies in another storage"):
+        start(folder, "search.n_iters=1", into="x/one")
+    with pytest.raises(ConfigError, match="lies in another storage"):
+        outcomes.open_study(folder / "x" / "one")
+    missing = f"sqlite:///{folder / 'none.db'}"
+    with pytest.raises(ConfigError, match="the storage has no study 'one'"):
+        outcomes.open_study(folder / "x" / "one", missing)
+    assert not (folder / "none.db").exists()
+
+
 def test_run_folder_with_a_study_of_its_own_takes_no_storage_beside_it(folder: Path) -> None:
     start(folder, "search.n_iters=1")
     with pytest.raises(ConfigError, match="holds a study of its own"):
@@ -589,6 +606,31 @@ def test_method_is_chosen_beside_the_weights(folder: Path) -> None:
     for trial, result in zip(found[2:], outcome.results[3:], strict=True):
         assert trial.params["method"] == result.recipe.method
     assert measured(start(folder, *override)) == measured(outcome)
+
+
+def test_candidates_of_a_chosen_method_are_different_merges(folder: Path) -> None:
+    (folder / "fragile.py").write_text(HALF.replace("def half", "def halved"))
+    override = (PLUGINS, 'search.methods=["halved"]', 'search.presets=["single"]')
+    outcome = start(folder, *override, "search.n_iters=8", "heldout.candidates=4")
+    digests = [r.recipe.digest() for r in outcome.candidates]
+    assert len(set(digests)) == len(digests) >= 2
+
+
+def test_weight_that_a_method_lacks_keeps_none_of_its_merges_out(folder: Path) -> None:
+    (folder / "fragile.py").write_text(HALF.replace("def half", "def part"))
+    override = (PLUGINS, 'search.methods=["part"]', "search.freeze={base_beta = 0.3}")
+    first = 'search.start=[{method = "part", "IN*_beta" = 0.2}]'
+    start(folder, *override, "search.n_iters=0", first)
+    trials = outcomes.open_study(folder / "run")._search.get_trials(deepcopy=False)
+    assert [t.user_attrs.get("observed") for t in trials][:2] == ["a", "even"]
+    assert (trials[2].params["method"], trials[2].params["IN00_beta"]) == ("part", 0.2)
+
+
+def test_start_may_name_what_the_models_share(folder: Path) -> None:
+    with_same(folder, "base", "OUT03")
+    override = ('search.start=[{base = 0.2, "OUT*" = 1.0}, "GRAD_V"]', "search.n_iters=0")
+    first = start(folder, *override).results[3].recipe.weights["alpha"]
+    assert (first["OUT02"], first["OUT03"], first["IN00"]) == (1.0, 0.5, 0.5)
 
 
 def test_method_that_lacks_its_third_model_is_told(folder: Path) -> None:

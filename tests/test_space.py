@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bayesian_merger.blocks import ARCHITECTURES, SD1, SDXL, Architecture
 from bayesian_merger.errors import ConfigError
-from bayesian_merger.space import PRESETS, Parameter, Space, build
+from bayesian_merger.space import PRESETS, Parameter, Space, build, start
 
 OUTS = tuple(f"OUT{i:02}_alpha" for i in range(12))
 INS = tuple(f"IN{i:02}_alpha" for i in range(12))
@@ -418,6 +418,12 @@ def test_smooth_space_holds_every_even_merge_and_its_own_merges(
     assert found.values(even) == pytest.approx({p.name: 0.5 for p in found.parameters})
     values = {p.name: i % 7 / 6 for i, p in enumerate(found.parameters)}
     made = found.weights(values)
+    given = {
+        name: made[weight][block]
+        for name, (weight, block) in found.names.items()
+        if name not in found.frozen
+    }
+    assert start(found, SD1, given, "start") == pytest.approx(values)
     assert all(0 <= value <= 1 for blocks in made.values() for value in blocks.values())
     assert found.values(made) == pytest.approx(values)
 

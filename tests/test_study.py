@@ -205,7 +205,11 @@ def test_runs_share_a_storage_by_their_names(path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("nonsense", "is no URL; write it as"),
+        ("nonsense", "is no URL of an SQL database; write it as"),
+        ("redis://me:secret@host", "is no URL of an SQL database"),
+        ("postgresql://me:secret@host:port/x", "cannot be opened"),
+        ("sqlite:////no/such/{folder}/x.db", "unable to open database file"),
+        ("oracle://me:sec/ret@host/x?password=secret", "install what the URL names"),
         ("sqlite:////no/such/folder/x.db", "unable to open database file"),
         ("oracle://me:secret@host/x", "install what the URL names"),
         ("postgresql+nope://me:sec:r@et@127.0.0.1:1/x", "nope"),

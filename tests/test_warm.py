@@ -12,9 +12,9 @@ from test_run import folder as folder  # a fixture
 
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
-from bayesian_merger import run, setup, warm
+from bayesian_merger import run, setup, study, warm
 from bayesian_merger.data import Outcome
-from bayesian_merger.errors import ConfigError
+from bayesian_merger.errors import ConfigError, RunError
 from bayesian_merger.setup import Setup
 
 LIGHT = """
@@ -51,8 +51,7 @@ def with_light(folder: Path) -> tuple[str, ...]:
 
 def observed(folder: Path, into: str = "new") -> list[Any]:
     """What the optimiser of a run was told of beside its own trials."""
-    study = outcomes.open_study(folder / into)
-    trials = study._search.get_trials(deepcopy=False)
+    trials = outcomes.open_study(folder / into)._search.get_trials(deepcopy=False)
     return [t for t in trials if t.user_attrs.get("stage") == "brought"]
 
 
@@ -123,16 +122,15 @@ def test_picture_that_is_not_what_it_was_is_not_judged(folder: Path) -> None:
     assert fork(folder, *with_light(folder)).scores == 60 - 3
 
 
-def test_best_merges_are_tried_first_where_no_score_can_be_had(folder: Path) -> None:
+def test_best_merges_are_tried_first_where_no_trial_has_a_score(folder: Path) -> None:
     before = start(folder)
-    for block in ("a", "b", "even"):
-        for picture in (folder / "run" / "images" / "baseline" / block).glob("*.png"):
-            picture.unlink()
     light = with_light(folder)
     brought = fork(folder, *light)
-    assert (brought.merges, brought.starts) == (0, 2)
-    assert list(brought.left_out.values()) == [10]
-    after, _ = go_on(folder, *light)
+    # The pictures of the baselines are always kept, those of the seven trials were not.
+    assert (brought.merges, brought.rescored, brought.starts) == (3, 18, 2)
+    assert list(brought.left_out.values()) == [7]
+    after, made = go_on(folder, *light)
+    assert made == after.images - 18
     firsts = [r.recipe.weights for r in after.results[3:5]]
     assert firsts == [r.recipe.weights for r in before.candidates]
 
@@ -158,6 +156,10 @@ def test_optimiser_that_hears_of_means_only_is_told_of_the_panels_images_alone(
     fork(folder, tpe, "panel.batch_size=5")
     go_on(folder, tpe, "panel.batch_size=5")
     assert len(observed(folder)) == 7
+    # Of a smaller panel it is told what it holds.
+    fork(folder, tpe, "panel.batch_size=1", into="small")
+    go_on(folder, tpe, "panel.batch_size=1", into="small")
+    assert len(observed(folder, "small")) == 7
     fork(folder, tpe, "backend.noise=0.2", into="noisy")
     go_on(folder, tpe, "backend.noise=0.2", into="noisy")
     assert observed(folder, "noisy") == []
@@ -183,12 +185,66 @@ def test_run_that_has_begun_is_not_begun_again(folder: Path) -> None:
         warm.fork(folder / "run", begin(folder), folder / "run")
 
 
-def test_fork_that_was_cut_off_is_repeated(folder: Path) -> None:
+def test_fork_that_was_cut_off_is_repeated_before_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start(folder)
-    once, again = fork(folder, "panel.batch_size=5"), fork(folder, "panel.batch_size=5")
-    assert once == again
-    go_on(folder, "panel.batch_size=5")
-    assert len(observed(folder)) == 7
+    larger = "panel.batch_size=5"
+    left = [20]
+
+    def record(self: study.Trial, *args: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        original(self, *args)
+
+    original = study.Trial.record
+    monkeypatch.setattr(study.Trial, "record", record)
+    with pytest.raises(KeyboardInterrupt):
+        fork(folder, larger)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="was not brought whole; give the same command"):
+        go_on(folder, larger)
+    brought = fork(folder, larger)
+    assert (brought.merges, brought.scores) == (10, 60)
+    whole = fork(folder, larger, into="whole")
+    assert brought == whole
+    outcomes_of = [go_on(folder, larger, into=name)[0] for name in ("new", "whole")]
+    assert [r.scores for r in outcomes_of[0].results] == [r.scores for r in outcomes_of[1].results]
+
+
+def test_run_begins_with_one_earlier_run_only(folder: Path) -> None:
+    start(folder)
+    start(folder, "search.seed=1", into="other")
+    fork(folder, "panel.batch_size=5")
+    with pytest.raises(ConfigError, match=r"begins with what .*run has found already"):
+        warm.fork(folder / "other", begin(folder, "panel.batch_size=5"), folder / "new")
+    with pytest.raises(ConfigError, match=r"begins with what .*run has found already"):
+        imported(folder, a_log(folder / "x.json", line(1.0, base_alpha=0.5)), "panel.batch_size=5")
+
+
+def test_what_failed_is_not_trusted(folder: Path) -> None:
+    with pytest.raises(RunError):
+        start(folder, "backend.fault=frozen")
+    with pytest.raises(ConfigError, match="no merge of this run can be used: none was judged"):
+        fork(folder, "panel.batch_size=5")
+    assert not (folder / "new" / "images").exists()
+
+
+def test_image_that_does_not_count_in_the_new_panel_is_no_value(folder: Path) -> None:
+    start(folder, "search.images_per_trial=1")
+    (folder / "portrait.toml").write_text('prompt = "a portrait"\nscore_weight = 0.0\n')
+    fork(folder, "search.images_per_trial=1")
+    assert go_on(folder, "search.images_per_trial=1")[0].finished
+
+
+def test_scorer_that_gives_no_number_leaves_a_merge_out(folder: Path) -> None:
+    start(folder, "output.save_imgs=true")
+    light = with_light(folder)
+    (folder / "light.py").write_text(LIGHT.replace(".mean() / 255", ".mean() * numpy.nan"))
+    brought = fork(folder, *light)
+    assert (brought.merges, brought.starts) == (0, 2)
+    assert brought.left_out == {"scorer light gave nan": 10}
 
 
 def a_log(path: Path, *lines: str) -> Path:
@@ -247,7 +303,8 @@ def test_log_with_groups_other_letters_and_frozen_weights_is_read(folder: Path) 
         ),
         ('{"target": "x", "params": {}}', "line 1: not a trial"),
         ("[" * 100_000, "line 1: not a trial"),
-        ("", "no merge of this log can be used"),
+        (f'{{"target": {10**400}, "params": {{}}}}', "line 1: not a trial"),
+        ("", "no merge of this log can be used: it holds none"),
     ],
 )
 def test_log_that_is_none_is_told_with_its_line(folder: Path, text: str, said: str) -> None:

@@ -47,6 +47,18 @@ def _beside_config(value: Any, info: ValidationInfo) -> Any:
 ConfigPath = Annotated[Path, BeforeValidator(_beside_config)]
 
 
+def _storage_beside_config(value: Any, info: ValidationInfo) -> Any:
+    """A relative SQLite file is below the configuration's folder, as every path in it."""
+    start = "sqlite:///"
+    if isinstance(value, str) and value.startswith(start):
+        folder = (info.context or {}).get("folder", Path())
+        return start + (folder / value.removeprefix(start)).as_posix()
+    return value
+
+
+StorageUrl = Annotated[str, BeforeValidator(_storage_beside_config)]
+
+
 class Models(Section):
     """[models]: the checkpoints."""
 
@@ -91,11 +103,11 @@ class Search(Section):
     ranges: dict[str, tuple[float, float]] = {}
     groups: list[list[str]] = []
     guide: ConfigPath | None = None
-    start: list[str | dict[str, FiniteFloat]] = []
+    start: list[str | dict[str, FiniteFloat | str]] = []
     objectives: Literal["mean", "scorers", "payloads"] = "mean"
     stop: Stop | None = None
     # Where a study lies is no part of it, and the address may hold a password.
-    storage: str | None = Field(None, exclude=True)
+    storage: StorageUrl | None = Field(None, exclude=True)
 
 
 class Panel(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from PIL.Image import Image
 
 from bayesian_merger import plots, report
 from bayesian_merger.checkpoint import whole_file
-from bayesian_merger.data import Estimate, Model, Outcome, Prompt, Recipe, Result, Sample
+from bayesian_merger.data import Model, Outcome, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.setup import BASELINES
 from bayesian_merger.study import Stage, Study, is_in, storage_at
 from bayesian_merger.study import create as create_study
 from bayesian_merger.values import Yardstick
+
+# In a run folder whose study lies elsewhere: what tells it from other folders of its name.
+_ELSEWHERE = "study.id"
 
 
 def open_study(folder: Path, storage: str | None = None, *, create: bool = False) -> Study:
@@ -26,25 +30,50 @@ def open_study(folder: Path, storage: str | None = None, *, create: bool = False
     It lies in the folder, or in the storage of that URL under the folder's name.
     """
     path, name = folder / "study.db", folder.absolute().name
-    if not create and not has_study(folder, storage):
-        where = f"the storage has no study {name!r}" if storage else "it has no study.db"
-        raise ConfigError(f"{folder}: not a run folder ({where})")
-    if storage:
-        return Study(storage_at(storage), name)
-    if not path.is_file():
-        create_study(path)
-    return Study(path)
+    if not has_study(folder, storage):
+        if not create:
+            where = f"the storage has no study {name!r}" if storage else "it has no study.db"
+            raise ConfigError(f"{folder}: not a run folder ({where})")
+        if not storage:
+            create_study(path)
+    if not storage:
+        return Study(path)
+    study = Study(storage_at(storage), name)
+    if create:
+        _require_own(study, folder)
+    return study
 
 
 def has_study(folder: Path, storage: str | None = None) -> bool:
-    """Whether a run has begun in the folder; ConfigError if the storage does not answer."""
+    """Whether a run has begun in the folder; ConfigError if the study lies elsewhere than it is said."""
     path = folder / "study.db"
     if storage and path.is_file():
         raise ConfigError(
             f"{folder} holds a study of its own (study.db), but search.storage names another place; "
             f"leave that out, or choose another --run-dir"
         )
-    return is_in(storage_at(storage), folder.absolute().name) if storage else path.is_file()
+    if not storage and (folder / _ELSEWHERE).is_file():
+        raise ConfigError(
+            f"{folder}: the study of this run lies in another storage; name that by search.storage, or "
+            f"for a report by --storage"
+        )
+    return is_in(storage, folder.absolute().name) if storage else path.is_file()
+
+
+def _require_own(study: Study, folder: Path) -> None:
+    """ConfigError if a study in a shared storage is that of another run folder of the same name."""
+    mark = folder / _ELSEWHERE
+    is_new = not mark.is_file()
+    if is_new:  # first, so that a killed process does not leave the study to nobody
+        _write(mark, f"{secrets.token_hex(8)}\n")
+    own = mark.read_text().strip()
+    if study.own(own) != own:
+        if is_new:
+            mark.unlink()
+        raise ConfigError(
+            f"the storage holds a study {folder.absolute().name!r} of another run folder; choose "
+            f"another name by --run-dir"
+        )
 
 
 def read_outcome(folder: Path, study: Study) -> Outcome:
@@ -65,6 +94,7 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         r.name: r for r in study.judged("heldout") if r.name in BASELINES and r.state == "complete"
     }
     finished = bool(few) and confirmed is not None and len(judged) == len(BASELINES)
+    front, of_front = study.front
     gain = {}
     if finished and confirmed is not None:
         judged["best"] = confirmed
@@ -102,42 +132,19 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         heldout={name: r.value for name, r in sorted(judged.items()) if r.value and finished},
         gain=gain,
         pictures={key: _saved(pictures_of(folder, stage, name)) for key, name in names.items()},
-        front=tuple(study.front),
-        front_baselines=_of_objectives(study, baselines, panels["panel"]),
+        front=tuple(front),
+        front_baselines=of_front,
         images=sum(len(result.scores) for result in everything),
         seconds=seconds,
         finished=finished,
     )
 
 
-def _of_objectives(
-    study: Study, baselines: Sequence[Result], panel: Sequence[Prompt]
-) -> dict[str, dict[str, Estimate]]:
-    """What the baselines have of each of several objectives, as the search was told of them."""
-    about, front = study.about, study.front
-    if not front:
-        return {}
-    yardstick = Yardstick.from_baselines(about["weights"], baselines, panel)
-    of_scorers = about["config"]["search"]["objectives"] == "scorers"
-
-    def estimate(result: Result, objective: str) -> Estimate:
-        if of_scorers:
-            return Yardstick({objective: 1.0}, {}).estimate(result, panel)
-        return yardstick.estimate(result, [p for p in panel if p.payload == objective])
-
-    return {r.name: {n: estimate(r, n) for n in front[0].values} for r in baselines}
-
-
 def write_outcome(outcome: Outcome, folder: Path, models: Sequence[Model] = ()) -> None:
     """result.json, report.html, the figures and the best recipes so far, each written whole."""
     _write(folder / "result.json", json.dumps(report.result_json(outcome), indent=2) + "\n")
     plots.save(plots.convergence(outcome), folder / "convergence.png")
-    if outcome.front:
-        plots.save(plots.front(outcome), folder / "front.png")
-    for number, one in enumerate(outcome.front, start=1):
-        if models:
-            with whole_file(folder / "front" / f"{number}.toml") as file:
-                file.write(to_toml(one.recipe, {m.sha256: m.path for m in models}).encode())
+    _write_front(outcome, folder, models)
     found = outcome.best or outcome.leader
     if found is not None:
         weights = next(iter(found.recipe.weights.values()))
@@ -146,6 +153,19 @@ def write_outcome(outcome: Outcome, folder: Path, models: Sequence[Model] = ()) 
         if models:
             write_recipe(found.recipe, folder, models)
     _write(folder / "report.html", report.html(outcome))
+
+
+def _write_front(outcome: Outcome, folder: Path, models: Sequence[Model]) -> None:
+    """The figure and the recipes of the compromises; those of an earlier front go."""
+    recipes = {folder / "front" / f"{n}.toml": one for n, one in enumerate(outcome.front, start=1)}
+    for left in (*(folder / "front").glob("*.toml"), folder / "front.png"):
+        if left not in recipes:
+            left.unlink(missing_ok=True)
+    if outcome.front:
+        plots.save(plots.front(outcome), folder / "front.png")
+    for path, one in recipes.items() if models else ():
+        with whole_file(path) as file:
+            file.write(to_toml(one.recipe, {m.sha256: m.path for m in models}).encode())
 
 
 def write_recipe(recipe: Recipe, folder: Path, models: Sequence[Model]) -> None:

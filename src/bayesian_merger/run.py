@@ -16,7 +16,7 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from bayesian_merger.checkpoint import remove_parts
-from bayesian_merger.data import Compromise, Outcome, Prompt, Recipe, Result, Sample
+from bayesian_merger.data import Compromise, Estimate, Outcome, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import (
     CheckpointError,
     ConfigError,
@@ -41,7 +41,7 @@ from bayesian_merger.outcome import (
 from bayesian_merger.scorers import Scorer
 from bayesian_merger.setup import BASELINES, Setup
 from bayesian_merger.study import Stage, Study, Trial, storage_errors
-from bayesian_merger.study.proposals import Plan
+from bayesian_merger.study.proposals import Objective, Plan
 from bayesian_merger.values import Yardstick, weighted_mean
 
 _FAILURES_IN_A_ROW = 3
@@ -121,8 +121,9 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcom
     with locked(folder), storage_errors():
         remove_parts(folder)
         check_folder(setup, folder)
-        study = open_study(folder, setup.config.search.storage, create=not more)
+        study = open_study(folder, setup.config.search.storage, create=True)
         study.require_same(setup.identity)
+        study.require_whole()
         if more and read_outcome(folder, study).finished:
             study.extend(more)
         setup = replace(setup, plan=_extended(setup.plan, study.target))
@@ -189,17 +190,20 @@ def _baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> 
 
 def _observe_brought(study: Study, setup: Setup, yardstick: Yardstick) -> None:
     """Hand what an earlier run has judged to the optimiser, as far as it can be compared."""
+    counted = {prompt.index for prompt in setup.panel if prompt.weight > 0}
     for result in study.judged("brought"):
         params = setup.params(result.recipe)
-        is_of_panel = all(index < len(setup.panel) for index in result.scores)
-        if is_of_panel:
+        if params is None or not result.scores:
+            continue
+        if counted & result.scores.keys():
             value = yardstick.trial(result, setup.panel)
-        else:
-            # Of other images; bayes learns how easy they are, other optimisers would not.
+        elif setup.plan.optimiser == "bayes":
+            # Of other images: bayes learns how easy they are, other optimisers would not.
             values = [yardstick.value(scores) for scores in result.scores.values()]
             value = weighted_mean(values, [1.0] * len(values))
-        if params and (is_of_panel or setup.plan.optimiser == "bayes"):
-            study.observe(result.but(value=value), params, setup.plan)
+        else:
+            continue
+        study.observe(result.but(value=value), params, setup.plan)
 
 
 def _search(
@@ -212,6 +216,8 @@ def _search(
     is_confirmed = any(r.name not in BASELINES for r in study.judged("heldout"))
     models = () if is_confirmed else setup.merger.references()
     proposer = study.searching(setup.plan, yardstick.value)
+    if not proposer.is_over():
+        study.compromise()  # that of a shorter run holds no more
 
     while not proposer.is_over():
         start = time.monotonic()
@@ -250,14 +256,34 @@ def _search(
             except PermissionError as error:  # on Windows, a program that has the page open
                 observer.noted(f"the report could not be renewed ({error})")
     front = proposer.front(_MOST_COMPROMISES) if setup.plan.objectives else []
-    study.compromise([Compromise(setup.recipe(params), values) for params, values in front])
+    study.compromise(
+        [Compromise(setup.recipe(params), values) for params, values in front],
+        {
+            baseline.name: {
+                one.name: _at(one, baseline, setup, yardstick) for one in setup.plan.objectives
+            }
+            for baseline in study.judged("baseline")
+            if baseline.state == "complete"
+        },
+    )
     if len(study.candidates) < setup.config.heldout.candidates:
-        few = proposer.few(setup.config.heldout.candidates)
-        study.choose(
-            [Result.recommended(name, setup.recipe(params), value) for name, params, value in few]
-        )
-        if few:
-            study.expect(setup.recipe(few[0][1]), few[0][2])
+        wanted = setup.config.heldout.candidates
+        # Parameters that the chosen method lacks make no other merge.
+        few: dict[str, Result] = {}
+        for name, params, value in proposer.few(2 * wanted):
+            recipe = setup.recipe(params)
+            few.setdefault(recipe.digest(), Result.recommended(name, recipe, value))
+        recommended = list(few.values())[:wanted]
+        study.choose(recommended)
+        if recommended and (expected := recommended[0].value):
+            study.expect(recommended[0].recipe, expected)
+
+
+def _at(objective: Objective, baseline: Result, setup: Setup, yardstick: Yardstick) -> Estimate:
+    """What a baseline has of one of several objectives."""
+    if objective.kind == "scorer":
+        return Yardstick({objective.name: 1.0}, {}).estimate(baseline, setup.panel)
+    return yardstick.estimate(baseline, [p for p in setup.panel if p.payload == objective.name])
 
 
 def _confirm(

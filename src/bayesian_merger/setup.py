@@ -64,10 +64,11 @@ class Setup:
         known = _methods(self.config)
         if recipe.method not in known or recipe.vae != self.config.merge.vae:
             return None
-        blocks = dict.fromkeys(self.space.blocks, 0.5)
         # A weight that the method does not have may be anything.
-        own = {w: recipe.weights.get(w, blocks) for w, _ in self.space.names.values()}
-        values = self.space.values(own)
+        middle = self.space.weights(
+            {n: (low + high) / 2 for n, (low, high) in self.plan.bounds.items()}
+        )
+        values = self.space.values({**middle, **recipe.weights})
         if values is None:
             return None
         return {**values, METHOD: recipe.method} if len(known) > 1 else dict(values)
@@ -353,16 +354,18 @@ def _starts(config: Config, found: Space, architecture: Architecture) -> list[di
     first = next(weight for weight, _ in found.names.values())
     points = []
     for number, wanted in enumerate(config.search.start, start=1):
-        given = wanted
-        if isinstance(given, str):
-            weights = curves.weights(given, architecture)
+        chosen = _first_choice(config)
+        if isinstance(wanted, str):
+            weights = curves.weights(wanted, architecture)
             given = {
                 name: weights[block]
                 for name, (weight, block) in found.names.items()
                 if weight == first and block in weights and name not in found.frozen
             }
-        values = space.start(found, architecture, given, f"start {number}")
-        points.append(values | _first_choice(config))
+        else:
+            given = {name: value for name, value in wanted.items() if not isinstance(value, str)}
+            chosen |= {name: value for name, value in wanted.items() if isinstance(value, str)}
+        points.append({**space.start(found, architecture, given, f"start {number}"), **chosen})
     return points
 
 

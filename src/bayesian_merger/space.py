@@ -100,23 +100,32 @@ def start(
 ) -> dict[str, float]:
     """The parameters nearest to weights by their names, as `build` takes them; others are in the middle.
 
-    A parameter with several members takes their mean by share. ConfigError for a name that does not
-    vary.
+    A parameter that several weights share takes their mean. ConfigError for a name that does not vary.
     """
     weights = tuple(dict.fromkeys(weight for weight, _ in space.names.values()))
     book = _Names(space.names, weights, architecture, [])
     flat = book.table(where, given)
-    for name in flat:
+    for name in flat.keys() - space.inert:
         if name in space.frozen:
             book.mistake(f"search.{where}: {name} is frozen; leave it out")
     book.raise_mistakes()
+    names = [name for name in flat if name not in space.frozen]
+    middles = np.array([(p.low + p.high) / 2 for p in space.parameters])
+    if not names:
+        return dict(zip((p.name for p in space.parameters), map(float, middles), strict=True))
+    shares = np.array([[p.members.get(name, 0.0) for p in space.parameters] for name in names])
+    wanted = np.array([flat[name] for name in names])
+    # What no given weight tells of stays in the middle.
+    found = middles + np.linalg.lstsq(shares, wanted - shares @ middles)[0]
+    low, high = (np.array([getattr(p, end) for p in space.parameters]) for end in ("low", "high"))
+    if ((shares @ low <= wanted) & (wanted <= shares @ high)).all():
+        found = found.clip(low, high)
     values = {}
-    for parameter in space.parameters:
-        own = {member: share for member, share in parameter.members.items() if member in flat}
-        mean = sum(share * flat[member] for member, share in own.items()) / (
-            sum(own.values()) or 1
-        )
-        values[parameter.name] = mean if own else (parameter.low + parameter.high) / 2
+    for parameter, value in zip(space.parameters, found, strict=True):
+        # Without the rounding of the solution.
+        whole = [flat[n] for n, share in parameter.members.items() if share == 1.0 and n in flat]
+        is_whole = whole and abs(whole[0] - value) < 1e-9
+        values[parameter.name] = float(whole[0] if is_whole else value)
     return values
 
 

@@ -17,10 +17,10 @@ from bayesian_merger import run, space
 from bayesian_merger.bayes import Bayes, Judged
 from bayesian_merger.blocks import short_names
 from bayesian_merger.data import Prompt, Recipe, Result, Sample
-from bayesian_merger.errors import ConfigError
-from bayesian_merger.outcome import digest_of, has_study, open_study, pictures_of, read_outcome
+from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.outcome import digest_of, open_study, pictures_of, read_outcome
 from bayesian_merger.setup import Setup
-from bayesian_merger.study import Study
+from bayesian_merger.study import Study, storage_errors
 from bayesian_merger.study.proposals import Params
 
 _N_STARTS = 5
@@ -48,19 +48,22 @@ def fork(old: Path, setup: Setup, folder: Path, storage: str | None = None) -> B
 
     A score is taken where its scorer is the same; another scorer judges the old picture, if it was kept.
     An image of the new panel that the same back end has made is the same image; other images count by
-    their own offsets. Where no score can be had, the best merges of the old run are tried first.
+    their own offsets. Where no trial of its search has a score here, its best merges are tried first.
 
-    ConfigError if the run in `folder` has begun its search, or if nothing in `old` fits.
+    What `old` itself was brought is not brought on. ConfigError if the run in `folder` has begun its
+    search or brings something else, or if nothing in `old` fits.
     """
-    before = open_study(old, storage)
-    known = _Known(before, setup, old.absolute().name)
     left_out: Counter[str] = Counter()
-    with run.locked(folder):
-        new = _begin(setup, folder)
-        merges = 0
-        for result in (*before.judged("baseline"), *before.searched()):
-            if not result.scores:
-                continue
+    with storage_errors():
+        before = open_study(old, storage)
+        known = _Known(before, setup, old.absolute().name)
+    with run.locked(folder), storage_errors():
+        new = _begin(setup, folder, str(old.absolute()))
+        merges = searched = 0
+        # What failed is not to be trusted, a trial that was interrupted is.
+        baselines = [r for r in before.judged("baseline") if r.state == "complete"]
+        trials = [r for r in before.searched() if r.state != "failed" and r.scores]
+        for result in (*baselines, *trials):
             reason = _misfit(result.recipe, setup)
             is_baseline = result.stage == "baseline" and (
                 setup.baseline(result.name).digest() == result.recipe.digest()
@@ -69,22 +72,27 @@ def fork(old: Path, setup: Setup, folder: Path, storage: str | None = None) -> B
                 left_out[reason] += 1
                 continue
             pictures = pictures_of(old, result.stage, result.name)
-            found = known.scores(result, pictures)
+            try:
+                found = known.scores(result, pictures)
+            except TrialError as error:
+                left_out[str(error)] += 1
+                continue
             if not found:
                 left_out["the new scorers need their pictures, which were not kept"] += 1
                 continue
             merges += 1
+            searched += result.stage != "baseline"
             if is_baseline:
                 found = _take_baseline(new, setup, result, found, pictures, folder)
             if found and not reason:
                 trial = new.book("brought", f"{known.title} {result.name}", result.recipe)
                 for item, scored in found.items():
                     trial.record(item, scored.scores, scored.digest)
-        starts = [] if merges else _best_of(old, before, setup)
+        starts = [] if searched else _best_of(old, before, setup)
         if not merges and not starts:
             reasons = "; ".join(left_out) or "none was judged"
             raise ConfigError(f"{old}: no merge of this run can be used: {reasons}")
-        new.prepare(starts, known.foreign)
+        new.brought(starts, known.foreign)
     return Brought(
         merges, known.n_scores, known.n_of_panel, known.n_rescored, len(starts), left_out
     )
@@ -108,21 +116,20 @@ def import_log(log: Path, setup: Setup, folder: Path) -> Brought:
             point = {**values, **{name: known[0] for name, known in plan.choices.items()}}
             judged.append(Judged(plan.scaled(point), {number: target}))
     if not judged:
-        raise ConfigError(f"{log}: no merge of this log can be used: {'; '.join(left_out)}")
+        reasons = "; ".join(left_out) or "it holds none"
+        raise ConfigError(f"{log}: no merge of this log can be used: {reasons}")
     model = Bayes(plan.d, [log.name] * (number + 1), plan.seed, choices=plan.corners)
     few = [plan.params(found.point) for found in model.few(judged, _N_STARTS)]
-    with run.locked(folder):
-        _begin(setup, folder).prepare(few, ())
+    with run.locked(folder), storage_errors():
+        _begin(setup, folder, str(log.absolute())).brought(few, ())
     return Brought(starts=len(few), left_out=left_out)
 
 
-def _begin(setup: Setup, folder: Path) -> Study:
-    """The study of a new run; ConfigError if it has trials already."""
-    storage = setup.config.search.storage
+def _begin(setup: Setup, folder: Path, source: str) -> Study:
+    """The study of a new run that begins with what `source` has found; ConfigError if it has begun."""
     run.check_folder(setup, folder)
-    if has_study(folder, storage) and open_study(folder, storage).searched():
-        raise ConfigError(f"{folder}: this run has begun already; choose another --run-dir")
-    study = open_study(folder, storage, create=True)
+    study = open_study(folder, setup.config.search.storage, create=True)
+    study.bring_from(source)
     study.begin(setup.identity, setup.about())
     return study
 
@@ -186,7 +193,7 @@ class _Known:
         try:
             with Image.open(pictures / f"{index:03}.png", formats=["PNG"]) as file:
                 image = file.convert("RGB")
-        except OSError:
+        except (OSError, Image.DecompressionBombError):
             return None
         is_kept = digest_of(image) == result.images[index]
         return Sample(image, self._panel[index]) if is_kept else None
@@ -208,8 +215,8 @@ def _picture(prompt: Prompt) -> str:
 def _is_same_scorer(name: str, old: _Identity, new: _Identity) -> bool:
     """Whether a scorer of the new run gave scores in the old one; its share in the mean may differ."""
     options = [
-        {key: value for key, value in run["scorers"].get(name, {}).items() if key != "weight"}
-        for run in (old, new)
+        {key: value for key, value in one["scorers"].get(name, {}).items() if key != "weight"}
+        for one in (old, new)
     ]
     start = f"scorers.{name}."
     return (
@@ -313,7 +320,14 @@ def _lines(log: Path, setup: Setup) -> Iterator[tuple[dict[str, float], float]]:
                 for key, value in entry["params"].items()
                 for part in key.split("-")
             }
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise ConfigError(
                 f"{log}, line {number}: not a trial of sd-webui-bayesian-merger's optimiser bayes, "
                 f'which is {{"target": 0.5, "params": {{"block_0_alpha": 0.3, ...}}}} ({error})'

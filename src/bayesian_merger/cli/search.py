@@ -21,6 +21,7 @@ from bayesian_merger.data import RIVALS, Outcome, Result
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.report import duration
 from bayesian_merger.setup import METHOD, Setup, prepare
+from bayesian_merger.study import storage_errors
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -156,8 +157,11 @@ def run_command(
     **counts: int | None,
 ) -> None:
     """Search the best merge as CONFIG_FILE says; the same command resumes a stopped run."""
-    setup = _prepared(_load(config_file, overrides, **counts), config_file)
-    _run(setup, run_dir or _default_run_dir(config_file), more)
+    config = _load(config_file, overrides, **counts)
+    folder = run_dir or _default_run_dir(config_file)
+    if more and not outcomes.has_study(folder, config.search.storage):
+        raise ConfigError(f"{folder}: there is no run to extend")
+    _run(_prepared(config, config_file), folder, more)
 
 
 def _run(setup: Setup, run_dir: Path, more: int = 0) -> None:
@@ -171,7 +175,8 @@ def _run(setup: Setup, run_dir: Path, more: int = 0) -> None:
 @click.option("--storage", metavar="URL", help="The search.storage of the run, if it had one.")
 def report_command(run_dir: Path, storage: str | None) -> None:
     """Write the report and the figures of RUN_DIR again, from its study alone."""
-    found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir, storage))
+    with storage_errors():
+        found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir, storage))
     outcomes.write_outcome(found, run_dir)
     _summary(found, run_dir)
 
@@ -201,7 +206,7 @@ def fork_command(
             f"{brought.merges} merges with {brought.scores} scores, {brought.of_panel} of images of "
             f"the new panel{rescored}"
         )
-    _say_begun(brought, config_file, run_dir)
+    _say_begun(brought, config_file, run_dir, bool(overrides or any(counts.values())))
 
 
 @click.command()
@@ -221,7 +226,7 @@ def import_command(
     setup = _prepared(_load(config_file, overrides, **counts), config_file)
     with closing(setup.backend):
         brought = warm.import_log(log, setup, folder)
-    _say_begun(brought, config_file, run_dir)
+    _say_begun(brought, config_file, run_dir, bool(overrides or any(counts.values())))
 
 
 def _prepared(config: configuration.Config, path: Path, title: str = "") -> Setup:
@@ -229,13 +234,16 @@ def _prepared(config: configuration.Config, path: Path, title: str = "") -> Setu
         return prepare(config, path.absolute().parent, title or path.stem)
 
 
-def _say_begun(brought: warm.Brought, config_file: Path, run_dir: Path | None) -> None:
+def _say_begun(
+    brought: warm.Brought, config_file: Path, run_dir: Path | None, has_more: bool
+) -> None:
     if brought.starts:
         out.print(f"merges that are tried first: {brought.starts}")
     for reason, n in brought.left_out.items():
         out.print(f"note: left out as {reason}: {n}", soft_wrap=True)
     where = f" --run-dir {run_dir}" if run_dir else ""
-    out.print(f"next: bayesian-merger run {config_file}{where}", soft_wrap=True)
+    more = ", and the same further options" if has_more else ""
+    out.print(f"next: bayesian-merger run {config_file}{where}{more}", soft_wrap=True)
 
 
 class _Progress:

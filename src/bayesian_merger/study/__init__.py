@@ -10,7 +10,6 @@ images that were being made.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, make_url
@@ -43,6 +42,7 @@ from bayesian_merger.study.proposals import (
 
 _SEARCH = "search"
 _PATIENCE_S = 10
+_WITH_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
 Stage = Literal["brought", "baseline", "explore", "exploit", "select", "heldout"]
 
 _STATES: Mapping[TrialState, State] = {
@@ -59,6 +59,10 @@ def storage_errors() -> Iterator[None]:
     """Turn errors of the storage (full disk, damaged file, lost server) into a RunError."""
     try:
         yield
+    except UpdateFinishedTrialError as error:
+        raise RunError(
+            "another process works on this study; stop it, and the same command goes on"
+        ) from error
     except (StorageInternalError, SQLAlchemyError) as error:
         raise RunError(
             f"the study cannot be read or written ({_reason(error)}); what it holds is kept, "
@@ -74,37 +78,41 @@ def _reason(error: Exception) -> str:
 def storage_at(url: str) -> RDBStorage:
     """The storage at an URL that a user gave; ConfigError if it is none or does not answer."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    shown = url.partition("://")[0] + "://..."
     options: dict[str, Any] = {}
     try:
-        if make_url(url).get_backend_name() in ("postgresql", "mysql"):
-            # A server may drop a connection at night, and one that is away is not waited for long.
-            options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": _PATIENCE_S}}
-        return RDBStorage(url, engine_kwargs=options)
+        address = make_url(url)
+        # Without the query, which may hold a password as well.
+        shown = address.set(query={}).render_as_string(hide_password=True)
+        if address.get_backend_name() != "sqlite":
+            # A server may drop a connection at night.
+            options["pool_pre_ping"] = True
+        if address.get_driver_name() in _WITH_TIMEOUT:
+            options["connect_args"] = {"connect_timeout": _PATIENCE_S}
+        return RDBStorage(_filled_in(url), engine_kwargs=options)
     except ArgumentError as error:
         raise ConfigError(
-            f"storage {_without_password(url)} is no URL; write it as sqlite:///FILE or "
-            f"postgresql://USER@HOST/DATABASE"
+            f"storage {shown} is no URL of an SQL database; write it as sqlite:///FILE or "
+            f"postgresql+psycopg://USER@HOST/DATABASE"
         ) from error
     except (ImportError, NoSuchModuleError) as error:
         raise ConfigError(
-            f"storage {_without_password(url)}: {_reason(error)}; install what the URL names, for "
-            f"postgresql:// with pip install 'psycopg[binary]'"
+            f"storage {shown}: {_reason(error)}; install what the URL names, for "
+            f"postgresql+psycopg:// with pip install 'psycopg[binary]'"
         ) from error
-    # No answer, no permission, tables of another version.
-    except (SQLAlchemyError, RuntimeError, StorageInternalError) as error:
-        raise ConfigError(
-            f"storage {_without_password(url)} cannot be opened: {_reason(error)}"
-        ) from error
+    # No port, no answer, no permission, tables of another version.
+    except (SQLAlchemyError, RuntimeError, StorageInternalError, ValueError, TypeError) as error:
+        raise ConfigError(f"storage {shown} cannot be opened: {_reason(error)}") from error
 
 
-def is_in(storage: RDBStorage, name: str) -> bool:
-    """Whether the storage holds the run of that name."""
+def is_in(url: str, name: str) -> bool:
+    """Whether the storage at `url` holds the run of that name; none is made."""
+    file = url.removeprefix("sqlite:///")
+    if file != url and not Path(file).is_file():
+        return False
+    storage = storage_at(url)
     with storage_errors():
         return f"{name}/{_SEARCH}" in optuna.get_all_study_names(storage)
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"(://[^/@]*?:)[^/]*@", r"\1***@", url)
 
 
 def require_same(study: optuna.Study, identity: Mapping[str, Any], what: str, advice: str) -> None:
@@ -201,7 +209,12 @@ def create(path: Path) -> None:
 def url_of(path: Path) -> str:
     """The storage URL of the SQLite file at `path`, whatever characters its folders hold."""
     url = URL.create("sqlite", database=str(path.absolute())).render_as_string()
-    return url.replace("{", "{{").replace("}", "}}")  # Optuna fills templates in
+    return _filled_in(url)
+
+
+def _filled_in(url: str) -> str:
+    """The URL, braces and all, when Optuna has filled in what it takes for a template."""
+    return url.replace("{", "{{").replace("}", "}}")
 
 
 class Study:
@@ -235,6 +248,13 @@ class Study:
         """Let go of the storage's file."""
         self._storage.remove_session()
         self._storage.engine.dispose()
+
+    def own(self, mark: str) -> str:
+        """The mark of the run folder that this is the study of: the first that asked."""
+        if "folder" not in self._search.user_attrs:
+            self._search.set_user_attr("folder", mark)
+        found: str = self._search.user_attrs["folder"]
+        return found
 
     def begin(self, identity: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Make this the study of the run that `identity` describes, or find that it is.
@@ -286,14 +306,32 @@ class Study:
             )
         )
 
-    def prepare(self, starts: Sequence[Params], foreign: Sequence[str]) -> None:
-        """Store what an earlier run gives a new one: points to try first, and its other images.
+    def bring_from(self, source: str) -> None:
+        """Begin to bring what an earlier run has judged; ConfigError if that was another source."""
+        before = self._search.user_attrs.get("source", {"name": source})["name"]
+        if before != source or self.searched():
+            begun = f"begins with what {before} has found" if before != source else "has begun"
+            raise ConfigError(f"the run {begun} already; choose another --run-dir")
+        self._search.set_user_attr("source", {"name": source, "is_whole": False})
 
-        `foreign` are the payloads of images that are not of the panel, whose numbers follow those of
-        the panel's images.
+    def brought(self, starts: Sequence[Params], foreign: Sequence[str]) -> None:
+        """End that with points to try first, and the payloads of images beside the panel's.
+
+        The numbers of these images follow those of the panel's.
         """
         self._search.set_user_attr(STARTS, [dict(point) for point in starts])
         self._search.set_user_attr(FOREIGN, list(foreign))
+        source = self._search.user_attrs["source"]
+        self._search.set_user_attr("source", {**source, "is_whole": True})
+
+    def require_whole(self) -> None:
+        """ConfigError if bringing from an earlier run was cut off."""
+        source = self._search.user_attrs.get("source")
+        if source and not source["is_whole"]:
+            raise ConfigError(
+                f"what {source['name']} has found was not brought whole; give the same command for that "
+                f"once more"
+            )
 
     def ask(self, proposer: Proposer, recipe_of: Callable[[Params], Recipe]) -> Trial:
         """The trial that was interrupted, or else a new proposal."""
@@ -346,27 +384,29 @@ class Study:
             for one in told["few"]
         ]
 
-    def compromise(self, front: Sequence[Compromise]) -> None:
-        """Store the Pareto front."""
-        told = [
-            {
-                "recipe": one.recipe.to_dict(),
-                "values": {name: asdict(value) for name, value in one.values.items()},
-            }
-            for one in front
-        ]
+    def compromise(
+        self,
+        front: Sequence[Compromise] = (),
+        baselines: Mapping[str, Mapping[str, Estimate]] | None = None,
+    ) -> None:
+        """Store the Pareto front, and what the baselines have of its objectives."""
+        told = {
+            "merges": [
+                {"recipe": one.recipe.to_dict(), "values": _told(one.values)} for one in front
+            ],
+            "baselines": {name: _told(values) for name, values in (baselines or {}).items()},
+        }
         self._search.set_user_attr("front", told)
 
     @property
-    def front(self) -> list[Compromise]:
+    def front(self) -> tuple[list[Compromise], dict[str, dict[str, Estimate]]]:
         """What `compromise` stored."""
-        return [
-            Compromise(
-                Recipe.from_dict(one["recipe"]),
-                {name: Estimate(**value) for name, value in one["values"].items()},
-            )
-            for one in self._search.user_attrs.get("front", [])
+        told = self._search.user_attrs.get("front", {"merges": [], "baselines": {}})
+        merges = [
+            Compromise(Recipe.from_dict(one["recipe"]), _estimates(one["values"]))
+            for one in told["merges"]
         ]
+        return merges, {name: _estimates(v) for name, v in told["baselines"].items()}
 
     def extend(self, images: int) -> None:
         """Let a finished search spend so many more images."""
@@ -431,6 +471,14 @@ def _result(frozen: FrozenTrial) -> Result:
         reason=attrs.get("reason", ""),
         seconds=attrs.get("seconds", {}),
     )
+
+
+def _told(values: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {name: asdict(value) for name, value in values.items()}
+
+
+def _estimates(told: Mapping[str, Any]) -> dict[str, Estimate]:
+    return {name: Estimate(**value) for name, value in told.items()}
 
 
 def _flat(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from bayesian_merger.errors import RunError
+from bayesian_merger.errors import ConfigError, RunError
 from bayesian_merger.study import require_same, storage_at, storage_errors
 from bayesian_merger.study.proposals import (
     SCORE,
@@ -122,11 +122,16 @@ class Search:
         """ConfigError with every mistake, for a storage that does not answer and for another's study."""
         bounds, choices = {}, {}
         for key, given in space.items():
-            if all(isinstance(one, str) for one in given):
+            if not isinstance(given, str) and all(isinstance(one, str) for one in given):
                 choices[key] = tuple(map(str, given))
-            else:
-                low, high = given
-                bounds[key] = (float(low), float(high))
+                continue
+            try:
+                low, high = map(float, given)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{key}: {given!r} is neither a range nor a list of names"
+                ) from error
+            bounds[key] = (low, high)
         self.plan = Plan(
             bounds=bounds,
             choices=choices,
@@ -154,10 +159,12 @@ class Search:
                 "space": {**self.plan.bounds, **self.plan.choices},
                 "panel": self.plan.panel,
                 "optimiser": optimiser,
-                "options": self.plan.options,
                 "init": init,
-                "start": self.plan.start,
-                "seed": seed,
+                "start": [
+                    {n: v if isinstance(v, str) else float(v) for n, v in point.items()}
+                    for point in self.plan.start
+                ],
+                "seed": int(seed),
             }
             require_same(
                 self._study,
