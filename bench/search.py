@@ -23,9 +23,12 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 from landscapes import FAMILIES
-from search_peers import MARKS, OPTIMISERS, OURS
+from numpy.typing import NDArray
+from search_peers import OPTIMISERS, OURS
 
+TOLD = (100, 200, 300, 500, 1000)
 PEERS = Path(__file__).with_name("search_peers.py")
 
 
@@ -68,9 +71,12 @@ def main() -> None:
     ]
     found = measured(tasks, options)
     for noise in options.noise:
-        for images in MARKS:
+        for images in TOLD:
             if images <= options.images:
                 table(found, options.optimisers, options.families, noise, images)
+        for name in options.optimisers:
+            if OURS in options.optimisers and name != OURS:
+                print(saved(found, name, noise, options.images))
     for name in options.optimisers:
         waits = {d: [s for t, (_, s) in found.items() if _is(t, name, d)] for d in ("26", "52")}
         shown = ", ".join(f"{d}: {statistics.median(w):.3f} s" for d, w in waits.items() if w)
@@ -138,6 +144,44 @@ def table(
             + "".join(f"{shown(cell):>14}" for cell in [*cells, list(own.values())])
             + (f"  {shown(pairs)}" if pairs else "")
         )
+
+
+def saved(found: Found, peer: str, noise: str, images: int) -> str:
+    """How many images of ours do for the mean regret that a peer has after all of its own.
+
+    The interval is that of 2,000 draws of instances, with the instances' own pairs.
+    """
+    of = {
+        name: {
+            (t.family, t.seed): r
+            for t, (r, _) in found.items()
+            if (t.optimiser, t.noise) == (name, noise)
+        }
+        for name in (OURS, peer)
+    }
+    pairs = [(of[OURS][key], of[peer][key][images]) for key in of[OURS]]
+    marks = sorted(set.intersection(*(set(ours) for ours, _ in pairs)))
+    curves = np.array([[ours[mark] for mark in marks] for ours, _ in pairs])
+    wanted = np.array([regret for _, regret in pairs])
+
+    def factor(chosen: NDArray[np.intp]) -> float:
+        curve, level = curves[chosen].mean(0), wanted[chosen].mean()
+        below = np.flatnonzero(curve <= level)
+        if not len(below):
+            return images / marks[-1]
+        last = int(below[0])
+        if last == 0:
+            return images / marks[0]
+        share = (curve[last - 1] - level) / (curve[last - 1] - curve[last])
+        return float(images / (marks[last - 1] + share * (marks[last] - marks[last - 1])))
+
+    chance = np.random.default_rng(0)
+    drawn = [factor(chance.integers(len(pairs), size=len(pairs))) for _ in range(2000)]
+    low, high = np.quantile(drawn, (0.1, 0.9))
+    return (
+        f"{noise} seeds, images saved at the regret of {peer} after {images}: a factor of "
+        f"{factor(np.arange(len(pairs))):.1f} (80 % interval {low:.1f} to {high:.1f})"
+    )
 
 
 def shown(values: Sequence[float]) -> str:

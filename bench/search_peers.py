@@ -2,7 +2,7 @@
 
     python bench/search_peers.py OPTIMISER FAMILY SEED NOISE IMAGES
 
-prints one line of JSON: the regret of what is recommended after 100, 200 ... images, and the median
+prints one line of JSON: the regret of what is recommended after so many images, and the median
 seconds of CPU to propose a point. Peers judge a point by ten images, take ten points before they learn,
 and recommend the best point seen.
 """
@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from landscapes import Array, Landscape, Noise
 
-MARKS = (100, 200, 300, 500, 1000)
+MARKS = (30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 500, 1000)
 PER_POINT = 10
 N_FIRST = 10
 

@@ -7,8 +7,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from outcomes import BLOCKS, a_recipe, a_result, an_outcome, an_unfinished_outcome, baselines
@@ -270,6 +273,12 @@ def test_saved_figure_takes_the_place_of_an_older_one_and_leaves_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def bars(axes: Axes) -> dict[str, Line2D]:
+    """The lines of the error bars by what they are of."""
+    containers = [c for c in axes.containers if isinstance(c, ErrorbarContainer)]
+    return {str(c.lines[0].get_gid()): c.lines[0] for c in containers}
+
+
 def a_front(tmp_path: Path, *names: str) -> Outcome:
     """A front of three merges, the first best at the first of these objectives."""
     merges = [
@@ -289,7 +298,7 @@ def test_front_of_two_objectives_is_a_plane_with_every_merge_and_baseline(tmp_pa
     (axes,) = figure.axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("taste", "p$t$y <b>")
     assert {text.get_text() for text in axes.texts} == {"A", "B", "even", "1", "2", "3"}
-    places = {c.lines[0].get_gid(): c.lines[0].get_xydata()[0].tolist() for c in axes.containers}
+    places = {name: np.asarray(line.get_xydata())[0].tolist() for name, line in bars(axes).items()}
     assert places["2"] == [7.0, 9.0]
     assert places["even"] == [8.0, 8.0]
 
@@ -299,8 +308,8 @@ def test_front_of_more_objectives_shows_differences_to_the_even_merge(tmp_path: 
     (axes,) = figure.axes
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["taste", "sharpness", "light"]
     assert {text.get_text() for text in axes.texts} == {"A", "B", "even", "1", "2", "3"}
-    heights = {c.lines[0].get_gid(): list(c.lines[0].get_ydata()) for c in axes.containers}
+    heights = {name: np.asarray(line.get_ydata()).tolist() for name, line in bars(axes).items()}
     assert heights["2"] == [-1.0, 1.0, 3.0]
     assert heights["a"] == [-1.0, -1.0, -1.0]
-    colours = [c.lines[0].get_color() for c in axes.containers]
+    colours = [line.get_color() for line in bars(axes).values()]
     assert len(set(colours)) == 5

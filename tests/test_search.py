@@ -318,7 +318,7 @@ def of_method(weights: Mapping[str, Any], item: int) -> float:
     """Better by `slerp`, and at other weights."""
     best = {"lerp": 0.2, "slerp": 0.7, "ties": 0.5}[weights["method"]]
     bonus = {"lerp": 0.0, "slerp": 1.0, "ties": -1.0}[weights["method"]]
-    return bonus + item % 3 - 4 * (weights["alpha"] - best) ** 2
+    return bonus + item % 3 - 4 * (float(weights["alpha"]) - best) ** 2
 
 
 CHOICE: dict[str, Any] = {"alpha": (0.0, 1.0), "method": ["lerp", "slerp", "ties"]}
