@@ -236,7 +236,8 @@ def test_fork_begins_a_run_that_goes_on_by_the_same_settings(
     code, out, _ = command("fork", old, *wider)
     assert code == 0
     assert "7 merges with 42 scores, 42 of images of the new panel\n" in out
-    assert f"next: bayesian-merger run {folder / 'config.toml'} --run-dir {new}\n" in out
+    following = f"bayesian-merger run {folder / 'config.toml'} --run-dir {new}"
+    assert f"next: {following}, and the same further options\n" in out
     assert command("run", *wider, "--n-iters", 0)[0] == 0
     code, _, err = command("fork", old, *wider)
     assert (code, "has begun already" in err) == (2, True)

@@ -17,14 +17,16 @@ from bayesian_merger.data import Outcome
 from bayesian_merger.errors import ConfigError, RunError
 from bayesian_merger.setup import Setup
 
-LIGHT = """
+LIGHT = '''
 import numpy
 from bayesian_merger.scorers import scorer
 @scorer
 class Light:
+    """How light a picture is, in [0, 1]."""
+
     def __call__(self, samples):
         return [numpy.asarray(sample.image).mean() / 255 for sample in samples]
-"""
+'''
 
 
 def begin(folder: Path, *overrides: str) -> Setup:
