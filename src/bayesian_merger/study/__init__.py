@@ -78,7 +78,8 @@ def _reason(error: Exception) -> str:
 def storage_at(url: str) -> RDBStorage:
     """The storage at an URL that a user gave; ConfigError if it is none or does not answer."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    shown = url.partition("://")[0] + "://..."
+    scheme, colon, _ = url.partition("://")
+    shown = f"{scheme}{colon}..." if colon else repr(url)
     options: dict[str, Any] = {}
     try:
         address = make_url(url)
