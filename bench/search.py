@@ -4,9 +4,10 @@
 
 runs every optimiser on the same instances of bench/landscapes.py and prints the normalised regret of
 what it recommends (0: the best merge; 1: the mean of random ones) with its standard error, and the
-difference to `bayes` of sd-webui-bayesian-merger on the same instances. PYTHON is that of an
-environment with bayesian-optimization, hyperopt, optuna and cmaes. With --results what was measured
-is kept, so that the same command goes on with what is missing; --figure FILE draws it.
+difference to `bayes` of sd-webui-bayesian-merger on the same instances; then in how many images
+ours finds what a peer finds in all of its own, by searches that have so many to spend. PYTHON is that of
+an environment with bayesian-optimization, hyperopt, optuna and cmaes. What was measured is kept in
+--results, so that the same command goes on with what is missing; --figure FILE draws it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from numpy.typing import NDArray
 from search_peers import OPTIMISERS, OURS
 
 TOLD = (100, 200, 300, 500, 1000)
+SHORT = (30, 40, 60, 80, 100, 150)
 PEERS = Path(__file__).with_name("search_peers.py")
+
+
+RESULTS = Path(__file__).with_name("results") / "search.jsonl"
 
 
 class Task(NamedTuple):
@@ -39,6 +44,7 @@ class Task(NamedTuple):
     family: str
     seed: int
     noise: str
+    images: int
 
 
 Regrets: TypeAlias = dict[int, float]
@@ -57,26 +63,29 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="seed of the first instance")
     parser.add_argument("--noise", nargs="+", default=["fixed", "fresh"])
     parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--short", nargs="*", type=int, default=SHORT, help="of searches of ours")
     parser.add_argument("--jobs", type=int, default=2, help="searches at once")
-    parser.add_argument("--results", type=Path, help="JSON lines; read, then added to")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="read, then added to")
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     seeds = range(options.first, options.first + options.instances)
     # Instance by instance, so that what there is after an interruption is paired.
     tasks = [
-        Task(optimiser, family, seed, noise)
+        Task(optimiser, family, seed, noise, images)
         for seed, noise, family, optimiser in product(
             seeds, options.noise, options.families, options.optimisers
         )
+        for images in [options.images, *(options.short if optimiser == OURS else ())]
     ]
-    found = measured(tasks, options)
+    everything = measured(tasks, options)
+    found = {task: one for task, one in everything.items() if task.images == options.images}
     for noise in options.noise:
         for images in TOLD:
             if images <= options.images:
                 table(found, options.optimisers, options.families, noise, images)
         for name in options.optimisers:
             if OURS in options.optimisers and name != OURS:
-                print(saved(found, name, noise, options.images))
+                print(saved(everything, name, noise, options.images))
     for name in options.optimisers:
         waits = {d: [s for t, (_, s) in found.items() if _is(t, name, d)] for d in ("26", "52")}
         shown = ", ".join(f"{d}: {statistics.median(w):.3f} s" for d, w in waits.items() if w)
@@ -88,17 +97,16 @@ def main() -> None:
 def measured(tasks: Sequence[Task], options: argparse.Namespace) -> Found:
     """What each task found; those that the results do not hold are run."""
     found: Found = {}
-    if options.results and options.results.exists():
+    if options.results.exists():
         for line in options.results.read_text().splitlines():
             entry = json.loads(line)
             regrets = {int(images): regret for images, regret in entry["regrets"].items()}
-            if max(regrets) >= options.images:
-                found[Task(*entry["task"])] = (regrets, entry["ask_s"])
+            found[Task(*entry["task"])] = (regrets, entry["ask_s"])
     todo = [task for task in tasks if task not in found]
 
     def run(task: Task) -> tuple[Task, str]:
         python = sys.executable if task.optimiser == OURS else str(options.peers)
-        command = [python, str(PEERS), *map(str, task), str(options.images)]
+        command = [python, str(PEERS), *map(str, task)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{' '.join(command)}:\n{done.stderr}")
@@ -110,9 +118,9 @@ def measured(tasks: Sequence[Task], options: argparse.Namespace) -> Found:
             task, line = done.result()
             entry = json.loads(line)
             found[task] = ({int(n): r for n, r in entry["regrets"].items()}, entry["ask_s"])
-            if options.results:
-                with options.results.open("a") as file:
-                    file.write(json.dumps({"task": task, **entry}) + "\n")
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            with options.results.open("a") as file:
+                file.write(json.dumps({"task": task, **entry}) + "\n")
     finally:
         pool.shutdown(cancel_futures=True)
     return {task: found[task] for task in tasks}
@@ -151,36 +159,33 @@ def saved(found: Found, peer: str, noise: str, images: int) -> str:
 
     The interval is that of 2,000 draws of instances, with the instances' own pairs.
     """
-    of = {
-        name: {
-            (t.family, t.seed): r
-            for t, (r, _) in found.items()
-            if (t.optimiser, t.noise) == (name, noise)
-        }
-        for name in (OURS, peer)
+    last = {
+        (t.optimiser, t.images, t.family, t.seed): regrets[t.images]
+        for t, (regrets, _) in found.items()
+        if t.noise == noise
     }
-    pairs = [(of[OURS][key], of[peer][key][images]) for key in of[OURS]]
-    marks = sorted(set.intersection(*(set(ours) for ours, _ in pairs)))
-    curves = np.array([[ours[mark] for mark in marks] for ours, _ in pairs])
-    wanted = np.array([regret for _, regret in pairs])
+    places = [(family, seed) for name, n, family, seed in last if (name, n) == (peer, images)]
+    budgets = sorted({n for name, n, *_ in last if name == OURS})
+    curves = np.array([[last[OURS, n, *place] for n in budgets] for place in places])
+    wanted = np.array([last[peer, images, *place] for place in places])
 
     def factor(chosen: NDArray[np.intp]) -> float:
         curve, level = curves[chosen].mean(0), wanted[chosen].mean()
         below = np.flatnonzero(curve <= level)
         if not len(below):
-            return images / marks[-1]
-        last = int(below[0])
-        if last == 0:
-            return images / marks[0]
-        share = (curve[last - 1] - level) / (curve[last - 1] - curve[last])
-        return float(images / (marks[last - 1] + share * (marks[last] - marks[last - 1])))
+            return images / budgets[-1]
+        i = int(below[0])
+        if i == 0:
+            return images / budgets[0]
+        share = (curve[i - 1] - level) / (curve[i - 1] - curve[i])
+        return float(images / (budgets[i - 1] + share * (budgets[i] - budgets[i - 1])))
 
     chance = np.random.default_rng(0)
-    drawn = [factor(chance.integers(len(pairs), size=len(pairs))) for _ in range(2000)]
+    drawn = [factor(chance.integers(len(places), size=len(places))) for _ in range(2000)]
     low, high = np.quantile(drawn, (0.1, 0.9))
     return (
         f"{noise} seeds, images saved at the regret of {peer} after {images}: a factor of "
-        f"{factor(np.arange(len(pairs))):.1f} (80 % interval {low:.1f} to {high:.1f})"
+        f"{factor(np.arange(len(places))):.1f} (80 % interval {low:.1f} to {high:.1f})"
     )
 
 
