@@ -159,15 +159,15 @@ def saved(found: Found, peer: str, noise: str, images: int) -> str:
 
     The interval is that of 2,000 draws of instances, with the instances' own pairs.
     """
-    last = {
-        (t.optimiser, t.images, t.family, t.seed): regrets[t.images]
-        for t, (regrets, _) in found.items()
-        if t.noise == noise
-    }
-    places = [(family, seed) for name, n, family, seed in last if (name, n) == (peer, images)]
-    budgets = sorted({n for name, n, *_ in last if name == OURS})
-    curves = np.array([[last[OURS, n, *place] for n in budgets] for place in places])
-    wanted = np.array([last[peer, images, *place] for place in places])
+    last: dict[tuple[str, int], dict[tuple[str, int], float]] = {}
+    for task, (regrets, _) in found.items():
+        if task.noise == noise:
+            of_search = last.setdefault((task.optimiser, task.images), {})
+            of_search[task.family, task.seed] = regrets[task.images]
+    places = list(last[peer, images])
+    budgets = sorted(n for name, n in last if name == OURS)
+    curves = np.array([[last[OURS, n][place] for n in budgets] for place in places])
+    wanted = np.array([last[peer, images][place] for place in places])
 
     def factor(chosen: NDArray[np.intp]) -> float:
         curve, level = curves[chosen].mean(0), wanted[chosen].mean()
