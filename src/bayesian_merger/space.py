@@ -66,6 +66,24 @@ class Space:
                 flat[name] = flat.get(name, 0.0) + share * values[parameter.name]
         return {**flat, **self.frozen}
 
+    def slopes(self, slopes: Mapping[tuple[str, str], float]) -> dict[str, float]:
+        """The derivative by each parameter from those by the weights, of (weight, block).
+
+        A parameter of which no weight has one is left out.
+        """
+        found: dict[str, float] = {}
+        for parameter in self.parameters:
+            for name, share in parameter.members.items():
+                if self.names[name] in slopes:
+                    before = found.get(parameter.name, 0.0)
+                    found[parameter.name] = before + share * slopes[self.names[name]]
+        return found
+
+    @property
+    def searched(self) -> frozenset[tuple[str, str]]:
+        """The weights that vary, as (weight, block)."""
+        return frozenset(self.names[n] for p in self.parameters for n in p.members)
+
     def values(self, weights: Weights) -> dict[str, float] | None:
         """The parameters that give `weights`, or None if the space does not hold them.
 

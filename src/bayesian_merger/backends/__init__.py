@@ -6,17 +6,38 @@ the configuration (what follows a `*` is for tests); heavy libraries are importe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.registry import Registry
 
+Judge = Callable[[Tensor, Sequence[Prompt]], Tensor]
+"""Pixels (N, 3, height, width) in [0, 1] and N prompts -> N scores, with gradients to the pixels."""
+
+Key = tuple[str, str]
+"""A weight of the method ("alpha") and the block, or part of one, that has it ("IN00")."""
+
+
+class Followed(NamedTuple):
+    """Images, and the derivative of their mean score by each weight."""
+
+    samples: Sequence[Sample]
+    slopes: Mapping[Key, float]
+
 
 class Merge(Mapping[str, Tensor]):
     """A merge as a back end gets it: tensors by name, each computed when it is read."""
+
+    def moved_by(self, name: str) -> Sequence[Key]:
+        """The weights that a tensor follows."""
+        raise NotImplementedError
+
+    def slopes(self, name: str, gradient: Tensor) -> Mapping[Key, float]:
+        """The derivative of a score by each of them, from its gradient by the tensor."""
+        raise NotImplementedError
 
     def write(self, targets: Mapping[str, Tensor], since: Merge | None = None) -> int:
         """Write tensors into `targets` (by name; of any type and device); how many were written.
@@ -57,6 +78,21 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give back memory and connections."""
+        ...
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """A back end whose images can have a graph behind them, back to the weights of the merge."""
+
+    def follow(
+        self, prompts: Sequence[Prompt], judge: Judge, wanted: Set[Key], last: int | None
+    ) -> Iterator[Followed]:
+        """The images that `generate` makes, in pieces, each with the slopes of its mean score.
+
+        Slopes are by the weights `wanted`, through the `last` calls of the denoising network, None
+        for all; what is before these counts as given. TrialError where a slope cannot be had.
+        """
         ...
 
 

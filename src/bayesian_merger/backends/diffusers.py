@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bayesian_merger import devices
-from bayesian_merger.backends import Merge, backend
+from bayesian_merger.backends import Followed, Judge, Key, Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.errors import ConfigError, TrialError
 from bayesian_merger.registry import nearest
@@ -44,6 +46,10 @@ _SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     "SGM Uniform": {"timestep_spacing": "trailing"},
 }
 _CONFIGS = Path(__file__).parent / "configs"
+# Images that are made at once with their graph; several pieces of a trial tell how sure a slope is.
+_MOST_FOLLOWED, _PIXELS_FOLLOWED = 3, 512 * 512
+# Gradients of a score are too small for half precision; the largest factor that is tried.
+_ENLARGED = 2.0**16
 
 
 @backend
@@ -75,6 +81,9 @@ class Diffusers:
         self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
         if config is not None:
             _require_files(config)
+        # The graph of an image is kept in the memory of the CPU; a GPU's is too small for it.
+        self._saves_memory = self._device.type != "cpu"
+        self._enlarged = _ENLARGED if self._dtype == torch.float16 else 1.0
         self._lib = _import_diffusers()
         self._pipe: Any = None
         self._schedule: Any = None  # the model's own noise schedule, whatever sampler is in use
@@ -136,26 +145,84 @@ class Diffusers:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
+    def follow(
+        self, prompts: Sequence[Prompt], judge: Judge, wanted: Set[Key], last: int | None
+    ) -> Iterator[Followed]:
+        """Images with slopes, few at once: their graph needs memory for each of them."""
+        for _, alike in groupby(prompts, lambda prompt: prompt.settings):
+            group = list(alike)
+            size = self._n_followed(group[0])
+            for start in range(0, len(group), size):
+                yield self._followed(group[start : start + size], judge, wanted, last)
+
+    def _n_followed(self, prompt: Prompt) -> int:
+        """How many images of that size are followed at once."""
+        fitting = _PIXELS_FOLLOWED // (prompt.width * prompt.height)
+        return min(self.batch, _MOST_FOLLOWED, max(1, fitting))
+
+    def _followed(
+        self, prompts: Sequence[Prompt], judge: Judge, wanted: Set[Key], last: int | None
+    ) -> Followed:
+        """One piece; in half precision with its score enlarged as far as the gradient stays finite."""
+        while True:
+            slopes: dict[Key, float] = {}
+            try:
+                with self._folding(wanted, slopes):
+                    pixels = self._pixels(prompts, last)
+                    scores = judge((pixels / 2 + 0.5).clamp(0, 1), prompts)
+                    torch.autograd.backward(scores.mean() * self._enlarged)
+            except TrialError:
+                if self._enlarged <= 1:
+                    raise
+                self._enlarged /= 16
+                continue
+            images = zip(_as_images(pixels.detach()), prompts, strict=True)
+            return Followed(
+                [Sample(image, prompt) for image, prompt in images],
+                {key: slope / self._enlarged for key, slope in slopes.items()},
+            )
+
+    @contextmanager
+    def _folding(self, wanted: Set[Key], slopes: dict[Key, float]) -> Iterator[None]:
+        """Turn the gradient of each parameter into slopes and free it, as soon as it is known."""
+        held = self._held
+        assert held is not None, "nothing is loaded"
+        hooks: list[Any] = []
+        chosen: list[Tensor] = []
+
+        def fold(name: str, parameter: Tensor) -> None:
+            assert held is not None
+            assert parameter.grad is not None
+            for key, slope in held.slopes(name, parameter.grad).items():
+                slopes[key] = slopes.get(key, 0.0) + slope
+            parameter.grad = None
+
+        for part, table in self._tables.items():
+            for own, parameter in getattr(self._pipe, part).named_parameters():
+                if wanted & set(held.moved_by(table[own])):
+                    chosen.append(parameter.requires_grad_(True))
+                    hooks.append(
+                        parameter.register_post_accumulate_grad_hook(partial(fold, table[own]))
+                    )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter in chosen:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
     def _images(self, prompts: Sequence[Prompt]) -> list[Image.Image]:
-        first = prompts[0]
-        self._pipe.scheduler = self._scheduler(first)
-        # Noise is drawn on the CPU for each image, so a seed means the same on every device.
-        seeds = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts]
+        with torch.inference_mode():
+            return _as_images(self._pixels(prompts, 0))
+
+    def _pixels(self, prompts: Sequence[Prompt], last: int | None) -> Tensor:
+        """Pixels (N, 3, height, width), about [-1, 1], with a graph as `follow` has it."""
         with _enough_memory(
             f"with {len(prompts)} images at once; lower backend.batch or close other programs on the GPU"
         ):
-            latents = self._pipe(
-                prompt_embeds=self._embedded([prompt.prompt for prompt in prompts]),
-                negative_prompt_embeds=self._embedded([p.negative_prompt for p in prompts]),
-                width=first.width,
-                height=first.height,
-                num_inference_steps=first.steps,
-                guidance_scale=first.cfg_scale,
-                generator=seeds,
-                output_type="latent",
-                return_dict=False,
-            )[0]
+            latents = self._denoised(prompts, last)
             vae = self._pipe.vae
             scaled = latents.to(vae.dtype) / vae.config.scaling_factor
             # In float32 the VAE needs most of the memory, hence one by one where it is short.
@@ -163,9 +230,58 @@ class Diffusers:
             pixels = torch.cat([vae.decode(piece).sample for piece in pieces])
         if not bool(torch.isfinite(pixels).all()):
             raise TrialError("the model made NaN images")
-        values = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-        arrays = values.permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(array) for array in arrays]
+        return pixels
+
+    def _denoised(self, prompts: Sequence[Prompt], last: int | None) -> Tensor:
+        """Latents of the images, as the library's pipeline makes them."""
+        first, pipe = prompts[0], self._pipe
+        pipe.scheduler = scheduler = self._scheduler(first)
+        is_guided = first.cfg_scale > 1
+        # Noise is drawn on the CPU for each image, so a seed means the same on every device.
+        seeds = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts]
+        with torch.set_grad_enabled(last != 0):
+            texts = self._embedded([prompt.prompt for prompt in prompts])
+            if is_guided:
+                texts = torch.cat([self._embedded([p.negative_prompt for p in prompts]), texts])
+        scheduler.set_timesteps(first.steps, device=self._device)
+        latents: Tensor = pipe.prepare_latents(
+            len(prompts),
+            pipe.unet.config.in_channels,
+            first.height,
+            first.width,
+            texts.dtype,
+            self._device,
+            seeds,
+        )
+        extra = pipe.prepare_extra_step_kwargs(seeds, 0.0)
+        n_free = 0 if last is None else max(0, len(scheduler.timesteps) - last)
+        for number, time in enumerate(scheduler.timesteps):
+            is_followed = last != 0 and number >= n_free
+            with torch.set_grad_enabled(is_followed):
+                both = torch.cat([latents] * 2) if is_guided else latents
+                both = scheduler.scale_model_input(both, time)
+                if is_followed:
+                    # GroupNorm's backward pass crashes on a CPU where its input needs no gradient.
+                    both.requires_grad_(True)
+                found = self._noise(both, time, texts if is_followed else texts.detach())
+                if is_guided:
+                    without, told = found.chunk(2)
+                    found = without + first.cfg_scale * (told - without)
+                latents = scheduler.step(found, time, latents, **extra, return_dict=False)[0]
+        return latents
+
+    def _noise(self, latents: Tensor, time: Tensor, texts: Tensor) -> Tensor:
+        """What the U-Net finds; where memory is short its graph is not kept, but made again."""
+
+        def found(latents: Tensor, texts: Tensor) -> Tensor:
+            noise: Tensor = self._pipe.unet(latents, time, texts, return_dict=False)[0]
+            return noise
+
+        if not (self._saves_memory and torch.is_grad_enabled()):
+            return found(latents, texts)
+        # Reentrant: each call frees its own gradients of the parameters, rather than all at the end.
+        again: Tensor = checkpoint(found, latents, texts, use_reentrant=True)
+        return again
 
     def _embedded(self, texts: Sequence[str]) -> Tensor:
         """The texts' token states from the layer that `clip_skip` chooses, after the final norm."""
@@ -232,13 +348,16 @@ class Diffusers:
             module = getattr(self._pipe, part)
             # The VAE overflows in half precision, hence float32 for it. nn.Module's own `to`: the
             # one of diffusers warns about every cast.
-            torch.nn.Module.to(module, torch.float32 if part == "vae" else self._dtype)
+            wide = torch.promote_types(self._dtype, torch.float32)
+            torch.nn.Module.to(module, wide if part == "vae" else self._dtype)
             module.to_empty(device=self._device).requires_grad_(False).eval()
             for name, buffer in module.named_buffers():
                 if name.endswith("position_ids"):
                     buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
             for own, tensor in module.state_dict().items():
                 self._live[table[own]] = tensor
+            if self._saves_memory and part != "text_encoder":
+                module.enable_gradient_checkpointing()
 
     def _prove(self, merged: Mapping[str, Tensor]) -> None:
         """TrialError unless the modules that make images hold the merge, by a few of its tensors."""
@@ -280,6 +399,11 @@ class Diffusers:
                 f"{where}: sampler {sampler!r} has no scheduler {schedule!r} in diffusers"
             )
         return name, {**settings, **_SCHEDULES[schedule]}
+
+
+def _as_images(pixels: Tensor) -> list[Image.Image]:
+    values = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 @contextmanager

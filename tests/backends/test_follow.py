@@ -1,0 +1,217 @@
+"""Images with a graph behind them: the slopes of a score by the weights of the merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import bayesian_merger
+from bayesian_merger.backends import Differentiable, Key
+from bayesian_merger.backends.diffusers import Diffusers
+from bayesian_merger.checkpoint import Checkpoint
+from bayesian_merger.data import Prompt, Recipe
+from bayesian_merger.errors import TrialError
+from bayesian_merger.merge import Merger
+from bayesian_merger.scorers.demo import Demo
+
+DEMO = Path(bayesian_merger.__file__).parent / "demo"
+N_STEPS = 4
+STEP = 1e-5
+BASE, FIRST, DEEP, LAST = (("alpha", block) for block in ("base", "IN00", "OUT03", "OUT11"))
+SOME = {BASE, FIRST, DEEP, LAST}
+
+
+@pytest.fixture(scope="module")
+def merger() -> Merger:
+    return Merger([Checkpoint(DEMO / "crisp.safetensors"), Checkpoint(DEMO / "vivid.safetensors")])
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Demo:
+    found = Demo()
+    found._network.double()
+    return found
+
+
+@pytest.fixture
+def live(merger: Merger) -> Iterator[Diffusers]:
+    """In float64, so that differences tell derivatives; DDIM alone steps in it too."""
+    back_end = Diffusers(device="cpu", batch=4, config=DEMO / "config")
+    back_end._dtype = torch.float64
+    yield back_end
+    back_end.close()
+
+
+def prompts(n: int = 2, sampler: str = "DDIM") -> list[Prompt]:
+    texts = ["a plain red circle on a white background", "a dotted blue star on a pink background"]
+    return [
+        Prompt(i, "p", texts[i % 2], 100 + i, "", 64, 64, N_STEPS, 3.0, sampler) for i in range(n)
+    ]
+
+
+def load(back_end: Diffusers, merger: Merger, changes: Mapping[str, float] | None = None) -> None:
+    weights = {"alpha": {**dict.fromkeys(merger.blocks, 0.5), **(changes or {})}}
+    recipe = Recipe("weighted_sum", "sd1", merger.references(), weights, precision="fp32")
+    back_end.load(recipe, merger.merge(recipe))
+
+
+def judge_by(scorer: Demo) -> Callable[[Tensor, Sequence[Prompt]], Tensor]:
+    return lambda pixels, some: scorer.differentiable(pixels, [p.prompt for p in some])
+
+
+def followed(
+    back_end: Diffusers, scorer: Demo, last: int | None, wanted: set[Key] = SOME
+) -> Mapping[Key, float]:
+    (found,) = back_end.follow(prompts(), judge_by(scorer), wanted, last)
+    return found.slopes
+
+
+def mean_score(back_end: Diffusers, scorer: Demo) -> float:
+    with torch.no_grad():
+        pixels = back_end._pixels(prompts(), 0)
+        return float(judge_by(scorer)((pixels / 2 + 0.5).clamp(0, 1), prompts()).mean())
+
+
+def differences(back_end: Diffusers, merger: Merger, scorer: Demo) -> dict[Key, float]:
+    """The slopes by central differences, of merges that are not rounded to a type of files."""
+    models, found = [Checkpoint(model.path) for model in merger.models], {}
+    for key in SOME:
+        names = [
+            name
+            for name, place in merger.places.items()
+            if place.block == key[1] and place.component != "vae" and name in back_end._live
+        ]
+        ends = []
+        for alpha in (0.5 - STEP, 0.5 + STEP, 0.5):
+            for name in names:
+                a, b = (model[name].double() for model in models)
+                live = back_end._live[name]
+                live.copy_(torch.lerp(a, b, alpha).reshape(live.shape))
+            ends.append(mean_score(back_end, scorer))
+        found[key] = (ends[1] - ends[0]) / (2 * STEP)
+    return found
+
+
+def test_slopes_through_all_steps_are_the_derivatives(
+    live: Diffusers, merger: Merger, scorer: Demo
+) -> None:
+    load(live, merger)
+    found = followed(live, scorer, None)
+    expected = differences(live, merger, scorer)
+    for key in SOME:
+        assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+
+
+def test_slopes_through_the_last_step_take_the_earlier_ones_as_given(
+    live: Diffusers, merger: Merger, scorer: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(live, merger)
+    found = followed(live, scorer, 1)
+    given: list[Tensor] = []
+    inner = live._noise
+
+    def kept(latents: Tensor, time: Tensor, texts: Tensor) -> Tensor:
+        given.append(inner(latents, time, texts))
+        return given[-1]
+
+    monkeypatch.setattr(live, "_noise", kept)
+    mean_score(live, scorer)
+    n_calls = 0
+
+    def last_anew(latents: Tensor, time: Tensor, texts: Tensor) -> Tensor:
+        nonlocal n_calls
+        n_calls += 1
+        is_last = n_calls % N_STEPS == 0
+        return inner(latents, time, texts) if is_last else given[n_calls % N_STEPS - 1]
+
+    monkeypatch.setattr(live, "_noise", last_anew)
+    expected = differences(live, merger, scorer)
+    for key in SOME:
+        assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+
+
+def test_graph_that_is_made_again_gives_the_same_slopes(
+    live: Diffusers, merger: Merger, scorer: Demo
+) -> None:
+    load(live, merger)
+    kept = followed(live, scorer, 2)
+    live.close()
+    live._saves_memory = True
+    load(live, merger)
+    assert followed(live, scorer, 2) == pytest.approx(kept, rel=1e-6)
+
+
+def test_no_gradient_is_kept(live: Diffusers, merger: Merger, scorer: Demo) -> None:
+    load(live, merger)
+    followed(live, scorer, 1)
+    parts = [getattr(live._pipe, part) for part in live._tables]
+    parameters = [p for part in parts for p in part.parameters()]
+    assert all(p.grad is None and not p.requires_grad for p in parameters)
+
+
+def test_only_the_wanted_weights_have_slopes(
+    live: Diffusers, merger: Merger, scorer: Demo
+) -> None:
+    load(live, merger)
+    assert followed(live, scorer, 1, {FIRST}).keys() == {FIRST}
+    assert followed(live, scorer, None, {BASE}).keys() == {BASE}
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "Euler a", "Heun", "DPM2", "DDIM", "UniPC", "LMS"])
+def test_followed_images_are_the_ones_that_are_generated(
+    merger: Merger, scorer: Demo, sampler: str
+) -> None:
+    back_end = Diffusers(device="cpu", batch=2, config=DEMO / "config")
+    load(back_end, merger)
+    wanted = prompts(4, sampler)
+    plain = [np.asarray(sample.image) for sample in back_end.generate(wanted)]
+    pieces = list(back_end.follow(wanted, judge_by(Demo()), SOME, 1))
+    images = [np.asarray(sample.image) for piece in pieces for sample in piece.samples]
+    assert [s.prompt for piece in pieces for s in piece.samples] == wanted
+    assert np.array_equal(images, plain)
+    assert all(piece.slopes[LAST] != 0 for piece in pieces)
+
+
+def test_images_of_many_pixels_are_followed_one_by_one(merger: Merger, scorer: Demo) -> None:
+    back_end = Diffusers(device="cpu", batch=4, config=DEMO / "config")
+    assert isinstance(back_end, Differentiable)
+    assert [back_end._n_followed(Prompt(0, "p", "", 0, "", s, s)) for s in (64, 256, 512)] == [
+        3,
+        3,
+        1,
+    ]
+
+
+def test_gradient_that_overflows_is_tried_again_with_a_smaller_factor(
+    live: Diffusers, merger: Merger, scorer: Demo
+) -> None:
+    load(live, merger)
+    plain = followed(live, scorer, 1)
+
+    def overflows(pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
+        # What half precision does to a large gradient.
+        pixels.register_hook(lambda g: g.where(g.abs() < 30, float("inf")))  # type: ignore[no-untyped-call]
+        return judge_by(scorer)(pixels, some)
+
+    live._enlarged = 2.0**16
+    (found,) = live.follow(prompts(), overflows, SOME, 1)
+    assert live._enlarged < 2.0**16
+    assert found.slopes == pytest.approx(plain, rel=1e-6)
+
+
+def test_gradient_without_numbers_fails_the_trial(
+    live: Diffusers, merger: Merger, scorer: Demo
+) -> None:
+    load(live, merger)
+
+    def broken(pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
+        return judge_by(scorer)(pixels, some) * float("nan")
+
+    with pytest.raises(TrialError, match=r"the gradient of tensor '.*' is not finite"):
+        list(live.follow(prompts(), broken, SOME, 1))
+    assert not any(p.requires_grad for p in live._pipe.unet.parameters())
