@@ -6,8 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from bayesian_merger.gp import Array, Data, Model, Posterior, _loss
+from bayesian_merger.gp import (
+    WHOLE,
+    Array,
+    Data,
+    Model,
+    Posterior,
+    Slopes,
+    _Kernel,
+    _kernel,
+    _loss,
+)
 
 D = 4
 Scores = tuple[Array, list[int], list[int], list[str], list[float]]
@@ -155,3 +166,83 @@ def test_merge_that_was_judged_twice_is_no_error() -> None:
     points = np.full((6, D), 0.25)
     posterior = fitted(points, list(range(6)), [0] * 6, ["p"] * 6, [float(i) for i in range(6)])
     assert np.isfinite(posterior.at_points).all()
+
+
+def sloped(seed: int = 3) -> tuple[Scores, Slopes]:
+    """Scores, and slopes of the wave at some of their points."""
+    data, chance = scores(), np.random.default_rng(seed)
+    some = [2, 5, 11, 20]
+    true = np.zeros((len(some), D))
+    true[:, 0] = 6 * np.cos(3 * data[0][some, 0])
+    variance = np.full((len(some), D), 0.1)
+    return data, Slopes(some, true + chance.normal(0, 0.3, true.shape), variance)
+
+
+def test_covariances_with_slopes_are_the_derivatives_of_the_kernel() -> None:
+    chance = np.random.default_rng(0)
+    x, points = (torch.from_numpy(chance.uniform(size=(n, D))) for n in (3, 2))
+    lengths = torch.from_numpy(chance.uniform(0.5, 2.0, D))
+    kernel = _Kernel(lengths, torch.tensor(1.3), torch.tensor(0.4))
+
+    def of_one(one: Tensor, other: Tensor) -> Tensor:
+        return kernel.of_scores(one[None], other[None])[0, 0]
+
+    for i, one in enumerate(x):
+        slopes = [torch.func.grad(of_one, 1)(one, point) for point in points]
+        assert torch.allclose(kernel.with_slopes(x, points)[i], torch.cat(slopes))
+    second = torch.func.jacrev(torch.func.grad(of_one, 0), 1)
+    rows = [torch.cat([second(one, other) for other in points], 1) for one in points]
+    assert torch.allclose(kernel.of_slopes(points), torch.cat(rows))
+
+
+def test_slopes_tell_what_the_whole_covariance_with_them_does() -> None:
+    data, slopes = sloped()
+    found = Data(*data, slopes=slopes)
+    model = Model(D, WHOLE)
+    model.theta = model.theta + 0.3 * np.random.default_rng(2).normal(size=len(model.theta))
+    own = model.theta
+    model.theta = own[:-2]
+    dense = Dense(model, data)
+    model.theta = own
+    gain, misfit = math.exp(own[-2]), math.exp(2 * own[-1])
+    kernel = _kernel(torch.from_numpy(own), D)
+    points, x = (
+        torch.from_numpy(data[0]),
+        torch.from_numpy(np.random.default_rng(1).random((5, D))),
+    )
+    at = points[slopes.point]
+    across = gain * kernel.with_slopes(points, at).numpy()[data[1]]
+    errors = misfit * slopes.variance.ravel() / found.scale**2
+    whole = np.block(
+        [
+            [dense.whole, across],
+            [across.T, gain**2 * kernel.of_slopes(at).numpy() + np.diag(errors)],
+        ]
+    )
+    y = np.concatenate([dense.y, slopes.mean.ravel() / found.scale])
+    solved = np.linalg.solve(whole, y)
+    offset = 1.0 + dense.of_payload / dense.n_payloads + dense.of_image / dense.n_images
+    of_x = np.hstack(
+        [dense.kernel(x.numpy(), data[0])[:, data[1]], gain * kernel.with_slopes(x, at).numpy()]
+    )
+    covariance = dense.kernel(x.numpy(), x.numpy()) - of_x @ np.linalg.solve(whole, of_x.T)
+
+    posterior = model.posterior(found)
+    loss = 0.5 * float(y @ solved + np.linalg.slogdet(whole)[1])
+    assert float(_loss(found, torch.from_numpy(own))) == pytest.approx(loss, abs=1e-4)
+    assert posterior.mean(x).numpy() == pytest.approx(of_x @ solved, abs=1e-5)
+    assert posterior.covariance(x, x).numpy() == pytest.approx(covariance, abs=1e-5)
+    of_level = of_x[0].copy()
+    of_level[: len(dense.y)] += offset
+    mean, variance = of_level @ solved, float(dense.kernel(x[:1].numpy(), x[:1].numpy())[0, 0])
+    variance += offset - of_level @ np.linalg.solve(whole, of_level)
+    expected = (found.mean + found.scale * mean, found.scale * math.sqrt(variance))
+    assert posterior.expected(x[0]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_slopes_tell_at_once_which_weights_matter() -> None:
+    (points, point, image, payload, y), slopes = sloped()
+    model = Model(D, WHOLE)
+    few = Data(points[:21], point[:6], image[:6], payload[:6], y[:6], slopes=slopes)
+    model.fit(few, n_steps=60)
+    assert model.theta[0] < model.theta[1:D].min() - 1

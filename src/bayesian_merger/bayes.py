@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from bayesian_merger.gp import Array, Data, Model, Posterior
+from bayesian_merger.gp import WHOLE, Array, Data, Model, Posterior, Prior, Slopes
 
 _KAPPA = 2.0
 _N_SAMPLED = 400
@@ -30,15 +30,27 @@ _EVERY = 3
 _LAST = 0.15
 # Merges whose weights differ by less on average are one and the same candidate.
 _NEAR = 0.05
+# How many groups of images the first guess of the slopes' variance counts for.
+_PRIOR_FREEDOM = 4.0
+# Variance of a slope that was not measured, beside the largest of those that were.
+_UNKNOWN = 1e6
 # Compromises whose expected scores differ by less, in standard deviations, are one.
 _TELLING = 0.05
 
 
+class Slope(NamedTuple):
+    """Derivative [d] of the mean score of `n` images by each weight."""
+
+    n: int
+    slope: Array
+
+
 class Judged(NamedTuple):
-    """A merge with the scores of the images it has been shown."""
+    """A merge with the scores of the images it has been shown, and the slopes of some of them."""
 
     point: Array
     scores: Mapping[int, float]
+    slopes: Sequence[Slope] = ()
 
 
 class Recommended(NamedTuple):
@@ -49,23 +61,31 @@ class Recommended(NamedTuple):
     se: float
 
 
+class _Panel(Protocol):
+    """The payload of each image."""
+
+    def __getitem__(self, item: int, /) -> str: ...
+
+
 class Bayes:
     """Proposes merges in [0, 1]^d; the same scores make the same proposals.
 
     `panel` names the payload of each image, `shares` says how much a payload counts beside others.
     `choices` are coordinates of which one is 1 and the others 0, a group for each thing to choose.
+    `gain` is that of the slopes, if there are any.
     """
 
     def __init__(
         self,
         d: int,
-        panel: Sequence[str],
+        panel: _Panel,
         seed: int,
         shares: Mapping[str, float] | None = None,
         choices: Sequence[slice] = (),
+        gain: Prior = WHOLE,
     ) -> None:
         self.d, self.panel, self.seed, self.shares = d, panel, seed, shares
-        self._box = _Box(d, choices)
+        self._box, self._gain = _Box(d, choices), gain
         self._fitted: tuple[tuple[int, int], Model] | None = None
 
     def propose(self, judged: Sequence[Judged], place: int, spent: float) -> Array:
@@ -105,7 +125,7 @@ class Bayes:
     def learnt(self, judged: Sequence[Judged]) -> Posterior:
         """What the scores say of every merge, by hyperparameters of their own."""
         data = self._data(judged)
-        model = Model(self.d)  # of its own: who asks in between changes no proposal
+        model = self._model(data)  # of its own: who asks in between changes no proposal
         model.fit(data, n_steps=60)
         return model.posterior(data)
 
@@ -154,16 +174,48 @@ class Bayes:
     def _posterior(self, judged: Sequence[Judged], n_fitted: int) -> Posterior:
         key = (n_fitted, sum(len(one.scores) for one in judged[:n_fitted]))
         if self._fitted is None or self._fitted[0] != key:
-            model = Model(self.d)
-            model.fit(self._data(judged[:n_fitted]))
+            data = self._data(judged[:n_fitted])
+            model = self._model(data)
+            model.fit(data)
             self._fitted = (key, model)
         return self._fitted[1].posterior(self._data(judged))
+
+    def _model(self, data: Data) -> Model:
+        return Model(self.d, self._gain if len(data.sloped) else None)
 
     def _data(self, judged: Sequence[Judged]) -> Data:
         rows = [(i, *entry) for i, one in enumerate(judged) for entry in one.scores.items()]
         point, image, y = (list(column) for column in zip(*rows, strict=True))
         points = np.array([one.point for one in judged])
-        return Data(points, point, image, [self.panel[i] for i in image], y, self.shares)
+        payloads = [self.panel[i] for i in image]
+        return Data(points, point, image, payloads, y, self.shares, _pooled(judged))
+
+
+def _pooled(judged: Sequence[Judged]) -> Slopes | None:
+    """The mean slope of each merge that has any, with the variance of its error.
+
+    The variance of one image's slope is pooled over the merges; until they are many it is drawn to the
+    mean square of the slopes. What is not a number was not measured.
+    """
+    sloped = [i for i, one in enumerate(judged) if one.slopes]
+    if not sloped:
+        return None
+    counts = np.array([[sum(group.n for group in judged[i].slopes)] for i in sloped])
+    means, squares, raw = np.zeros((len(sloped), len(judged[0].point))), 0.0, 0.0
+    n_groups = sum(len(judged[i].slopes) for i in sloped)
+    for row, i in enumerate(sloped):
+        n = np.array([[group.n] for group in judged[i].slopes], float)
+        each = np.array([group.slope for group in judged[i].slopes])
+        means[row] = (n * each).sum(0) / n.sum()
+        squares = squares + np.nan_to_num(n * (each - means[row]) ** 2).sum(0)
+        raw = raw + np.nan_to_num(n * each**2).sum(0)
+    freedom = n_groups - len(sloped) + _PRIOR_FREEDOM
+    variance = np.asarray(squares + _PRIOR_FREEDOM * raw / n_groups) / freedom
+    # Where a weight changes nothing, all its slopes are 0.
+    least = 1e-6 * max(float(variance.max()), 1e-12)
+    errors = np.maximum(variance, least) / counts
+    errors[np.isnan(means)] = _UNKNOWN * errors.max()
+    return Slopes(sloped, np.nan_to_num(means), errors)
 
 
 def _spread(values: Array, n: int) -> list[int]:
@@ -320,7 +372,7 @@ def _sampled(
 ) -> Tensor:
     """The best of merges near the incumbent in one function drawn from the posterior."""
     x = box.around(incumbent, chance)
-    jitter = 1e-6 * posterior.variance * torch.eye(_N_SAMPLED, dtype=torch.float64)
+    jitter = 1e-6 * posterior.kernel.variance * torch.eye(_N_SAMPLED, dtype=torch.float64)
     with torch.no_grad():
         root = torch.linalg.cholesky(posterior.covariance(x, x) + jitter)
         drawn = posterior.mean(x) + root @ torch.from_numpy(chance.normal(size=_N_SAMPLED))

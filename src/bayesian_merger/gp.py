@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 Array = NDArray[np.float64]
+Prior: TypeAlias = tuple[float, float]
+"""Mean and standard deviation of a logarithm."""
 
 # Log-normal priors, mean and standard deviation of the logarithm; scores are standardised.
 _AMPLITUDE = (0.0, 1.0)
@@ -33,8 +35,26 @@ _PAYLOADS = (0.0, 1.0)
 _IMAGES = (math.log(0.5), 0.7)
 _NOISE = (math.log(0.8), 0.3)
 _LENGTH = (0.3, 0.7)  # in 26 dimensions
+# A slope tells at once of a weight that does not matter, so that its lengthscale may be far off.
+_WIDE = 1.5
+# So many times as large as they should be are the slopes that are measured, if they go through all that
+# an image comes from or through a part of it, and their errors.
+WHOLE = (0.0, 0.1)
+PARTIAL = (-1.0, 1.0)
+_MISFIT = (0.2, 0.5)
 _MOST_LOG = 6.0
 _JITTER = 1e-6
+
+
+class Slopes(NamedTuple):
+    """Derivatives of the expected score by each weight, as they were measured at some merges.
+
+    Of merge `point[i]` they are `mean[i]` [d], with the variance `variance[i]` [d] of their error.
+    """
+
+    point: Sequence[int]
+    mean: Array
+    variance: Array
 
 
 class Data:
@@ -53,6 +73,7 @@ class Data:
         payload: Sequence[str],
         y: Sequence[float],
         shares: Mapping[str, float] | None = None,
+        slopes: Slopes | None = None,
     ) -> None:
         values = np.asarray(y, float)
         self.points = torch.from_numpy(np.asarray(points, float))
@@ -80,21 +101,30 @@ class Data:
         self.counts = chosen.sum(0)
         self.zu, self.uu = chosen.T @ offsets, offsets.T @ offsets
         self.zy, self.uy, self.yy = chosen.T @ scaled, offsets.T @ scaled, scaled @ scaled
+        none = np.zeros((0, self.d))
+        found = slopes or Slopes([], none, none)
+        self.sloped = torch.tensor(found.point, dtype=torch.long)
+        self.slopes = torch.from_numpy(found.mean / self.scale).flatten()
+        self.slope_variance = torch.from_numpy(found.variance / self.scale**2).flatten()
 
 
 def _means(values: Array, group: NDArray[np.intp]) -> Array:
     return np.bincount(group, values) / np.bincount(group)
 
 
-def _prior(d: int) -> tuple[Array, Array]:
+def _prior(d: int, gain: Prior | None) -> tuple[Array, Array]:
     """Mean and standard deviation of the logarithms of all hyperparameters.
 
     They are d lengthscales, then the amplitudes of the smooth and the linear function, the payloads' and
-    the images' offsets, the noise.
+    the images' offsets, the noise; with slopes also their gain and misfit.
     """
     # In more dimensions random merges are further apart.
     mean, sd = _LENGTH[0] + math.log(d / 26) / 2, _LENGTH[1]
-    both = np.array([(mean, sd)] * d + [_AMPLITUDE, _SLOPE, _PAYLOADS, _IMAGES, _NOISE])
+    others = [_AMPLITUDE, _SLOPE, _PAYLOADS, _IMAGES, _NOISE]
+    if gain:
+        sd = _WIDE
+        others += [gain, _MISFIT]
+    both = np.array([(mean, sd)] * d + others)
     return both[:, 0], both[:, 1]
 
 
@@ -103,9 +133,9 @@ class Posterior:
     """What the scores say of every merge, in units of the standardised score."""
 
     data: Data
-    inverse_lengths: Tensor
-    variance: float
-    slope: float
+    kernel: _Kernel
+    # Slopes are measured so many times as large as they are.
+    gain: float
     # What the kernel at the judged merges is multiplied with.
     of_mean: Tensor
     of_covariance: Tensor
@@ -114,39 +144,75 @@ class Posterior:
     of_level: Tensor
     variance_of_level: float
 
-    def kernel(self, one: Tensor, other: Tensor) -> Tensor:
-        """Prior covariance [n, m] of the merges `one` [n, d] and `other` [m, d]."""
-        apart = _squares(one * self.inverse_lengths, other * self.inverse_lengths)
-        return self.variance * torch.exp(-0.5 * apart) + self.slope * _products(one, other)
+    def with_data(self, x: Tensor) -> Tensor:
+        """Prior covariance of merges [n, d] with the scores of the judged ones, then with slopes."""
+        data = self.data
+        of_scores = self.kernel.of_scores(x, data.points)
+        if not len(data.sloped):
+            return of_scores
+        of_slopes = self.gain * self.kernel.with_slopes(x, data.points[data.sloped])
+        return torch.cat([of_scores, of_slopes], 1)
 
     def mean(self, x: Tensor) -> Tensor:
         """Expected score [n] of merges [n, d], without offsets."""
-        return self.kernel(x, self.data.points) @ self.of_mean
+        return self.with_data(x) @ self.of_mean
 
     def mean_and_variance(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of merges [n, d], each by itself."""
-        k = self.kernel(x, self.data.points)
-        prior = self.variance + self.slope * ((2 * x - 1) ** 2).mean(1)
+        k = self.with_data(x)
+        prior = self.kernel.variance + self.kernel.slope * ((2 * x - 1) ** 2).mean(1)
         variance = prior - ((k @ self.of_covariance) * k).sum(1)
         return k @ self.of_mean, variance.clamp(min=1e-12)
 
     def expected(self, x: Tensor) -> tuple[float, float]:
         """Score to expect of one merge [d] over all images, and its standard error."""
         mean, variance = self.mean_and_variance(x[None])
-        shared = float(self.kernel(x[None], self.data.points)[0] @ self.of_level)
+        shared = float(self.with_data(x[None])[0] @ self.of_level)
         whole = max(float(variance) + self.variance_of_level + 2 * shared, 0.0)
         data = self.data
         return data.mean + data.scale * (float(mean) + self.level), data.scale * math.sqrt(whole)
 
     def covariance(self, one: Tensor, other: Tensor) -> Tensor:
         """Posterior covariance [n, m]."""
-        left, right = (self.kernel(x, self.data.points) for x in (one, other))
-        return self.kernel(one, other) - left @ self.of_covariance @ right.T
+        left, right = self.with_data(one), self.with_data(other)
+        return self.kernel.of_scores(one, other) - left @ self.of_covariance @ right.T
 
     @cached_property
     def at_points(self) -> Array:
         """Expected score of the merges that were judged."""
         return self.mean(self.data.points).numpy()
+
+
+class _Kernel(NamedTuple):
+    """Prior covariances of scores and slopes."""
+
+    inverse_lengths: Tensor
+    variance: Tensor
+    slope: Tensor
+
+    def smooth(self, one: Tensor, other: Tensor) -> Tensor:
+        apart = _squares(one * self.inverse_lengths, other * self.inverse_lengths)
+        return self.variance * torch.exp(-0.5 * apart)
+
+    def of_scores(self, one: Tensor, other: Tensor) -> Tensor:
+        """Of merges `one` [n, d] and `other` [m, d]: [n, m]."""
+        return self.smooth(one, other) + self.slope * _products(one, other)
+
+    def with_slopes(self, one: Tensor, other: Tensor) -> Tensor:
+        """Of the scores of `one` with the slopes of `other`: [n, m d]."""
+        apart = (one[:, None] - other[None]) * self.inverse_lengths**2
+        linear = self.slope * 2 / one.shape[1] * (2 * one - 1)
+        return (self.smooth(one, other)[:, :, None] * apart + linear[:, None]).flatten(1)
+
+    def of_slopes(self, points: Tensor) -> Tensor:
+        """Of the slopes of merges [n, d] with each other: [n d, n d]."""
+        n, d = points.shape
+        precision = self.inverse_lengths**2
+        apart = (points[:, None] - points[None]) * precision
+        pairs = torch.diag(precision) - apart[:, :, :, None] * apart[:, :, None, :]
+        linear = self.slope * 4 / d * torch.eye(d, dtype=points.dtype)
+        whole = self.smooth(points, points)[:, :, None, None] * pairs + linear
+        return whole.permute(0, 2, 1, 3).reshape(n * d, n * d)
 
 
 def _squares(one: Tensor, other: Tensor) -> Tensor:
@@ -161,11 +227,14 @@ def _products(one: Tensor, other: Tensor) -> Tensor:
 
 
 class Model:
-    """The process with its hyperparameters, which `fit` improves from where they are."""
+    """The process with its hyperparameters, which `fit` improves from where they are.
 
-    def __init__(self, d: int) -> None:
+    For data with slopes `gain` says how large they are beside the function's.
+    """
+
+    def __init__(self, d: int, gain: Prior | None = None) -> None:
         self.d = d
-        self._mean, self._sd = _prior(d)
+        self._mean, self._sd = _prior(d, gain)
         self.theta = self._mean.copy()
 
     def fit(self, data: Data, n_steps: int = 30) -> None:
@@ -193,26 +262,62 @@ class Model:
         with torch.no_grad():
             theta = torch.from_numpy(self.theta)
             parts = _parts(data, theta)
-            g, h, root = parts.g, parts.h, parts.root
+            g, h, root, known = parts.g, parts.h, parts.root, parts.known
             # 1 / (1 / kernel + g)
             half = torch.linalg.solve_triangular(parts.w, root.T, upper=False)
             at_points = half.T @ (half @ h)
             gh = g @ half.T
             # Offsets given the scores if no merge differed, averaged over payloads and images.
-            noise = torch.exp(2 * theta[-1])
+            noise = torch.exp(2 * theta[self.d + 4])
             offset = torch.cholesky_solve(data.average[:, None], parts.inner)[:, 0]
             on_points = half @ (data.zu @ offset) / noise
+            of_mean, of_covariance = h - g @ at_points, g - gh @ gh.T
+            of_level = gh @ on_points - data.zu @ offset / noise
+            if known:
+                at_points = at_points + known.mean
+                of_mean = known.lifted(of_mean)
+                of_mean[len(g) :] += torch.linalg.solve_triangular(
+                    known.root.T, known.of_mean[:, None], upper=True
+                )[:, 0]
+                of_level = known.lifted(of_level)
+                of_covariance = known.lifted(known.lifted(of_covariance).T)
+                of_covariance[len(g) :, len(g) :] += torch.cholesky_inverse(known.root)
             return Posterior(
                 data,
-                torch.exp(-theta[: self.d]),
-                float(torch.exp(2 * theta[self.d])),
-                float(torch.exp(2 * theta[self.d + 1])),
-                h - g @ at_points,
-                g - gh @ gh.T,
+                _kernel(theta, self.d),
+                float(torch.exp(theta[self.d + 5])) if known else 1.0,
+                of_mean,
+                of_covariance,
                 float(offset @ (data.uy - data.zu.T @ at_points) / noise),
-                gh @ on_points - data.zu @ offset / noise,
+                of_level,
                 float(data.average @ offset + on_points @ on_points),
             )
+
+
+def _kernel(theta: Tensor, d: int) -> _Kernel:
+    return _Kernel(torch.exp(-theta[:d]), torch.exp(2 * theta[d]), torch.exp(2 * theta[d + 1]))
+
+
+class _Known(NamedTuple):
+    """What the slopes tell of the judged merges before their scores.
+
+    `root` is the Cholesky root of the slopes' covariance, errors included, and L^-1 times their prior
+    covariance with the scores is `across`, times what was measured `of_mean`; `mean` is the scores'
+    mean by them.
+    """
+
+    root: Tensor
+    across: Tensor
+    of_mean: Tensor
+    mean: Tensor
+
+    def lifted(self, of_scores: Tensor) -> Tensor:
+        """What the covariance with the scores given the slopes is multiplied with -> that of both.
+
+        By its first axis.
+        """
+        solved = torch.linalg.solve_triangular(self.root.T, self.across, upper=True)
+        return torch.cat([of_scores, -solved @ of_scores])
 
 
 class _Parts(NamedTuple):
@@ -220,7 +325,8 @@ class _Parts(NamedTuple):
 
     `rest` is -2 log density if no merge differed; `inner` the Cholesky root of U' U / noise + 1 / prior
     of the offsets; `g` is Z' N^-1 Z and `h` Z' N^-1 y; `root` is the Cholesky root of k, and `w` that of
-    1 + root' g root. Rasmussen and Williams, equations 2.43 and 3.26.
+    1 + root' g root. Rasmussen and Williams, equations 2.43 and 3.26. Where slopes are `known`, y is
+    what they leave of the scores and k the covariance given them; section 9.4.
     """
 
     rest: Tensor
@@ -229,11 +335,12 @@ class _Parts(NamedTuple):
     h: Tensor
     root: Tensor
     w: Tensor
+    known: _Known | None
 
 
 def _parts(data: Data, theta: Tensor) -> _Parts:
     d = data.d
-    amplitude, slope, payload, image, noise = torch.exp(2 * theta[d:])
+    amplitude, _, payload, image, noise = torch.exp(2 * theta[d : d + 5])
     spread = torch.cat(
         [
             torch.ones(1, dtype=theta.dtype),
@@ -255,13 +362,29 @@ def _parts(data: Data, theta: Tensor) -> _Parts:
         + 2 * torch.log(torch.diagonal(inner)).sum()
         + torch.log(spread).sum()
     )
-    scaled = data.points * torch.exp(-theta[:d])
     same = torch.eye(len(data.points), dtype=theta.dtype)
-    kernel = amplitude * (torch.exp(-0.5 * _squares(scaled, scaled)) + _JITTER * same)
-    kernel = kernel + slope * _products(data.points, data.points)
+    of_both = _kernel(theta, d)
+    kernel = of_both.of_scores(data.points, data.points) + amplitude * _JITTER * same
+    known = None
+    if len(data.sloped):
+        known = _known(data, of_both, theta[d + 5].exp(), (2 * theta[d + 6]).exp())
+        kernel = kernel - known.across.T @ known.across
+        rest = rest - 2 * known.mean @ h + known.mean @ g @ known.mean
+        rest = rest + known.of_mean @ known.of_mean + 2 * known.root.diagonal().log().sum()
+        h = h - g @ known.mean
     root = torch.linalg.cholesky(kernel)
     w = torch.linalg.cholesky(same + root.T @ g @ root)
-    return _Parts(rest, inner, g, h, root, w)
+    return _Parts(rest, inner, g, h, root, w, known)
+
+
+def _known(data: Data, kernel: _Kernel, gain: Tensor, misfit: Tensor) -> _Known:
+    points = data.points[data.sloped]
+    covariance = gain**2 * kernel.of_slopes(points) + torch.diag(misfit * data.slope_variance)
+    root = torch.linalg.cholesky(covariance)
+    right = torch.column_stack([gain * kernel.with_slopes(data.points, points).T, data.slopes])
+    solved = torch.linalg.solve_triangular(root, right, upper=False)
+    across, of_mean = solved[:, :-1], solved[:, -1]
+    return _Known(root, across, of_mean, across.T @ of_mean)
 
 
 def _loss(data: Data, theta: Tensor) -> Tensor:
