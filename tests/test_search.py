@@ -18,7 +18,9 @@ from bayesian_merger.study.search import SearchTrial
 
 SPACE = {"IN00": (0.0, 1.0), "M00": (-0.5, 1.5), "OUT11": (0.25, 0.5)}
 BEST = {"IN00": 0.3, "M00": 1.2, "OUT11": 0.25}
-every_optimiser = pytest.mark.parametrize("optimiser", OPTIMISERS)
+every_optimiser = pytest.mark.parametrize(
+    "optimiser", [name for name in OPTIMISERS if name != "gradient"]
+)
 
 
 def score(weights: Mapping[str, float], item: int) -> float:
@@ -400,3 +402,8 @@ def test_study_is_optuna_s(tmp_path: Path) -> None:
 def test_package_has_nothing_else(recwarn: pytest.WarningsRecorder) -> None:
     with pytest.raises(AttributeError, match="no attribute 'Serach'"):
         bayesian_merger.Serach  # noqa: B018
+
+
+def test_gradient_is_refused_by_a_search_that_is_told_no_slopes() -> None:
+    with pytest.raises(ConfigError, match="gradient needs slopes, which this search is not told"):
+        Search({"x": (0, 1)}, images=4, panel=2, optimiser="gradient")

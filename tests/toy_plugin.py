@@ -8,7 +8,7 @@ stripes with a target.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bayesian_merger.backends import backend
+from bayesian_merger.backends import Followed, Judge, Key, Merge, backend
 from bayesian_merger.blocks import SD1
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.errors import TrialError
@@ -94,6 +94,39 @@ class Stripes:
         pass
 
 
+@backend
+class Painter(Stripes):
+    """Stripes with a graph behind them, three at once.
+
+    With the fault "flat" the score seems not to depend on the merge, and the other way with "contrary".
+    """
+
+    def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
+        super().load(recipe, merged)
+        assert isinstance(merged, Merge)
+        self._merged = merged
+
+    def follow(
+        self, prompts: Sequence[Prompt], judge: Judge, wanted: Set[Key], last: int | None
+    ) -> Iterator[Followed]:
+        for some in (prompts[i : i + 3] for i in range(0, len(prompts), 3)):
+            samples = list(self.generate(some))
+            tensors = {n: self._merged[n].float().requires_grad_() for n in TENSORS.values()}
+            values = torch.stack([tensor.mean() for tensor in tensors.values()])
+            noise = [
+                np.random.default_rng(p.seed).normal(0, self._noise, len(values)) for p in some
+            ]
+            grey = (values + torch.tensor(np.array(noise))) * 128 + 64
+            pixels = (grey / 255).clamp(0, 1).repeat_interleave(2, 1)[:, None, None]
+            mean = judge(pixels.expand(-1, 3, 16, -1), some).mean()
+            mean = mean * {"flat": 0, "contrary": -1}.get(self._fault, 1)
+            gradients = torch.autograd.grad(mean, list(tensors.values()))
+            slopes: dict[Key, float] = {}
+            for name, gradient in zip(tensors, gradients, strict=True):
+                slopes |= self._merged.slopes(name, gradient)
+            yield Followed(samples, {key: slopes[key] for key in slopes.keys() & wanted})
+
+
 @method
 def between(a: Tensor, b: Tensor, *, left: Weight = 0.5, right: Weight = 0.5) -> Tensor:
     """Between the models by the mean of two weights, neither of which is called alpha."""
@@ -115,3 +148,22 @@ class Likeness:
         rows = [np.asarray(s.image, float)[0, ::2, 0] for s in samples]
         distances = [float(np.mean(np.abs((row - 64) / 128 - target))) for row in rows]
         return [self._bonus - self._sign * self._sharpness * distance for distance in distances]
+
+
+@scorer
+class Nearness:
+    """Minus the mean square of what Likeness takes the mean distance of; can be differentiated."""
+
+    def __init__(self, sharpness: float = 10.0) -> None:
+        self._sharpness = sharpness
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        pixels = [torch.from_numpy(np.array(s.image)).permute(2, 0, 1) / 255 for s in samples]
+        return self.differentiable(
+            torch.stack(pixels), [s.prompt.prompt for s in samples]
+        ).tolist()
+
+    def differentiable(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        target = pixels.new_tensor([TARGET[block] for block in TENSORS])
+        values = (pixels[:, 0, 0, ::2] * 255 - 64) / 128
+        return -self._sharpness * ((values - target) ** 2).mean(1)

@@ -90,7 +90,7 @@ class Search(Section):
 
     images: PositiveInt | None = None
     n_iters: NonNegativeInt | None = None
-    optimiser: str = "bayes"
+    optimiser: str = "auto"
     options: dict[str, Any] = {}
     init: Literal["sobol", "lhs", "uniform"] = "sobol"
     init_points: NonNegativeInt | None = None

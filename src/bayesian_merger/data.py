@@ -220,12 +220,24 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Slopes:
+    """The derivative of the mean value of some images (by panel index) by each parameter of a search.
+
+    Empty where the value does not depend on the merge.
+    """
+
+    items: tuple[int, ...]
+    by: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Result:
     """One recipe judged on a panel, as it stands in the study.
 
     `stage` is "baseline", "explore", "exploit", "select" or "heldout"; `name` is "a", "b", "even"
     or "trial 17". `scores` holds panel index -> scorer -> score, `images` panel index -> digest of
-    the pixels. `value` is None until the trial is complete; `reason` says why it failed.
+    the pixels; `slopes` are those of the images that were followed. `value` is None until the trial is
+    complete; `reason` says why it failed.
     """
 
     stage: str
@@ -235,6 +247,7 @@ class Result:
     recipe: Recipe
     scores: Mapping[int, Mapping[str, float]]
     images: Mapping[int, str] = field(default_factory=dict)
+    slopes: tuple[Slopes, ...] = ()
     value: Estimate | None = None
     reason: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
+from bayesian_merger.backends import Differentiable
 from bayesian_merger.checkpoint import remove_parts
 from bayesian_merger.data import Compromise, Estimate, Outcome, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import (
@@ -38,10 +40,10 @@ from bayesian_merger.outcome import (
     write_outcome,
     write_recipe,
 )
-from bayesian_merger.scorers import Scorer
+from bayesian_merger.scorers import DifferentiableScorer, Scorer
 from bayesian_merger.setup import BASELINES, Setup
 from bayesian_merger.study import Stage, Study, Trial, storage_errors
-from bayesian_merger.study.proposals import Objective, Plan
+from bayesian_merger.study.proposals import FRESH, Objective, Plan, Proposer
 from bayesian_merger.values import Yardstick, weighted_mean
 
 _FAILURES_IN_A_ROW = 3
@@ -51,6 +53,10 @@ _REPORT_EVERY_S = 60.0
 _TELL_EVERY = 5
 _TELLING = 3
 _MOST_COMPROMISES = 8
+_MISLED = (
+    "the merges that the gradient led to score worse than the even merge, so the search goes on by the "
+    "scores alone"
+)
 
 
 class Observer(Protocol):
@@ -111,6 +117,67 @@ def judge(
         observer.judged(fresh, made=True)
 
 
+def follow(
+    trial: Trial,
+    panel: Sequence[Prompt],
+    setup: Setup,
+    observer: Observer,
+    keep: Path | None,
+    yardstick: Yardstick,
+) -> None:
+    """The same with the slopes of the value by each parameter, a few images at once."""
+    todo = [prompt for prompt in panel if prompt.index not in trial.followed]
+    observer.judged(len(panel) - len(todo), made=False)
+    if not todo:
+        return
+    start = time.monotonic()
+    _load(setup, trial.recipe)
+    trial.spend(merge=time.monotonic() - start)
+    start = time.monotonic()
+    for samples, slopes in _followed(setup, todo, yardstick):
+        generated = time.monotonic()
+        scores = score(setup.scorers, samples)
+        for sample, found in zip(samples, scores, strict=True):
+            if keep:
+                save_image(sample, keep / f"{sample.prompt.index:03}.png")
+            trial.record(sample.prompt.index, found, digest_of(sample.image))
+        # Last: what has slopes has all.
+        trial.follow([sample.prompt.index for sample in samples], slopes)
+        trial.spend(generate=generated - start, score=time.monotonic() - generated)
+        observer.judged(len(samples), made=True)
+        start = time.monotonic()
+
+
+def _followed(
+    setup: Setup, prompts: Sequence[Prompt], yardstick: Yardstick
+) -> Iterator[tuple[Sequence[Sample], dict[str, float]]]:
+    """Images in pieces, with the derivative of their mean value by each parameter."""
+    engine, scorers = setup.backend, setup.scorers
+    assert isinstance(engine, Differentiable)
+    counted = [prompt.weight for prompt in setup.panel if prompt.weight > 0]
+
+    def value(pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
+        total = pixels.new_zeros(len(some))
+        for name, factor in yardstick.factors.items():
+            judge_of = scorers[name]
+            assert isinstance(judge_of, DifferentiableScorer)
+            scores = judge_of.differentiable(pixels, [prompt.prompt for prompt in some])
+            total = total + factor * scores.to(total)
+        # Each counts as much as in the mean over the panel.
+        shares = total.new_tensor([p.weight * len(counted) / sum(counted) for p in some])
+        return total * shares
+
+    pieces = engine.follow(prompts, value, setup.space.searched, setup.plan.last)
+    while True:
+        with _no_value("the gradient", passing=_NOT_OF_ONE_TRIAL):
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        slopes = setup.space.slopes(piece.slopes)
+        # Of a score that does not depend on the merge there is nothing to follow.
+        yield piece.samples, slopes if any(slopes.values()) else {}
+
+
 def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcome:
     """The whole run in `folder`, from wherever an earlier start of it ended.
 
@@ -132,7 +199,7 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcom
         for warning in setup.warnings:
             observer.noted(warning)
 
-        yardstick = _baselines(study, setup, folder, observer)
+        yardstick = baselines(study, setup, folder, observer)
         _observe_brought(study, setup, yardstick)
         _search(study, setup, yardstick, folder, observer)
         if not read_outcome(folder, study).finished:
@@ -162,14 +229,18 @@ def _extended(plan: Plan, target: int) -> Plan:
     return replace(plan, images=images, n_iters=None, stop=None)
 
 
-def _baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> Yardstick:
+def baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> Yardstick:
     """Judge A, the even merge and B; they set the scale of the values and anchor the search."""
     trials = [study.book("baseline", name, setup.baseline(name)) for name in BASELINES]
     for trial in trials:
         observer.started("baseline", trial.name, len(setup.panel))
         try:
             keep = pictures_of(folder, "baseline", trial.name)
-            judge(trial, setup.panel, setup, observer, keep)
+            # Several scores have no common measure before these.
+            if setup.plan.optimiser == "gradient" and len(setup.weights) == 1:
+                follow(trial, setup.panel, setup, observer, keep, Yardstick(setup.weights, {}))
+            else:
+                judge(trial, setup.panel, setup, observer, keep)
             _require_change(trial.result(), [t.result() for t in trials], setup)
         except TrialError as error:
             # What a back end made that fails here is not to be trusted, hence all or none.
@@ -197,8 +268,8 @@ def _observe_brought(study: Study, setup: Setup, yardstick: Yardstick) -> None:
             continue
         if counted & result.scores.keys():
             value = yardstick.trial(result, setup.panel)
-        elif setup.plan.optimiser == "bayes":
-            # Of other images: bayes learns how easy they are, other optimisers would not.
+        elif setup.plan.optimiser in ("bayes", "gradient"):
+            # Of other images: these learn how easy they are, other optimisers would not.
             values = [yardstick.value(scores) for scores in result.scores.values()]
             value = weighted_mean(values, [1.0] * len(values))
         else:
@@ -211,6 +282,7 @@ def _search(
 ) -> None:
     """Ask, judge, tell, until the trials are spent; a failed trial only has no value."""
     failures = 0
+    is_told = False
     reported = -math.inf
     # What an earlier, shorter run of this folder has confirmed is not replaced by a mere leader.
     is_confirmed = any(r.name not in BASELINES for r in study.judged("heldout"))
@@ -220,35 +292,20 @@ def _search(
         study.compromise()  # that of a shorter run holds no more
 
     while not proposer.is_over():
-        start = time.monotonic()
-        trial = study.ask(proposer, setup.recipe)
-        trial.spend(ask=time.monotonic() - start)
-        panel = [setup.panel[i] for i in trial.items or ()]
-        observer.started(trial.stage, trial.name, len(panel))
-        keep = (
-            pictures_of(folder, trial.stage, trial.name) if setup.config.output.save_imgs else None
-        )
-        try:
-            judge(trial, panel, setup, observer, keep)
-            others = [*study.judged("baseline"), *study.searched()]
-            _require_change(trial.result(), others, setup)
-        except TrialError as error:
-            trial.fail(str(error))
-            failures += 1
-            if failures >= _FAILURES_IN_A_ROW or isinstance(error, NothingChangedError):
-                many = (
-                    f"{failures} trials in a row failed, the last with: " if failures > 1 else ""
-                )
-                raise RunError(f"{many}{error}") from error
-        else:
-            failures = 0
-            trial.complete(yardstick.trial(trial.result(), setup.panel))
+        error = attempt(study, proposer, setup, yardstick, folder, observer)
+        failures = failures + 1 if error else 0
+        if failures >= _FAILURES_IN_A_ROW or isinstance(error, NothingChangedError):
+            many = f"{failures} trials in a row failed, the last with: " if failures > 1 else ""
+            raise RunError(f"{many}{error}") from error
         is_time = study.n_finished % _TELL_EVERY == 0 and study.n_finished >= proposer.plan.n_first
         if is_time and (best := proposer.best()):
             study.expect(setup.recipe(best[0]), best[1])
             if models:
                 write_recipe(setup.recipe(best[0]), folder, models)
-        observer.finished(trial.result(), study.leader)
+        observer.finished(study.searched()[-1], study.leader)
+        if proposer.given_up and not is_told:
+            is_told = True
+            observer.noted(_MISLED)
         if time.monotonic() - reported > _REPORT_EVERY_S:
             reported = time.monotonic()
             try:
@@ -277,6 +334,37 @@ def _search(
         study.choose(recommended)
         if recommended and (expected := recommended[0].value):
             study.expect(recommended[0].recipe, expected)
+
+
+def attempt(
+    study: Study,
+    proposer: Proposer,
+    setup: Setup,
+    yardstick: Yardstick,
+    folder: Path,
+    observer: Observer,
+) -> TrialError | None:
+    """Ask, judge, tell: one trial of the search. The error of a failed one, which only has no value."""
+    start = time.monotonic()
+    trial = study.ask(proposer, setup.recipe)
+    trial.spend(ask=time.monotonic() - start)
+    panel = [setup.prompt(i) for i in trial.items or ()]
+    observer.started(trial.stage, trial.name, len(panel))
+    is_kept = setup.config.output.save_imgs
+    keep = pictures_of(folder, trial.stage, trial.name) if is_kept else None
+    try:
+        if trial.follows:
+            follow(trial, panel, setup, observer, keep, yardstick)
+        else:
+            judge(trial, panel, setup, observer, keep)
+        others = [*study.judged("baseline"), *study.searched()]
+        _require_change(trial.result(), others, setup)
+    except TrialError as error:
+        trial.fail(str(error))
+        return error
+    further = [prompt for prompt in panel if prompt.index >= FRESH]
+    trial.complete(yardstick.trial(trial.result(), setup.panel, further))
+    return None
 
 
 def _at(objective: Objective, baseline: Result, setup: Setup, yardstick: Yardstick) -> Estimate:
@@ -372,18 +460,23 @@ def check_folder(setup: Setup, folder: Path) -> None:
 class TryOut:
     """What one merge and one image took, in seconds, with the first image's scores.
 
-    `images` and `merges` are those of the whole run, `run_s` its estimated time.
+    `images` and `merges` are those of the whole run, `run_s` its estimated time. Of the images so many
+    are `followed`, with their slopes, each of which took `followed_s`.
     """
 
     merge_s: float
     image_s: float
+    followed_s: float
     scores: Mapping[str, float]
     images: int
+    followed: int
     merges: int
 
     @property
     def run_s(self) -> float:
-        return self.images * self.image_s + self.merges * self.merge_s
+        n_plain = self.images - self.followed
+        of_images = n_plain * self.image_s + self.followed * self.followed_s
+        return of_images + self.merges * self.merge_s
 
 
 def try_out(setup: Setup) -> TryOut:
@@ -393,14 +486,25 @@ def try_out(setup: Setup) -> TryOut:
     _load(setup, recipe)
     start = time.monotonic()
     _load(setup, recipe)
-    merged = time.monotonic()
+    merge_s = time.monotonic() - start
     batch = next(_batches(setup.panel, setup.backend.batch))
     _generate(setup, batch[:1])  # the first image warms up
     warm = time.monotonic()
     scores = score(setup.scorers, _generate(setup, batch))
     per_image = (time.monotonic() - warm) / len(batch)
+    per_followed, n_followed = 0.0, 0
+    if setup.plan.optimiser == "gradient":
+        start = time.monotonic()
+        one = Yardstick(setup.weights, dict.fromkeys(setup.weights, (0.0, 1.0)))
+        followed, _ = next(_followed(setup, batch, one))
+        per_followed = (time.monotonic() - start) / len(followed)
+        n_followed = setup.plan.n_images
+        if len(setup.weights) == 1:
+            n_followed += len(setup.panel) * len(BASELINES)
     merges = setup.plan.n_trials + 2 * len(BASELINES) + 1 + setup.config.heldout.candidates
-    return TryOut(merged - start, per_image, scores[0], setup.n_images(), merges)
+    return TryOut(
+        merge_s, per_image, per_followed, scores[0], setup.n_images(), n_followed, merges
+    )
 
 
 def _load(setup: Setup, recipe: Recipe) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from bayesian_merger import config as configuration
 from bayesian_merger import curves, devices, methods, prompts, space
 from bayesian_merger import guide as guides
-from bayesian_merger.backends import Backend, backend
+from bayesian_merger.backends import Backend, Differentiable, backend
 from bayesian_merger.blocks import Architecture
 from bayesian_merger.checkpoint import sha256_of
 from bayesian_merger.config import Config
@@ -22,9 +22,9 @@ from bayesian_merger.data import Prompt, Recipe, Weights
 from bayesian_merger.errors import ConfigError, MergerError, TrialError
 from bayesian_merger.merge import Merger, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file
-from bayesian_merger.scorers import Scorer, scorer
+from bayesian_merger.scorers import DifferentiableScorer, Scorer, scorer
 from bayesian_merger.space import Parameter, Space
-from bayesian_merger.study.proposals import Objective, Params, Plan, Stop
+from bayesian_merger.study.proposals import FRESH, Objective, Params, Plan, Stop
 from bayesian_merger.values import shares
 
 METHOD = "method"
@@ -53,6 +53,11 @@ class Setup:
     scorers: Mapping[str, Scorer]
     weights: Mapping[str, float]
     warnings: tuple[str, ...]
+    fresh: Callable[[int], Prompt]
+
+    def prompt(self, item: int) -> Prompt:
+        """An image of the panel, or from FRESH on one beside it."""
+        return self.fresh(item - FRESH) if item >= FRESH else self.panel[item]
 
     def recipe(self, params: Params) -> Recipe:
         """The recipe that the parameters of the search give."""
@@ -117,7 +122,6 @@ class Setup:
             for options in (plain["backend"], *plain["scorers"].values())
         )
         names = (
-            "optimiser",
             "options",
             "init",
             "seed",
@@ -130,6 +134,7 @@ class Setup:
             "groups",
         )
         search = {name: plain["search"][name] for name in names}
+        search["optimiser"] = self.plan.optimiser
         merge = {k: plain["merge"][k] for k in ("method", "vae", "precision", "clip", "seed")}
         panels = {
             "panel": self.panel,
@@ -183,25 +188,30 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
     merger = attempt(lambda: _open_models(config))
     found = attempt(lambda: _space(config, merger)) if merger else None
     panels = attempt(lambda: _panels(config, folder))
-    plan = (
-        attempt(lambda: _plan(config, found, merger.architecture, panels[0]))
-        if merger and found and panels
-        else None
-    )
     weights = {name: chosen.weight for name, chosen in config.scorers.items()}
     scorers: dict[str, Scorer | None] = {
         name: attempt(partial(scorer.build, name, chosen.options, folder))
         for name, chosen in config.scorers.items()
     }
     engine = attempt(lambda: backend.build(config.backend.name, config.backend.options, folder))
+    plan = (
+        attempt(lambda: _plan(config, found, merger.architecture, panels.search, engine, scorers))
+        if merger and found and panels
+        else None
+    )
     warnings = (
-        attempt(lambda: _check_backend(engine, merger, panels[0]))
+        attempt(lambda: _check_backend(engine, merger, panels.search))
         if engine and merger and panels
         else None
     )
     if found and found.inert and warnings is not None:
         blocks = ", ".join(dict.fromkeys(found.names[name][1] for name in sorted(found.inert)))
         warnings.append(f"the models are the same in {blocks}, which the search leaves out")
+    if plan and plan.optimiser == "gradient" != config.search.optimiser and warnings is not None:
+        warnings.append(
+            "the score can be differentiated, so the search follows its gradient; "
+            "search.optimiser = 'bayes' does without"
+        )
     if mistakes or not (merger and found and plan and panels and engine):
         raise ConfigError("\n".join(mistakes))
     built = {name: judge for name, judge in scorers.items() if judge is not None}
@@ -212,11 +222,14 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
         merger,
         found,
         plan,
-        *panels,
+        panels.search,
+        panels.select,
+        panels.heldout,
         engine,
         built,
         weights,
         tuple(warnings or ()),
+        panels.fresh,
     )
     for name in BASELINES:
         merger.merge(setup.baseline(name))
@@ -379,8 +392,36 @@ def _first_choice(config: Config) -> dict[str, str]:
     return {name: known[0] for name, known in _choices(config).items()}
 
 
+def _optimiser(
+    config: Config, engine: Backend | None, scorers: Mapping[str, Scorer | None]
+) -> str:
+    """The optimiser by name, where `auto` leaves the choice; ConfigError for gradient without one."""
+    wanted = config.search.optimiser
+    if wanted not in ("auto", "gradient"):
+        return wanted
+    # What could not be built has been told.
+    lacking = [
+        f"scorer {n}" for n, s in scorers.items() if s and not isinstance(s, DifferentiableScorer)
+    ]
+    if engine and not isinstance(engine, Differentiable):
+        lacking.insert(0, f"back end {config.backend.name}")
+    if not lacking:
+        return "gradient"
+    if wanted == "gradient":
+        raise ConfigError(
+            f"search.optimiser 'gradient' needs to differentiate the score, which {lacking[0]} does not "
+            f"allow; choose 'bayes', or 'auto' for what fits"
+        )
+    return "bayes"
+
+
 def _plan(
-    config: Config, found: Space, architecture: Architecture, panel: Sequence[Prompt]
+    config: Config,
+    found: Space,
+    architecture: Architecture,
+    panel: Sequence[Prompt],
+    engine: Backend | None,
+    scorers: Mapping[str, Scorer | None],
 ) -> Plan:
     search = config.search
     # Who says nothing wants a good merge in the morning.
@@ -393,7 +434,7 @@ def _plan(
         shares=shares(panel),
         images=images,
         n_iters=search.n_iters,
-        optimiser=search.optimiser,
+        optimiser=_optimiser(config, engine, scorers),
         options=search.options,
         init=search.init,
         init_points=search.init_points,
@@ -439,10 +480,38 @@ def _require_domains(found: Space, method: str) -> None:
             )
 
 
-def _panels(
-    config: Config, folder: Path
-) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """The panel of the search and the two of the confirmation, whose seeds the search never sees."""
+class _Panels(NamedTuple):
+    """The panel of the search, images beside it by number, and the panels of the confirmation.
+
+    The search never sees the seeds of the latter.
+    """
+
+    search: tuple[Prompt, ...]
+    fresh: Callable[[int], Prompt]
+    select: tuple[Prompt, ...]
+    heldout: tuple[Prompt, ...]
+
+
+class _Fresh:
+    """The images of the rounds after those of the panel, of payloads that count."""
+
+    def __init__(self, draw: Callable[[int], tuple[Prompt, ...]], n_rounds: int) -> None:
+        self._draw, self._n_rounds, self._n_drawn = draw, n_rounds, n_rounds
+        self._found: list[Prompt] = []
+
+    def __call__(self, number: int) -> Prompt:
+        while number >= len(self._found):
+            self._n_drawn *= 2
+            drawn = self._draw(self._n_drawn)
+            further = drawn[len(drawn) * self._n_rounds // self._n_drawn :]
+            self._found = [
+                replace(prompt, index=FRESH + i)
+                for i, prompt in enumerate(p for p in further if p.weight > 0)
+            ]
+        return self._found[number]
+
+
+def _panels(config: Config, folder: Path) -> _Panels:
     payloads = prompts.read_payloads(config.payload_files(folder), config.panel.defaults)
     wildcards = prompts.read_wildcards(config.panel.wildcards_dir)
     per_round = prompts.n_images(payloads)
@@ -460,10 +529,12 @@ def _panels(
             payloads, wildcards, rounds=rounds, seed=f"{seed}/{name}", fresh=True
         )
 
-    return (
-        prompts.draw_panel(
-            payloads, wildcards, rounds=config.panel.batch_size, seed=f"{seed}/panel"
-        ),
+    def of_search(rounds: int) -> tuple[Prompt, ...]:
+        return prompts.draw_panel(payloads, wildcards, rounds=rounds, seed=f"{seed}/panel")
+
+    return _Panels(
+        of_search(config.panel.batch_size),
+        _Fresh(of_search, config.panel.batch_size),
         fresh("select", heldout.select_images),
         fresh("heldout", heldout.images),
     )

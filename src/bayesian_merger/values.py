@@ -79,13 +79,25 @@ class Yardstick:
         values = [self.value(result.scores[p.index]) for p in seen]
         return weighted_mean(values, [p.weight for p in seen])
 
-    def trial(self, result: Result, panel: Sequence[Prompt]) -> Estimate:
+    @property
+    def factors(self) -> dict[str, float]:
+        """How much the value of an image rises with each of its scores."""
+        if len(self.weights) == 1:
+            return dict.fromkeys(self.weights, 1.0)
+        total = sum(self.weights.values())
+        return {name: w / total / self.scale[name][1] for name, w in self.weights.items()}
+
+    def trial(
+        self, result: Result, panel: Sequence[Prompt], further: Sequence[Prompt] = ()
+    ) -> Estimate:
         """The value of a trial of the search, as if it had been judged on the whole panel.
+
+        It may have been judged on `further` images, of which nobody knows how easy they are.
 
         A trial is shown few images, easy ones or hard ones, hence without their offsets; their own
         spread tells less of the error than that of the baselines.
         """
-        seen = [p for p in panel if p.index in result.scores]
+        seen = [p for p in (*panel, *further) if p.index in result.scores]
         share = shares(panel)
         n_seen = Counter(p.payload for p in seen)
         weights = [share[p.payload] / n_seen[p.payload] for p in seen]

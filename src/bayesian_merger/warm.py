@@ -168,6 +168,7 @@ class _Known:
         found = {
             index: {name: scores[name] for name in self._kept}
             for index, scores in result.scores.items()
+            if index < len(self._panel)  # others were never shown to a second merge
         }
         missing = {n: judge for n, judge in self._scorers.items() if n not in self._kept}
         if missing:

@@ -134,6 +134,10 @@ def check_command(
     table.add_row("trials", f"{plan.n_trials}, {plan.n_images} images")
     table.add_row("one merge", f"{tried.merge_s:.2f} s")
     table.add_row("one image", f"{tried.image_s:.2f} s (score: {shown})")
+    if tried.followed:
+        price = tried.followed_s / tried.image_s
+        told = f"{tried.followed_s:.2f} s, {price:.1f} times that of one without"
+        table.add_row("with gradient", told)
     table.add_row("whole run", f"{tried.images} images, about {duration(tried.run_s)}")
     table.add_row("run folder", str(folder))
     out.print(table)

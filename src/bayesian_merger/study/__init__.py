@@ -25,12 +25,14 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from bayesian_merger.data import Compromise, Estimate, Recipe, Result, State
+from bayesian_merger.data import Compromise, Estimate, Recipe, Result, Slopes, State
 from bayesian_merger.errors import ConfigError, RunError, first_line
 from bayesian_merger.study.proposals import (
+    FOLLOWS,
     FOREIGN,
     OBSERVED,
     SCORE,
+    SLOPE,
     STARTS,
     Params,
     Plan,
@@ -38,6 +40,7 @@ from bayesian_merger.study.proposals import (
     Value,
     begun,
     n_judged,
+    slopes_of,
 )
 
 _SEARCH = "search"
@@ -145,8 +148,11 @@ class Trial:
         )
         # The images of the panel that it is judged on; all, if it does not say.
         self.items: list[int] | None = frozen.user_attrs.get("items")
+        # Whether the slopes of its images are wanted.
+        self.follows: bool = frozen.user_attrs.get(FOLLOWS, False)
         self.scores: dict[int, Mapping[str, float]] = dict(self._result.scores)
         self._images: dict[int, str] = dict(self._result.images)
+        self._slopes = list(self._result.slopes)
         self._seconds: dict[str, float] = dict(self._result.seconds)
         self._value = self._result.value
         self._state = self._result.state
@@ -162,6 +168,16 @@ class Trial:
             self._trial.set_user_attr(f"{SCORE}{index}", {"scores": dict(scores), "image": image})
             self.scores[index] = dict(scores)
             self._images[index] = image
+
+    def follow(self, items: Sequence[int], slopes: Mapping[str, float]) -> None:
+        """Store the derivative of the images' mean value by each parameter; none if it told nothing."""
+        self._slopes.append(Slopes(tuple(items), dict(slopes)))
+        self._trial.set_user_attr(*_of_slopes(self._slopes[-1]))
+
+    @property
+    def followed(self) -> set[int]:
+        """Images whose slopes are stored."""
+        return {item for slopes in self._slopes for item in slopes.items}
 
     def spend(self, **seconds: float) -> None:
         """Add to the time spent by phase."""
@@ -187,6 +203,7 @@ class Trial:
             state=self._state,
             scores=dict(self.scores),
             images=dict(self._images),
+            slopes=tuple(self._slopes),
             value=self._value,
             reason=self._reason,
             seconds=dict(self._seconds),
@@ -298,12 +315,13 @@ class Study:
         if result.value is None or result.name in known:
             return
         scores = {f"{SCORE}{i}": {"scores": dict(found)} for i, found in result.scores.items()}
+        slopes = dict(map(_of_slopes, result.slopes))
         self._search.add_trial(
             optuna.trial.create_trial(
                 params=dict(params),
                 distributions=plan.distributions,
                 value=result.value.mean,
-                user_attrs={OBSERVED: result.name, "stage": result.stage, **scores},
+                user_attrs={OBSERVED: result.name, "stage": result.stage, **scores, **slopes},
             )
         )
 
@@ -468,10 +486,16 @@ def _result(frozen: FrozenTrial) -> Result:
         recipe=Recipe.from_dict(attrs["recipe"]),
         scores={i: found["scores"] for i, found in sorted(measured.items())},
         images={i: found["image"] for i, found in sorted(measured.items())},
+        slopes=slopes_of(frozen),
         value=Estimate(**value) if value else None,
         reason=attrs.get("reason", ""),
         seconds=attrs.get("seconds", {}),
     )
+
+
+def _of_slopes(slopes: Slopes) -> tuple[str, dict[str, Any]]:
+    """Attribute of a trial, and what it holds."""
+    return f"{SLOPE}{slopes.items[0]}", {"items": list(slopes.items), "slopes": dict(slopes.by)}
 
 
 def _told(values: Mapping[str, Estimate]) -> dict[str, Any]:

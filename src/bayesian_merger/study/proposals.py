@@ -20,10 +20,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
-from bayesian_merger.bayes import N_RULES, Bayes, Judged, Recommended
-from bayesian_merger.data import Estimate
+from bayesian_merger.bayes import N_RULES, Bayes, Judged, Recommended, Slope
+from bayesian_merger.data import Estimate, Slopes
 from bayesian_merger.errors import ConfigError, one_line
-from bayesian_merger.gp import Array
+from bayesian_merger.gp import PARTIAL, WHOLE, Array
 from bayesian_merger.registry import nearest
 
 Init = Literal["sobol", "lhs", "uniform"]
@@ -33,7 +33,8 @@ Params: TypeAlias = Mapping[str, Any]
 Value = Callable[[Mapping[str, float]], float]
 """The scores of one image -> its value."""
 
-SCORE = "score:"
+# Attributes of a trial: the scores of its images and their slopes, and whether these are wanted.
+SCORE, SLOPE, FOLLOWS = "score:", "slope:", "follows"
 # Attributes of a study that goes on from another: points to try first, the payloads of images beside
 # the panel's; and of a trial that was judged elsewhere, its name.
 STARTS, FOREIGN, OBSERVED = "starts", "foreign", "observed"
@@ -45,12 +46,23 @@ _USUAL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "random": ("optuna.samplers.RandomSampler", {}),
     "sobol": ("optuna.samplers.QMCSampler", {"scramble": True}),
 }
-OPTIMISERS = ("bayes", *_USUAL)
+OPTIMISERS = ("bayes", "gradient", *_USUAL)
+# These know the scores of single images.
+_OURS = OPTIMISERS[:2]
 # Images of a trial, for optimisers that hear of their mean only.
 _N_MEAN = 10
 # Bayes takes so few images in turn at first, and twice as many when each was shown twice so often. Of
 # fewer it learns what becomes these images and not what is better; of more it cannot tell the easy ones.
 _FEWEST, _SHOWN = 5, 10
+# Gradient takes images that no merge was shown: so many for a merge, and a sixteenth of those shown so
+# far, in threes; near the best merge only many images tell where to go.
+_FOLLOWED, _OF_SHOWN = 6, 48
+FRESH = 1 << 20
+"""The numbers of images beside the panel begin here: payload by payload in the order of the panel."""
+# It is given up when it leads to worse merges: the last four trials, or third of them, on images that no
+# proposal was made on, score so many standard errors less than the merge where it began.
+_FEWEST_LED, _MISLED = 4, 2.5
+_GIVEN_UP = "gradient given up after"
 
 
 class Objective(NamedTuple):
@@ -80,8 +92,8 @@ class Plan:
     `options`. The first trials are `start`, the next `init_points` explore as `init` says. The search
     ends when `images` are spent or, if that is given, after `n_iters` more trials, or as `stop` says. A
     trial is shown `per_trial` images; for None, bayes shows one to merges that explore and two to
-    others, and other optimisers ten. With `objectives` bayes looks in turn for what is good on average
-    and at each of them.
+    others, gradient six new ones and later more, and other optimisers ten. With `objectives` bayes looks
+    in turn for what is good on average and at each of them.
     """
 
     bounds: Mapping[str, tuple[float, float]]
@@ -133,14 +145,31 @@ class Plan:
         for number, point in enumerate(self.start, start=1):
             mistakes += self._mistakes(point, f"start {number}")
         try:
-            if self.optimiser != "bayes":
+            if self.optimiser not in _OURS:
                 self.sampler(0)
-            elif self.options:
-                mistakes.append(f"optimiser bayes has no option {next(iter(self.options))!r}")
+            mistakes += self._mistaken_options()
         except ConfigError as error:
             mistakes.append(str(error))
         if mistakes:
             raise ConfigError("\n".join(mistakes))
+
+    def _mistaken_options(self) -> list[str]:
+        known = {"bayes": [], "gradient": ["last"]}.get(self.optimiser, [*self.options])
+        strange = [name for name in self.options if name not in known]
+        if strange:
+            hint = f"; known: {', '.join(known)}" if known else ""
+            return [f"optimiser {self.optimiser} has no option {strange[0]!r}{hint}"]
+        if self.optimiser == "gradient" and self.last is not None:
+            if type(self.last) is not int or self.last < 1:
+                return [f"last is {self.last!r}; give a number of steps, or leave it out for all"]
+            return []
+        return []
+
+    @property
+    def last(self) -> int | None:
+        """Of gradient: through how many of the last denoising steps it goes, None for all."""
+        found: int | None = self.options.get("last")
+        return found
 
     def _mistakes(self, point: Params, what: str) -> list[str]:
         """What is wrong with a point that is to be tried."""
@@ -177,6 +206,8 @@ class Plan:
         """How many trials are begun without the optimiser."""
         if self.init_points is not None:
             return len(self.start) + self.init_points
+        if self.optimiser == "gradient":
+            return len(self.start) + 1
         is_bayes = self.optimiser == "bayes"
         usual = min(4 * len(self.names), 100) if is_bayes else 10
         n_each = 1 if is_bayes else self.per_trial or _N_MEAN
@@ -241,6 +272,8 @@ class Plan:
             given = self.start[place]
             flat = {name: float(given[name]) for name in self.bounds}
             return {**flat, **{name: given[name] for name in self.choices}}
+        if self.optimiser == "gradient" and place == len(self.start):
+            return self.middle
         point = self._design(place)
         # Towards the faces: the ends of a range tell more of a weight than its middle.
         weights = point[: len(self.bounds)]
@@ -250,6 +283,12 @@ class Plan:
         places = [(known, int(x * len(known))) for known, x in pairs]
         chosen = [np.eye(len(known))[i] for known, i in places]
         return self.params(np.concatenate([weights, *chosen]))
+
+    @property
+    def middle(self) -> dict[str, Any]:
+        """The parameters in the middle of their ranges, what is chosen first."""
+        flat = {name: (low + high) / 2 for name, (low, high) in self.bounds.items()}
+        return {**flat, **{name: known[0] for name, known in self.choices.items()}}
 
     def _design(self, place: int) -> Array:
         """Point number `place` of the design, in [0, 1) for each parameter."""
@@ -264,13 +303,18 @@ class Plan:
         point: Array = qmc.Sobol(d, rng=self.seed).random_base2((place + 1).bit_length())[place]
         return point
 
-    def items(self, place: int, shown: int) -> list[int]:
+    def items(self, place: int, shown: int, follows: bool = True) -> list[int]:
         """The images for trial number `place`, when trials before it were given `shown`.
+
+        Those of gradient are new, but where it no longer `follows`.
 
         Bayes takes few images in turn, so that few offsets have to be learnt and each payload has its
         share. Other optimisers hear of means only, hence the same images for all.
         """
-        if self.optimiser != "bayes":
+        if self.optimiser == "gradient" and follows:
+            n = self.per_trial or max(_FOLLOWED, shown // _OF_SHOWN * 3)
+            return [FRESH + i for i in range(shown, shown + n)]
+        if self.optimiser not in _OURS:
             return self._turn(len(self.panel), 0, self.per_trial or _N_MEAN)
         explores = len(self.start) <= place < self.n_first
         n = self.per_trial or (1 if explores else 2)
@@ -329,8 +373,26 @@ class Plan:
         return made
 
 
+class Payloads:
+    """The payload of each image: of the panel, then the `foreign`, and from FRESH on of new ones.
+
+    New images are of those payloads of the panel that have a share.
+    """
+
+    def __init__(
+        self, panel: Sequence[str], foreign: Sequence[str], shares: Mapping[str, float]
+    ) -> None:
+        self._known = [*panel, *foreign]
+        self._panel = [name for name in panel if shares.get(name, 1.0) > 0]
+
+    def __getitem__(self, item: int) -> str:
+        if item >= FRESH:
+            return self._panel[(item - FRESH) % len(self._panel)]
+        return self._known[item]
+
+
 class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazily
-    """Proposes by a Gaussian process of the scores of single images.
+    """Proposes by a Gaussian process of the scores of single images, and of slopes where there are any.
 
     It reads them from the trials' attributes "score:0", "score:1" and so on, one for each image of the
     panel that a trial was shown. Images of the `foreign` payloads, which no trial is shown, count from
@@ -342,10 +404,17 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         # What is recommended is to be good at the panel.
         shares = {name: plan.shares.get(name, 1.0) for name in plan.panel}
         shares |= dict.fromkeys(foreign, 0.0)
-        panel = [*plan.panel, *foreign]
+        panel = Payloads(plan.panel, foreign, plan.shares)
         # One for each objective, as each keeps hyperparameters; the first is for all together.
         self._of = [
-            Bayes(plan.d, panel, plan.seed, shares, plan.corners)
+            Bayes(
+                plan.d,
+                panel,
+                plan.seed,
+                shares,
+                plan.corners,
+                WHOLE if plan.last is None else PARTIAL,
+            )
             for _ in range(1 + len(plan.objectives))
         ]
         self._bayes = self._of[0]
@@ -363,8 +432,11 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         # The rules take turns too, so an objective keeps its turn for a round of them.
         turn = place // N_RULES % (1 + len(self._plan.objectives))
         judged = self._judged(study, self._plan.objectives[turn - 1] if turn else None)
-        asked = self._of[turn].propose(judged or self._judged(study), place, spent)
-        return self._plan.params(asked)
+        judged = judged or self._judged(study)
+        # Slopes lead to a better merge from where they are; they know little of what is far away.
+        if self._plan.optimiser == "gradient" and _GIVEN_UP not in study.user_attrs:
+            return self._plan.params(self._of[turn].best(judged).point)
+        return self._plan.params(self._of[turn].propose(judged, place, spent))
 
     def sample_independent(
         self,
@@ -390,6 +462,17 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         found = self._judged(study)
         return self._bayes.few(found, n) if found else []
 
+    def by_scores(self, study: Study) -> Recommended | None:
+        """What would be recommended without the slopes; None where there are none."""
+        found = self._judged(study)
+        if not any(one.slopes for one in found):
+            return None
+        return self._bayes.few([one._replace(slopes=()) for one in found], 1)[0]
+
+    def values(self, trials: Sequence[FrozenTrial]) -> list[float]:
+        """The values of all images that the trials were shown."""
+        return [value for trial in trials for value in self._values(trial, None).values()]
+
     def front(self, study: Study, n: int) -> list[tuple[Array, list[tuple[float, float]]]]:
         """Points of the Pareto front, each with mean and standard error of every objective."""
         judged = [self._judged(study, objective) for objective in self._plan.objectives]
@@ -404,7 +487,20 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         for trial in study.get_trials(deepcopy=False):
             values = self._values(trial, objective)
             if values and trial.params.keys() == set(self._plan.names):
-                found.append(Judged(self._plan.scaled(trial.params), values))
+                is_told = objective is None and _GIVEN_UP not in study.user_attrs
+                slopes = self._slopes(trial) if is_told else []
+                found.append(Judged(self._plan.scaled(trial.params), values, slopes))
+        return found
+
+    def _slopes(self, trial: FrozenTrial) -> list[Slope]:
+        """What is stored of them, by the coordinates of a point; not a number where there is none."""
+        found = []
+        for slopes in slopes_of(trial):
+            if slopes.by:
+                slope = np.full(self._plan.d, np.nan)
+                for i, (name, (low, high)) in enumerate(self._plan.bounds.items()):
+                    slope[i] = slopes.by.get(name, np.nan) * (high - low)
+                found.append(Slope(len(slopes.items), slope))
         return found
 
     def _values(self, trial: FrozenTrial, objective: Objective | None) -> dict[int, float]:
@@ -451,7 +547,8 @@ class Proposer:
         plan, before = self.plan, begun(self.study)
         place = len(before)
         shown = sum(len(trial.user_attrs["items"]) for trial in before)
-        items = plan.items(place, shown)
+        follows = plan.optimiser == "gradient" and not self._is_misled()
+        items = plan.items(place, shown, follows)
         # An optimiser needs a score to begin with, and as it does not hear of a failure it would ask for
         # the same again.
         is_blind = not any(scores_of(trial) for trial in self.study.get_trials(deepcopy=False))
@@ -463,17 +560,46 @@ class Proposer:
                     state=TrialState.RUNNING,
                     params=params,
                     distributions=plan.distributions,
-                    user_attrs={**about(params), "stage": "explore", "items": items},
+                    user_attrs={
+                        **about(params),
+                        "stage": "explore",
+                        FOLLOWS: follows,
+                        "items": items,
+                    },
                 )
             )
             return self.study.get_trials(deepcopy=False)[-1]
-        self.study.sampler = self._bayes if plan.optimiser == "bayes" else plan.sampler(place)
+        self.study.sampler = self._bayes if plan.optimiser in _OURS else plan.sampler(place)
         asked = self.study.ask(plan.distributions)
         # The items come last: a trial that has them has all.
-        attrs = {**about(asked.params), "stage": "exploit", "items": items}
+        attrs = {**about(asked.params), "stage": "exploit", FOLLOWS: follows, "items": items}
         for key, found in attrs.items():
             asked.set_user_attr(key, found)
         return next(t for t in self.study.get_trials(deepcopy=False) if t.number == asked.number)
+
+    def _is_misled(self) -> bool:
+        """Whether the gradient has led to merges that score worse than where it began."""
+        if _GIVEN_UP in self.study.user_attrs:
+            return True
+        led = [t for t in begun(self.study) if t.state == TrialState.COMPLETE]
+        few = led[1:][-max(_FEWEST_LED, len(led) // 3) :]
+        if len(few) < _FEWEST_LED:
+            return False
+        start = [t for t in self.study.get_trials(deepcopy=False) if t.params == self.plan.middle]
+        at_start, at_few = (np.array(self._bayes.values(trials)) for trials in (start, few))
+        if min(len(at_start), len(at_few)) < 2:
+            return False
+        error = math.sqrt(at_start.var(ddof=1) / len(at_start) + at_few.var(ddof=1) / len(at_few))
+        is_misled = bool(at_few.mean() < at_start.mean() - _MISLED * error)
+        if is_misled:
+            self.study.set_user_attr(_GIVEN_UP, len(led))
+        return is_misled
+
+    @property
+    def given_up(self) -> int | None:
+        """After how many trials the gradient was given up, if it was."""
+        found: int | None = self.study.user_attrs.get(_GIVEN_UP)
+        return found
 
     def is_over(self) -> bool:
         """Whether the images or trials are spent, or little is to be gained by more."""
@@ -501,11 +627,15 @@ class Proposer:
         """The recommended merge and the next best: name, parameters and expected value.
 
         The first, "recommended", need not have been tried; the others have the names of their trials.
-        There is none where nothing was measured.
+        After a gradient the second is what the scores alone speak for. There is none where nothing was
+        measured.
         """
         found = [self._told(one) for one in self._bayes.few(self.study, n)]
-        names = [self._name(params) for params, _ in found[1:]]
-        return [(name, *one) for name, one in zip(["recommended", *names], found, strict=False)]
+        names = ["recommended", *(self._name(params) for params, _ in found[1:])]
+        if n > 1 and (other := self._bayes.by_scores(self.study)):
+            found.insert(1, self._told(other))
+            names.insert(1, "by scores alone")
+        return [(name, *one) for name, one in zip(names, found, strict=False)][:n]
 
     def front(self, n: int) -> list[tuple[dict[str, Any], dict[str, Estimate]]]:
         """At most `n` merges of the Pareto front of the objectives, and what is expected of each.
@@ -558,6 +688,13 @@ def scores_of(trial: FrozenTrial) -> dict[int, Mapping[str, float]]:
     """Image -> its scores, in the order of the panel."""
     found = {k: v["scores"] for k, v in trial.user_attrs.items() if k.startswith(SCORE)}
     return dict(sorted((int(key[len(SCORE) :]), scores) for key, scores in found.items()))
+
+
+def slopes_of(trial: FrozenTrial) -> tuple[Slopes, ...]:
+    """The slopes of a trial's images, in the order of the images."""
+    found = [told for key, told in trial.user_attrs.items() if key.startswith(SLOPE)]
+    found.sort(key=lambda told: told["items"][0])
+    return tuple(Slopes(tuple(told["items"]), told["slopes"]) for told in found)
 
 
 def _seed(seed: int, place: int) -> int:

@@ -146,6 +146,10 @@ class Search:
             stop=Stop(*stop) if stop else None,
             seed=seed,
         )
+        if optimiser == "gradient":
+            raise ConfigError(
+                "optimiser gradient needs slopes, which this search is not told; take bayes"
+            )
         self.plan.check()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with storage_errors():

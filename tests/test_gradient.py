@@ -1,0 +1,232 @@
+"""A search that follows the gradient of the score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy_plugin
+from test_run import Silent
+
+from bayesian_merger import config as configuration
+from bayesian_merger import run, setup
+from bayesian_merger.data import Outcome, Prompt, Result
+from bayesian_merger.errors import ConfigError
+from bayesian_merger.setup import Setup
+from bayesian_merger.study.proposals import FRESH, Plan
+from bayesian_merger.values import Yardstick
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with two models, payloads and a configuration that can be differentiated."""
+    toy_plugin.write_model(tmp_path / "zero.safetensors", 0.0)
+    toy_plugin.write_model(tmp_path / "one.safetensors", 1.0)
+    (tmp_path / "portrait.toml").write_text('prompt = "a portrait"\n')
+    (tmp_path / "landscape.toml").write_text('prompt = "a lake"\nscore_weight = 3\n')
+    (tmp_path / "unloved.toml").write_text('prompt = "a form"\nscore_weight = 0\n')
+    plugin = Path(toy_plugin.__file__).as_posix()
+    (tmp_path / "config.toml").write_text(
+        f"""
+        plugins = ["{plugin}"]
+        models = {{ a = "zero.safetensors", b = "one.safetensors" }}
+        search = {{ images = 24 }}
+        panel = {{ payloads = ["portrait.toml", "landscape.toml", "unloved.toml"], batch_size = 2 }}
+        heldout = {{ images = 12, select_images = 4, candidates = 2 }}
+        backend = {{ name = "painter" }}
+        scorers = {{ nearness = {{}} }}
+        """
+    )
+    return tmp_path
+
+
+def ready(folder: Path, *overrides: str) -> Setup:
+    return setup.prepare(configuration.load(folder / "config.toml", overrides), folder, "toy")
+
+
+def start(folder: Path, *overrides: str, into: str = "run") -> Outcome:
+    return run.run(ready(folder, *overrides), folder / into, Silent())
+
+
+def distance(result: Result) -> float:
+    """Mean distance of the weights from the best ones."""
+    weights = result.recipe.weights["alpha"]
+    return float(np.mean([abs(weights[b] - toy_plugin.TARGET[b]) for b in weights]))
+
+
+def measured(outcome: Outcome) -> list[object]:
+    return [(r.name, r.scores, r.slopes, r.recipe.weights) for r in outcome.results]
+
+
+def test_gradient_finds_in_few_images_what_no_other_optimiser_does(folder: Path) -> None:
+    found = {
+        name: start(folder, f"search.optimiser={name}", into=name) for name in ("auto", "bayes")
+    }
+    near = {name: distance(outcome.best) for name, outcome in found.items() if outcome.best}
+    assert near["auto"] < 0.06
+    assert near["auto"] < near["bayes"] / 3
+    assert all(gain.low > 0 for gain in found["auto"].gain.values())
+
+
+def test_auto_follows_the_gradient_where_it_can_and_says_so(folder: Path) -> None:
+    chosen = ready(folder)
+    assert chosen.plan.optimiser == "gradient"
+    assert any("follows its gradient" in warning for warning in chosen.warnings)
+    assert not any("gradient" in w for w in ready(folder, "search.optimiser=gradient").warnings)
+    assert ready(folder, "search.optimiser=bayes").plan.optimiser == "bayes"
+    assert ready(folder, "backend.name=stripes").plan.optimiser == "bayes"
+    assert ready(folder, "scorers.likeness.weight=1").plan.optimiser == "bayes"
+
+
+@pytest.mark.parametrize(
+    ("override", "lacking"),
+    [
+        ("backend.name=stripes", "back end stripes"),
+        ("scorers.likeness.weight=1", "scorer likeness"),
+    ],
+)
+def test_gradient_is_refused_with_what_cannot_be_differentiated(
+    folder: Path, override: str, lacking: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"which {lacking} does not allow"):
+        ready(folder, "search.optimiser=gradient", override)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("{ last = 0 }", "last is 0; give a number of steps"),
+        ("{ last = 1.5 }", "last is 1.5"),
+        ("{ lost = 1 }", "optimiser gradient has no option 'lost'; known: last"),
+    ],
+)
+def test_options_are_checked(folder: Path, options: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ready(folder, f"search.options={options}")
+
+
+def test_each_trial_is_shown_images_that_no_other_was_and_more_of_them_later() -> None:
+    plan = Plan({"x": (0.0, 1.0)}, ["p"] * 4, images=400, optimiser="gradient")
+    shown: list[int] = []
+    sizes: list[int] = []
+    while len(shown) < 400:
+        items = plan.items(len(sizes), len(shown))
+        shown += items
+        sizes.append(len(items))
+    assert shown == list(range(FRESH, FRESH + len(shown)))
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1], len(sizes)) == (6, 24, plan.n_trials)
+
+
+def test_new_images_are_of_payloads_that_count_and_of_seeds_of_their_own(folder: Path) -> None:
+    chosen = ready(folder)
+    fresh = [chosen.prompt(FRESH + i) for i in (3, 0, 1, 2, 40)]
+    assert [p.payload for p in fresh] == [
+        "landscape",
+        "portrait",
+        "landscape",
+        "portrait",
+        "portrait",
+    ]
+    assert [p.index - FRESH for p in fresh] == [3, 0, 1, 2, 40]
+    seeds = [p.seed for p in (*chosen.panel, *chosen.select_panel, *chosen.heldout_panel, *fresh)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_slopes_are_those_of_the_weighted_mean_of_the_payloads(folder: Path) -> None:
+    chosen = ready(folder, "backend.noise=0.0")
+    chosen.backend.load(chosen.baseline("even"), chosen.merger.merge(chosen.baseline("even")))
+    prompts = [chosen.prompt(FRESH + i) for i in range(2)]
+    ((_, slopes),) = run._followed(chosen, prompts, Yardstick(chosen.weights, {}))
+    # Both pictures are alike, so their shares cancel: 10 * 2 * (0.8 - 0.5) / 26.
+    assert slopes["IN00_alpha"] == pytest.approx(10 * 2 * 0.3 / 26, rel=1e-5)
+    assert slopes["base_alpha"] == pytest.approx(-10 * 2 * 0.3 / 26, rel=1e-5)
+
+
+def test_groups_freezes_and_ranges_hold(folder: Path) -> None:
+    outcome = start(
+        folder,
+        'search.groups=[["IN00", "IN02"]]',
+        "search.freeze={ base = 0.3 }",
+        'search.ranges={ "OUT*" = [0.4, 0.6] }',
+    )
+    for result in outcome.results[3:]:
+        weights = result.recipe.weights["alpha"]
+        assert weights["base"] == 0.3
+        assert weights["IN00"] == weights["IN02"]
+        assert all(0.4 <= weights[f"OUT{i:02}"] <= 0.6 for i in range(12))
+        slopes = [slope for piece in result.slopes for slope in piece.by]
+        assert "base_alpha" not in slopes
+        assert "IN00_alpha-IN02_alpha" in slopes
+
+
+@pytest.mark.parametrize("at", [8, 23, 46])
+def test_interrupted_run_ends_as_if_nothing_had_happened(folder: Path, at: int) -> None:
+    options = ["backend.fault=stop", f"backend.at={at}"]
+    with pytest.raises(KeyboardInterrupt):
+        start(folder, *options, into="cut")
+    again = ready(folder, *options)
+    again.backend._at = -1  # type: ignore[attr-defined]
+    resumed = run.run(again, folder / "cut", Silent())
+    whole = start(folder, into="whole")
+    assert measured(resumed) == measured(whole)
+    assert resumed.heldout == whole.heldout
+
+
+def test_score_that_does_not_depend_on_the_merge_leaves_a_search_by_values(folder: Path) -> None:
+    outcome = start(folder, "backend.fault=flat")
+    followed = [piece for result in outcome.results for piece in result.slopes]
+    assert followed
+    assert not any(piece.by for piece in followed)
+    assert outcome.finished
+
+
+def test_gradient_that_misleads_is_given_up_and_the_search_goes_on_by_scores(folder: Path) -> None:
+    observer = Silent()
+    options = ("backend.fault=contrary", "search.images=60", "search.seed=1")
+    outcome = run.run(ready(folder, *options), folder / "run", observer)
+    trials = [r for r in outcome.results if r.stage != "baseline"]
+    followed = [bool(trial.slopes) for trial in trials]
+    assert followed == sorted(followed, reverse=True)
+    assert 4 < sum(followed) < 9
+    assert all(item < FRESH for trial in trials if not trial.slopes for item in trial.scores)
+    assert sum("score worse than the even merge" in line for line in observer.lines) == 1
+    assert outcome.best is not None
+    assert distance(outcome.best) < 0.35  # of the even merge .3, of where the gradient led .7
+
+
+def test_gradient_that_leads_up_is_not_given_up(folder: Path) -> None:
+    observer = Silent()
+    run.run(ready(folder, "search.images=60"), folder / "run", observer)
+    assert not any("score worse" in line for line in observer.lines)
+
+
+def test_what_the_scores_alone_speak_for_is_judged_on_fresh_images_too(folder: Path) -> None:
+    outcome = start(folder)
+    assert [r.name for r in outcome.candidates] == ["recommended", "by scores alone"]
+
+
+def test_check_tells_what_an_image_costs_with_its_gradient(folder: Path) -> None:
+    tried = run.try_out(ready(folder))
+    assert tried.followed == 24 + 3 * 6
+    assert tried.followed_s > 0
+    assert run.try_out(ready(folder, "search.optimiser=bayes")).followed == 0
+
+
+def test_baselines_are_followed_too_where_there_is_one_scorer(folder: Path) -> None:
+    outcome = start(folder)
+    assert [len(r.slopes) for r in outcome.results[:3]] == [2, 2, 2]
+    assert "IN00_alpha" in outcome.results[0].slopes[0].by
+
+
+def test_first_trial_is_the_middle_of_the_ranges() -> None:
+    plan = Plan({"x": (0.0, 1.0), "y": (-1.0, 3.0)}, ["p"], images=20, optimiser="gradient")
+    assert plan.n_first == 1
+    assert plan.first(0) == {"x": 0.5, "y": 1.0}
+
+
+def test_image_of_the_panel_is_found_by_its_number(folder: Path) -> None:
+    chosen = ready(folder)
+    found: list[Prompt] = [chosen.prompt(i) for i in range(len(chosen.panel))]
+    assert found == list(chosen.panel)
