@@ -228,19 +228,20 @@ class Domain:
     trusted: tuple[float, float, float, float]
     steps: int
     peak: float
+    seed: int
     start: str | None = None
 
 
 DOMAINS = {
-    "base": Domain("base", 0.08, 0.4, (0.9, 0.9, 0.9, 0.9), BASE_STEPS, 2e-3),
-    "crisp": Domain("crisp", 0.0, 0.7, (1.0, 0.2, 1.0, 0.2), TUNE_STEPS, 1e-3, start="base"),
-    "vivid": Domain("vivid", 0.14, 0.0, (0.2, 1.0, 0.2, 1.0), TUNE_STEPS, 1e-3, start="base"),
+    "base": Domain("base", 0.08, 0.4, (0.9, 0.9, 0.9, 0.9), BASE_STEPS, 2e-3, 1),
+    "crisp": Domain("crisp", 0.0, 0.7, (1.0, 0.2, 1.0, 0.2), TUNE_STEPS, 1e-3, 2, start="base"),
+    "vivid": Domain("vivid", 0.14, 0.0, (0.2, 1.0, 0.2, 1.0), TUNE_STEPS, 1e-3, 3, start="base"),
 }
 
 
 def train_denoiser(work: Path, domain: Domain) -> None:
     """U-Net and text encoder trained on a domain, from nothing or from another domain's model."""
-    seed = SEED + 1 + list(DOMAINS).index(domain.name)
+    seed = SEED + domain.seed
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     vae, scale = load_vae(work)
@@ -648,17 +649,8 @@ def vae_name(name: str) -> str:
 def export(work: Path, out: Path) -> None:
     """Write the checkpoints, the scorer, the configuration folder and the wildcards."""
     vae, _ = load_vae(work)
-    shared = {}
-    for name, tensor in vae.state_dict().items():
-        is_linear = ".attentions." in name and tensor.ndim == 2
-        shared[vae_name(name)] = tensor[:, :, None, None] if is_linear else tensor
-    shared[text_name("embeddings.position_ids")] = torch.arange(77)[None]
     for model in ("crisp", "vivid"):
-        state = torch.load(work / f"{model}.pt")
-        tensors = dict(shared)
-        tensors |= {unet_name(name): tensor for name, tensor in state["unet"].items()}
-        tensors |= {text_name(name): tensor for name, tensor in state["text"].items()}
-        save_half(tensors, out / f"{model}.safetensors")
+        save_half(checkpoint(work, model), out / f"{model}.safetensors")
     if (work / "scorer.pt").exists():
         save_half(torch.load(work / "scorer.pt"), out / "scorer.safetensors")
     write_config(out / "config", vae)
@@ -666,6 +658,19 @@ def export(work: Path, out: Path) -> None:
     wildcards.mkdir(exist_ok=True)
     for group, words in WORDS.items():
         (wildcards / f"{group}.txt").write_text("\n".join(words) + "\n")
+
+
+def checkpoint(work: Path, model: str) -> dict[str, Tensor]:
+    """The tensors of a trained model with the VAE, by their names in a checkpoint."""
+    vae, _ = load_vae(work)
+    tensors = {text_name("embeddings.position_ids"): torch.arange(77)[None]}
+    for name, tensor in vae.state_dict().items():
+        is_linear = ".attentions." in name and tensor.ndim == 2
+        tensors[vae_name(name)] = tensor[:, :, None, None] if is_linear else tensor
+    state = torch.load(work / f"{model}.pt")
+    tensors |= {unet_name(name): tensor for name, tensor in state["unet"].items()}
+    tensors |= {text_name(name): tensor for name, tensor in state["text"].items()}
+    return tensors
 
 
 def save_half(tensors: dict[str, Tensor], path: Path) -> None:
