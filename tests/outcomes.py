@@ -18,6 +18,7 @@ from bayesian_merger.data import (
     Prompt,
     Recipe,
     Result,
+    Slopes,
     State,
     Weights,
 )
@@ -82,6 +83,22 @@ def searched(n_trials: int) -> tuple[Result, ...]:
         else:
             results.append(a_result(f"trial {n}", stage, value, weights=weights, number=n + 2))
     return tuple(results)
+
+
+def followed(n_trials: int = 5) -> tuple[Result, ...]:
+    """The baselines and trials of a search by the gradient; IN00 rises, a group of two falls."""
+    names = ("IN00_alpha", "OUT10_alpha-OUT11_alpha", "base_alpha")
+    results = []
+    for n in range(n_trials):
+        weights = {**dict.fromkeys(BLOCKS, 0.5), "IN00": 0.5 + n / 10, "OUT10": 0.5 - n / 10}
+        pieces = tuple(
+            Slopes((2 * k, 2 * k + 1), dict(zip(names, (2.0 + k, -1.0, 0.1 * k), strict=True)))
+            for k in range(2)
+        )
+        stage = "exploit" if n else "explore"
+        result = a_result(f"trial {n + 1}", stage, 7.9 + n / 10, weights={"alpha": weights})
+        results.append(result.but(slopes=pieces))
+    return (*baselines(), *results)
 
 
 def a_panel(n_images: int, seed: int = 1000) -> tuple[Prompt, ...]:

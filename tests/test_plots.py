@@ -14,7 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from outcomes import BLOCKS, a_recipe, a_result, an_outcome, an_unfinished_outcome, baselines
+from outcomes import (
+    BLOCKS,
+    a_recipe,
+    a_result,
+    an_outcome,
+    an_unfinished_outcome,
+    baselines,
+    followed,
+)
 from PIL import Image
 
 from bayesian_merger import plots
@@ -142,6 +150,26 @@ def test_convergence_marks_failed_and_stopped_trials_at_the_bottom_edge(tmp_path
 def test_convergence_without_trials_says_so(tmp_path: Path, results: Any) -> None:
     outcome = an_unfinished_outcome(tmp_path, results=results, leader=None, expected={})
     assert "no trial is complete yet" in texts(plots.convergence(outcome))
+
+
+def test_path_shows_each_weight_in_each_trial_and_its_slope_with_error(tmp_path: Path) -> None:
+    outcome = an_outcome(tmp_path, results=followed())
+    slopes = {
+        "IN00_alpha": Estimate(2.5, 0.5, 4),
+        "OUT10_alpha-OUT11_alpha": Estimate(-1.0, 0.0, 4),
+        "base_alpha": Estimate(0.05, 0.1, 4),
+    }
+    way, side = plots.path(outcome, slopes).axes
+    (image,) = way.images
+    assert np.asarray(image.get_array()) == pytest.approx(
+        np.array([[0.5, 0.6, 0.7, 0.8, 0.9], [0.5, 0.4, 0.3, 0.2, 0.1], [0.5] * 5])
+    )
+    assert [t.get_text() for t in way.get_yticklabels()] == ["IN00", "OUT10-OUT11", "base"]
+    (container,) = side.containers
+    points, _, (bars,) = container
+    assert list(points.get_xdata()) == [2.5, -1.0, 0.05]
+    assert list(points.get_ydata()) == [0, 1, 2]
+    assert next(line[:, 0].tolist() for line in bars.get_segments()) == [2.0, 3.0]
 
 
 def test_unet_draws_each_block_once_with_its_weight() -> None:

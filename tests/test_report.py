@@ -17,6 +17,7 @@ from outcomes import (
     an_outcome,
     an_unfinished_outcome,
     baselines,
+    followed,
     pictures,
 )
 from PIL import Image
@@ -411,3 +412,14 @@ def test_page_lists_compromises_and_what_the_baselines_have(tmp_path: Path) -> N
 
 def test_page_without_several_objectives_says_nothing_of_compromises(page: Page) -> None:
     assert "Compromises" not in page.text
+
+
+def test_page_of_a_search_by_the_gradient_shows_the_ways_of_the_weights(tmp_path: Path) -> None:
+    outcome = an_outcome(tmp_path, results=followed())
+    found = report.even_slopes(outcome)
+    # Two groups of two images: 2 and 3.
+    assert found["IN00_alpha"].mean == pytest.approx(2.5)
+    assert found["IN00_alpha"].se == pytest.approx(0.5)
+    assert found["IN00_alpha"].n == 4
+    assert "following the gradient" in report.html(outcome)
+    assert "following the gradient" not in report.html(an_outcome(tmp_path))

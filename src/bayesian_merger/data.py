@@ -312,6 +312,13 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict)
     finished: bool = False
 
+    @property
+    def followed(self) -> tuple[Result, ...]:
+        """The search's trials whose slopes were measured, in order."""
+        return tuple(
+            r for r in self.results if r.stage != "baseline" and any(s.by for s in r.slopes)
+        )
+
     def ends(self, recipe: Recipe) -> tuple[str, str]:
         """What a weight of 0 and of 1 stand for in `recipe`: models A and B, or nothing known."""
         first, second, *_ = self.models

@@ -6,6 +6,8 @@ The only module that knows matplotlib.
 from __future__ import annotations
 
 import io
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +227,69 @@ def _draw_lines(
         axes.text(1.012, height, _LABELS.get(name, name), **text)
     axes.set_xticks(places, [_drawable(_shortened(name, 22)) for name in names])
     axes.set_ylabel("difference to the even merge ± standard error", **_text(theme.ink, 10))
+
+
+def path(outcome: Outcome, slopes: Mapping[str, Estimate], *, dark: bool = False) -> Figure:
+    """The way of each parameter of `slopes` over the trials, and its slope at the even merge.
+
+    A row for each: its weight in every followed trial as a colour, and beside it how much the value
+    rises with it at the even merge, with standard error.
+    """
+    theme = _DARK if dark else _LIGHT
+    trials = outcome.followed
+    names = list(slopes)
+    up = 0.21 * len(names) + 1.15
+    figure = Figure(figsize=(8.4, up), facecolor=theme.paper)
+    high, bottom = 0.21 * len(names) / up, 0.75 / up
+    way = figure.add_axes((0.15, bottom, 0.5, high), facecolor=theme.paper)
+    side = figure.add_axes((0.68, bottom, 0.3, high), facecolor=theme.paper, sharey=way)
+    places = [_place(name) for name in names]
+    shown = [[r.recipe.weights.get(w, {}).get(b, math.nan) for r in trials] for w, b in places]
+    way.imshow(
+        shown,
+        cmap=_MAP,
+        vmin=0.0,
+        vmax=1.0,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0.5, len(trials) + 0.5, len(names) - 0.5, -0.5),
+        gid="weights",
+    )
+    way.set_yticks(range(len(names)), [_drawable(_shortened(_label(name), 16)) for name in names])
+    ends = [_drawable(_shortened(name, 20)) for name in outcome.models[:2]]
+    way.set_xlabel(f"weight in each trial, {ends[0]} to {ends[1]}")
+    side.errorbar(
+        [one.mean for one in slopes.values()],
+        range(len(names)),
+        xerr=[one.se for one in slopes.values()],
+        fmt="o",
+        ms=4,
+        lw=1.2,
+        color=theme.trial,
+        gid="slopes",
+    )
+    side.axvline(0.0, color=theme.soft, lw=0.8, zorder=0)
+    side.set_xlabel("slope at the even merge ± standard error")
+    for axes in (way, side):
+        axes.xaxis.label.set(**_text(theme.ink, 9))
+        axes.tick_params(colors=theme.soft, labelsize=8.5, length=3, labelfontfamily=_FONT)
+        axes.spines[:].set_visible(False)
+        axes.grid(axis="x", color=theme.line, lw=0.6)
+        axes.set_axisbelow(True)
+    side.tick_params(axis="y", labelleft=False, length=0)
+    way.grid(visible=False)
+    way.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return figure
+
+
+def _place(parameter: str) -> tuple[str, str]:
+    """Weight and block of a parameter's first member: "IN00-IN03_alpha" is that of IN00."""
+    return parameter.rpartition("_")[2], re.split("[-_]", parameter)[0]
+
+
+def _label(parameter: str) -> str:
+    """A parameter without the weight that most methods have alone."""
+    return parameter.replace("_alpha", "")
 
 
 def unet(

@@ -19,6 +19,7 @@ from bayesian_merger import plots
 from bayesian_merger.blocks import ARCHITECTURES
 from bayesian_merger.data import Estimate, Interval, Outcome, Prompt, Recipe
 from bayesian_merger.recipes import to_toml
+from bayesian_merger.values import mean_slopes
 
 _LABELS = {"a": "A", "b": "B", "even": "even", "best": "best"}
 _GAINS = {"over_a": "over A", "over_b": "over B", "over_even": "over even"}
@@ -46,6 +47,10 @@ def html(outcome: Outcome) -> str:
         n_panel=len(_shown_panel(outcome)),
         convergence=_drawn(partial(plots.convergence, outcome)),
         convergence_alt=_convergence_alt(outcome),
+        path=_drawn(partial(plots.path, outcome, even_slopes(outcome)))
+        if outcome.followed
+        else None,
+        path_alt=_path_alt(outcome),
         front=_drawn(partial(plots.front, outcome)) if outcome.front else None,
         front_alt=_front_alt(outcome),
         shown=shown,
@@ -165,6 +170,20 @@ def _drawn(draw: Callable[..., Any]) -> dict[str, Any]:
     width, height = (round(side * 96) for side in light.get_size_inches())
     uris = {"light": _uri(plots.png(light), "png"), "dark": _uri(plots.png(dark), "png")}
     return {**uris, "width": width, "height": height}
+
+
+def even_slopes(outcome: Outcome) -> dict[str, Estimate]:
+    """How much the value rises with each parameter at the even merge, by all images that tell."""
+    even = [r for r in outcome.results if r.name == "even"]
+    return mean_slopes([*even, *(r for r in outcome.followed[:1] if r.stage == "explore")])
+
+
+def _path_alt(outcome: Outcome) -> str:
+    """What the figure of the weights' ways shows, in words."""
+    n = len(outcome.followed)
+    return (
+        f"Each block's weight over {n} trials, and the slope of the score by it at the even merge."
+    )
 
 
 def _convergence_alt(outcome: Outcome) -> str:

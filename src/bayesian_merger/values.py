@@ -125,6 +125,20 @@ class Yardstick:
         return Interval(found.mean, found.mean - reach, found.mean + reach)
 
 
+def mean_slopes(results: Sequence[Result]) -> dict[str, Estimate]:
+    """The derivative of the mean value of all images of `results` by each parameter that was followed.
+
+    The standard error is that between the groups of images whose slopes are known; 0 for a single one.
+    """
+    groups = [slopes for result in results for slopes in result.slopes if slopes.by]
+    found = {}
+    for name in dict.fromkeys(name for slopes in groups for name in slopes.by):
+        some = [slopes for slopes in groups if name in slopes.by]
+        estimate = weighted_mean([s.by[name] for s in some], [len(s.items) for s in some])
+        found[name] = Estimate(estimate.mean, estimate.se, sum(len(s.items) for s in some))
+    return found
+
+
 def shares(panel: Sequence[Prompt]) -> dict[str, float]:
     """How much each payload counts in the mean over the panel."""
     found: dict[str, float] = {}
