@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from landscapes import FAMILIES
@@ -91,7 +91,7 @@ def main() -> None:
         shown = ", ".join(f"{d}: {statistics.median(w):.3f} s" for d, w in waits.items() if w)
         print(f"CPU to propose a point, {name}, {shown}")
     if options.figure:
-        draw(found, options.optimisers, options.noise, options.figure)
+        draw(everything, options.optimisers, options.noise, options.figure)
 
 
 def measured(tasks: Sequence[Task], options: argparse.Namespace) -> Found:
@@ -198,22 +198,46 @@ def shown(values: Sequence[float]) -> str:
 
 
 def draw(found: Found, optimisers: Sequence[str], noises: Sequence[str], path: Path) -> None:
-    """A figure of the mean regret over all instances against the images spent."""
+    """A figure of the mean regret over all instances against the images spent.
+
+    Of ours also that of searches which had only so many images to spend.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(noises), 4), layout="constrained")
-    marks = sorted(set.intersection(*(set(regrets) for regrets, _ in found.values())))
+    figure = Figure(figsize=(6.8 * len(noises), 5.2), layout="constrained")
     panels = figure.subplots(1, len(noises), sharey=True, squeeze=False)[0]
     for axes, noise in zip(panels, noises, strict=True):
         for name in optimisers:
-            runs = [r for t, (r, _) in found.items() if (t.optimiser, t.noise) == (name, noise)]
-            means = [statistics.mean(run[n] for run in runs) for n in marks]
-            errors = [statistics.stdev(run[n] for run in runs) / len(runs) ** 0.5 for n in marks]
-            axes.errorbar(marks, means, errors, label=name, marker="o", capsize=2)
-        axes.set(title=f"{noise} seeds", xlabel="images", xticks=marks, ylim=(0, None))
+            some = [
+                (t.images, r)
+                for t, (r, _) in found.items()
+                if (t.optimiser, t.noise) == (name, noise)
+            ]
+            longest = max(images for images, _ in some)
+            whole = [regrets for images, regrets in some if images == longest]
+            of_marks = {n: [run[n] for run in whole] for n in set.intersection(*map(set, whole))}
+            bold = {"lw": 2.6, "zorder": 3, "color": "#00786b"} if name == OURS else {"lw": 1.2}
+            _line(axes, of_marks, label=name, marker="o", ms=4, **bold)
+            ends: dict[int, list[float]] = {}
+            for images, regrets in some:
+                ends.setdefault(images, []).append(regrets[images])
+            if len(ends) > 1:
+                told = f"{name}, with so many to spend"
+                _line(axes, ends, label=told, marker="o", ms=5, mfc="white", ls=":", **bold)
+        axes.set(title=f"{noise} seeds", xlabel="images", xscale="log", ylim=(0, None))
+        axes.set_xticks([30, 50, 100, 200, 300, 500], [30, 50, 100, 200, 300, 500])
+        axes.minorticks_off()
+        axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("normalised regret")
-    panels[-1].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+def _line(axes: Any, of_marks: Mapping[int, Sequence[float]], **style: Any) -> None:
+    marks = sorted(of_marks)
+    means = [statistics.mean(of_marks[n]) for n in marks]
+    errors = [statistics.stdev(of_marks[n]) / len(of_marks[n]) ** 0.5 for n in marks]
+    axes.errorbar(marks, means, errors, capsize=2, **style)
 
 
 def _is(task: Task, name: str, d: str) -> bool:

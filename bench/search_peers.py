@@ -202,7 +202,8 @@ def main(optimiser: str, family: str, seed: str, noise: Noise, images: str) -> N
     with contextlib.suppress(Spent):
         OPTIMISERS[optimiser](judge, int(seed))
     wait = statistics.median(judge.waits)
-    print(json.dumps({"regrets": judge.regrets, "ask_s": wait}))
+    regrets = {images: round(regret, 5) for images, regret in judge.regrets.items()}
+    print(json.dumps({"regrets": regrets, "ask_s": round(wait, 4)}))
 
 
 if __name__ == "__main__":
