@@ -86,7 +86,7 @@ class Bayes:
     ) -> None:
         self.d, self.panel, self.seed, self.shares = d, panel, seed, shares
         self._box, self._gain = _Box(d, choices), gain
-        self._fitted: tuple[tuple[int, int], Model] | None = None
+        self._fitted: tuple[tuple[int, int, bool], Model] | None = None
 
     def propose(self, judged: Sequence[Judged], place: int, spent: float) -> Array:
         """The merge to try in trial number `place`, when a share `spent` of the images is."""
@@ -172,13 +172,13 @@ class Bayes:
         return posterior, self._box.climb(posterior.mean, best[None])
 
     def _posterior(self, judged: Sequence[Judged], n_fitted: int) -> Posterior:
-        key = (n_fitted, sum(len(one.scores) for one in judged[:n_fitted]))
+        data = self._data(judged)
+        key = (n_fitted, sum(len(one.scores) for one in judged[:n_fitted]), len(data.sloped) > 0)
         if self._fitted is None or self._fitted[0] != key:
-            data = self._data(judged[:n_fitted])
             model = self._model(data)
-            model.fit(data)
+            model.fit(self._data(judged[:n_fitted]))
             self._fitted = (key, model)
-        return self._fitted[1].posterior(self._data(judged))
+        return self._fitted[1].posterior(data)
 
     def _model(self, data: Data) -> Model:
         return Model(self.d, self._gain if len(data.sloped) else None)

@@ -94,14 +94,6 @@ class Merger:
         vae = [name for name, place in self.places.items() if place.component == "vae"]
         return all(name in other.layout for other in self.aligned[1:2] for name in vae)
 
-    @cached_property
-    def has_one_vae(self) -> bool:
-        """Whether A and B hold the same VAE."""
-        vae = [name for name, place in self.places.items() if place.component == "vae"]
-        return self.has_vae_of_b and all(
-            torch.equal(*(model.read(name) for model in self.aligned[:2])) for name in vae
-        )
-
     def require_different(self, *, by_content: bool = True) -> None:
         """ConfigError if two of the models are the same file, by its content or only by its place."""
         if by_content:

@@ -236,11 +236,7 @@ def baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> Y
         observer.started("baseline", trial.name, len(setup.panel))
         try:
             keep = pictures_of(folder, "baseline", trial.name)
-            # Several scores have no common measure before these.
-            if setup.plan.optimiser == "gradient" and len(setup.weights) == 1:
-                follow(trial, setup.panel, setup, observer, keep, Yardstick(setup.weights, {}))
-            else:
-                judge(trial, setup.panel, setup, observer, keep)
+            judge(trial, setup.panel, setup, observer, keep)
             _require_change(trial.result(), [t.result() for t in trials], setup)
         except TrialError as error:
             # What a back end made that fails here is not to be trusted, hence all or none.
@@ -499,8 +495,6 @@ def try_out(setup: Setup) -> TryOut:
         followed, _ = next(_followed(setup, batch, one))
         per_followed = (time.monotonic() - start) / len(followed)
         n_followed = setup.plan.n_images
-        if len(setup.weights) == 1:
-            n_followed += len(setup.panel) * len(BASELINES)
     merges = setup.plan.n_trials + 2 * len(BASELINES) + 1 + setup.config.heldout.candidates
     return TryOut(
         merge_s, per_image, per_followed, scores[0], setup.n_images(), n_followed, merges

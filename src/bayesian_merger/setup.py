@@ -67,8 +67,7 @@ class Setup:
     def params(self, recipe: Recipe) -> dict[str, Any] | None:
         """The parameters that give a merge of these models, or None if the search has none for it."""
         known = _methods(self.config)
-        is_same_vae = recipe.vae == self.config.merge.vae or self.merger.has_one_vae
-        if recipe.method not in known or not is_same_vae:
+        if recipe.method not in known or recipe.vae != self.config.merge.vae:
             return None
         # A weight that the method does not have may be anything.
         middle = self.space.weights(

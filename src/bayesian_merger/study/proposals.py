@@ -484,11 +484,16 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
 
     def _judged(self, study: Study, objective: Objective | None = None) -> list[Judged]:
         found = []
+        follows = self._plan.optimiser == "gradient" and _GIVEN_UP not in study.user_attrs
         for trial in study.get_trials(deepcopy=False):
+            # A parent that scores well would hold a search that goes uphill from the even merge.
+            is_parent = trial.user_attrs.get("stage") == "baseline" and (
+                trial.params != self._plan.middle
+            )
             values = self._values(trial, objective)
-            if values and trial.params.keys() == set(self._plan.names):
-                is_told = objective is None and _GIVEN_UP not in study.user_attrs
-                slopes = self._slopes(trial) if is_told else []
+            is_known = trial.params.keys() == set(self._plan.names)
+            if values and is_known and not (follows and is_parent):
+                slopes = self._slopes(trial) if follows and objective is None else []
                 found.append(Judged(self._plan.scaled(trial.params), values, slopes))
         return found
 
