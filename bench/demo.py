@@ -1,6 +1,6 @@
 """Measure the embedded example: its landscape, and what the search finds in it with several seeds.
 
-    python bench/demo.py [--seeds 4] [--images 192] [--folder runs/bench-demo] [--picture FILE]
+    python bench/demo.py [--optimiser bayes] [--seeds 4] [--images 192] [--picture FILE]
 
 Prints the tables of docs/demo.md: A, B and even merges on fresh prompts and seeds; for each search
 seed the merge found, compared on the same images with the best even merge; and the effect of each
@@ -79,6 +79,7 @@ def draw(outcome: Outcome, path: Path, n: int = 12) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--optimiser", default="auto")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--effect-images", type=int, default=48)
@@ -111,7 +112,8 @@ def main() -> None:
             f"(alpha {top}) | over A | over B |\n|---|---|---|---|---|---|---|"
         )
         for seed in range(options.seeds):
-            outcome = run.run(setup_of(seed), options.folder / str(seed), Silent())
+            setup = setup_of(seed, f"search.optimiser={options.optimiser}")
+            outcome = run.run(setup, options.folder / str(seed), Silent())
             seconds = sum(outcome.seconds.values())
             assert outcome.best is not None
             if seed == 0 and options.picture:
