@@ -1,6 +1,6 @@
 """Measure the embedded example: its landscape, and what the search finds in it with several seeds.
 
-    python bench/demo.py [--optimiser bayes] [--seeds 4] [--images 192] [--picture FILE]
+    python bench/demo.py [--optimiser bayes --budget 300] [--seeds 4] [--picture FILE]
 
 Prints the tables of docs/demo.md: A, B and even merges on fresh prompts and seeds; for each search
 seed the merge found, compared on the same images with the best even merge; and the effect of each
@@ -80,6 +80,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--optimiser", default="auto")
+    parser.add_argument("--budget", type=int, default=128, help="images of a search")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--effect-images", type=int, default=48)
@@ -112,7 +113,8 @@ def main() -> None:
             f"(alpha {top}) | over A | over B |\n|---|---|---|---|---|---|---|"
         )
         for seed in range(options.seeds):
-            setup = setup_of(seed, f"search.optimiser={options.optimiser}")
+            chosen = [f"search.optimiser={options.optimiser}", f"search.images={options.budget}"]
+            setup = setup_of(seed, *chosen)
             outcome = run.run(setup, options.folder / str(seed), Silent())
             seconds = sum(outcome.seconds.values())
             assert outcome.best is not None

@@ -236,7 +236,10 @@ def baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> Y
         observer.started("baseline", trial.name, len(setup.panel))
         try:
             keep = pictures_of(folder, "baseline", trial.name)
-            judge(trial, setup.panel, setup, observer, keep)
+            if trial.name == "even" and setup.follows_even:
+                follow(trial, setup.panel, setup, observer, keep, Yardstick(setup.weights, {}))
+            else:
+                judge(trial, setup.panel, setup, observer, keep)
             _require_change(trial.result(), [t.result() for t in trials], setup)
         except TrialError as error:
             # What a back end made that fails here is not to be trusted, hence all or none.
@@ -494,7 +497,7 @@ def try_out(setup: Setup) -> TryOut:
         one = Yardstick(setup.weights, dict.fromkeys(setup.weights, (0.0, 1.0)))
         followed, _ = next(_followed(setup, batch, one))
         per_followed = (time.monotonic() - start) / len(followed)
-        n_followed = setup.plan.n_images
+        n_followed = setup.plan.n_images + len(setup.panel) * setup.follows_even
     merges = setup.plan.n_trials + 2 * len(BASELINES) + 1 + setup.config.heldout.candidates
     return TryOut(
         merge_s, per_image, per_followed, scores[0], setup.n_images(), n_followed, merges

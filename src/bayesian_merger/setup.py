@@ -55,6 +55,14 @@ class Setup:
     warnings: tuple[str, ...]
     fresh: Callable[[int], Prompt]
 
+    @property
+    def follows_even(self) -> bool:
+        """Whether the baseline where a search by the gradient begins is followed too.
+
+        Several scores have no common measure before the baselines.
+        """
+        return self.plan.optimiser == "gradient" and len(self.weights) == 1
+
     def prompt(self, item: int) -> Prompt:
         """An image of the panel, or from FRESH on one beside it."""
         return self.fresh(item - FRESH) if item >= FRESH else self.panel[item]
