@@ -29,6 +29,10 @@ class TrialError(MergerError):
     """This trial has no value. It is recorded as failed with this reason; it never becomes a number."""
 
 
+class GradientError(TrialError):
+    """The gradient of a score is not finite."""
+
+
 class NothingChangedError(TrialError):
     """Different weights made the very same images: the merge does not reach the back end."""
 

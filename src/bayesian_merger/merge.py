@@ -23,6 +23,7 @@ from bayesian_merger.data import Model, Recipe
 from bayesian_merger.errors import (
     CheckpointError,
     ConfigError,
+    GradientError,
     MergerError,
     TrialError,
     first_line,
@@ -415,7 +416,7 @@ class Merged(Merge):
 
         `gradient` is that of the score by the tensor. For a linear method without `clip` the
         derivative is exact; for others it is taken from two merges with the weight apart by 0.002.
-        TrialError where it is not finite.
+        GradientError where it is not finite.
         """
         inputs = [x.to(torch.float32) for x in self._inputs(name)]
         gradient = gradient.reshape(self._shape(name))
@@ -427,7 +428,7 @@ class Merged(Merge):
         for key in self.moved_by(name):
             found[key] = float(flat @ self._tangent(name, key[0], inputs).reshape(-1))
             if not math.isfinite(found[key]):
-                raise TrialError(f"the gradient of tensor {name!r} is not finite")
+                raise GradientError(f"the gradient of tensor {name!r} is not finite")
         return found
 
     def _tangent(self, name: str, weight: str, inputs: Sequence[Tensor]) -> Tensor:

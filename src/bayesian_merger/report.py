@@ -47,9 +47,7 @@ def html(outcome: Outcome) -> str:
         n_panel=len(_shown_panel(outcome)),
         convergence=_drawn(partial(plots.convergence, outcome)),
         convergence_alt=_convergence_alt(outcome),
-        path=_drawn(partial(plots.path, outcome, even_slopes(outcome)))
-        if outcome.followed
-        else None,
+        path=_path(outcome),
         path_alt=_path_alt(outcome),
         front=_drawn(partial(plots.front, outcome)) if outcome.front else None,
         front_alt=_front_alt(outcome),
@@ -172,10 +170,16 @@ def _drawn(draw: Callable[..., Any]) -> dict[str, Any]:
     return {**uris, "width": width, "height": height}
 
 
+def _path(outcome: Outcome) -> dict[str, Any] | None:
+    """The figure of the weights' ways, where the gradient at the even merge is known."""
+    slopes = even_slopes(outcome)
+    return _drawn(partial(plots.path, outcome, slopes)) if slopes and outcome.followed else None
+
+
 def even_slopes(outcome: Outcome) -> dict[str, Estimate]:
     """How much the value rises with each parameter at the even merge, by all images that tell."""
-    even = [r for r in outcome.results if r.name == "even"]
-    return mean_slopes([*even, *(r for r in outcome.followed[:1] if r.stage == "explore")])
+    even = {r.recipe.digest() for r in outcome.results if r.name == "even"}
+    return mean_slopes([r for r in outcome.results if r.recipe.digest() in even])
 
 
 def _path_alt(outcome: Outcome) -> str:

@@ -54,8 +54,8 @@ _TELL_EVERY = 5
 _TELLING = 3
 _MOST_COMPROMISES = 8
 _MISLED = (
-    "the merges that the gradient led to score worse than the even merge, so the search goes on by the "
-    "scores alone"
+    "the merges that the gradient led to score worse than the one it began at, so the search goes on "
+    "by the scores alone"
 )
 
 
@@ -125,7 +125,7 @@ def follow(
     keep: Path | None,
     yardstick: Yardstick,
 ) -> None:
-    """The same with the slopes of the value by each parameter, a few images at once."""
+    """As `judge`, with the slopes of the value by each parameter, a few images at once."""
     todo = [prompt for prompt in panel if prompt.index not in trial.followed]
     observer.judged(len(panel) - len(todo), made=False)
     if not todo:
@@ -189,6 +189,7 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcom
         remove_parts(folder)
         check_folder(setup, folder)
         study = open_study(folder, setup.config.search.storage, create=True)
+        setup = _as_begun(setup, study)
         study.require_same(setup.identity)
         study.require_whole()
         if more and read_outcome(folder, study).finished:
@@ -218,6 +219,14 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcom
                     f"{error}; the report and best.toml are written, and the same command tries again"
                 ) from error
         return outcome
+
+
+def _as_begun(setup: Setup, study: Study) -> Setup:
+    """A run that began by scores alone stays so, though by now its scores could be differentiated."""
+    begun = study.identity.get("search", {}).get("optimiser")
+    if setup.config.search.optimiser == "auto" and begun == "bayes":
+        return replace(setup, plan=replace(setup.plan, optimiser=begun))
+    return setup
 
 
 def _extended(plan: Plan, target: int) -> Plan:
@@ -447,7 +456,8 @@ def check_folder(setup: Setup, folder: Path) -> None:
     """ConfigError or CheckpointError if `setup` cannot run in `folder`: another run's, or no space."""
     storage = setup.config.search.storage
     if has_study(folder, storage):
-        open_study(folder, storage).require_same(setup.identity)
+        study = open_study(folder, storage)
+        study.require_same(_as_begun(setup, study).identity)
     best = folder / "best.safetensors"
     if setup.config.output.save_best:
         if any(model.path.resolve() == best.resolve() for model in setup.merger.models):

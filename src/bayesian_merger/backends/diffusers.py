@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from bayesian_merger import devices
 from bayesian_merger.backends import Followed, Judge, Key, Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
-from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.errors import ConfigError, GradientError, TrialError
 from bayesian_merger.registry import nearest
 
 # The samplers of stable-diffusion-webui by their diffusers names and settings, after the table in
@@ -164,22 +164,24 @@ class Diffusers:
         self, prompts: Sequence[Prompt], judge: Judge, wanted: Set[Key], last: int | None
     ) -> Followed:
         """One piece; in half precision with its score enlarged as far as the gradient stays finite."""
+        factor = self._enlarged
         while True:
             slopes: dict[Key, float] = {}
             try:
                 with self._folding(wanted, slopes):
                     pixels = self._pixels(prompts, last)
-                    scores = judge((pixels / 2 + 0.5).clamp(0, 1), prompts)
-                    torch.autograd.backward(scores.mean() * self._enlarged)
-            except TrialError:
-                if self._enlarged <= 1:
+                    with _enough_memory("for the gradient; search.optimiser = 'bayes' needs less"):
+                        scores = judge((pixels / 2 + 0.5).clamp(0, 1), prompts)
+                        torch.autograd.backward(scores.mean() * factor)
+            except GradientError:
+                if factor <= 1:
                     raise
-                self._enlarged /= 16
+                factor /= 16
                 continue
             images = zip(_as_images(pixels.detach()), prompts, strict=True)
             return Followed(
                 [Sample(image, prompt) for image, prompt in images],
-                {key: slope / self._enlarged for key, slope in slopes.items()},
+                {key: slope / factor for key, slope in slopes.items()},
             )
 
     @contextmanager

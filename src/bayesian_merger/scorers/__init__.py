@@ -30,7 +30,10 @@ class DifferentiableScorer(Scorer, Protocol):
     """A scorer whose scores have gradients to the pixels."""
 
     def differentiable(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """One score each for `pixels` (N, 3, height, width) in [0, 1], the same as of the images."""
+        """One score each for `pixels` (N, 3, height, width) in [0, 1], the same as of the images.
+
+        The pixels may be on another device than the scorer.
+        """
         ...
 
 

@@ -60,7 +60,7 @@ class Demo:
 
     def differentiable(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """One score each for `pixels` (N, 3, height, width) in [0, 1], with gradients to them."""
-        degrees = self._network(_resized(pixels)).sigmoid()
+        degrees = self._network(_resized(pixels.to(self.device))).sigmoid()
         words, quality = degrees[:, :-1], degrees[:, -1]
         shares = words.new_tensor([_shares(prompt) for prompt in prompts])
         total = shares.sum(1)

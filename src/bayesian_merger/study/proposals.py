@@ -159,10 +159,9 @@ class Plan:
         if strange:
             hint = f"; known: {', '.join(known)}" if known else ""
             return [f"optimiser {self.optimiser} has no option {strange[0]!r}{hint}"]
-        if self.optimiser == "gradient" and self.last is not None:
-            if type(self.last) is not int or self.last < 1:
-                return [f"last is {self.last!r}; give a number of steps, or leave it out for all"]
-            return []
+        is_number = self.last is None or (type(self.last) is int and self.last >= 1)
+        if self.optimiser == "gradient" and not is_number:
+            return [f"last is {self.last!r}; give a number of steps, or leave it out for all"]
         return []
 
     @property
@@ -470,8 +469,14 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         return self._bayes.few([one._replace(slopes=()) for one in found], 1)[0]
 
     def values(self, trials: Sequence[FrozenTrial]) -> list[float]:
-        """The values of all images that the trials were shown."""
-        return [value for trial in trials for value in self._values(trial, None).values()]
+        """The values of all images that the trials were shown, of payloads that count."""
+        own, shares = self._bayes.panel, self._plan.shares
+        return [
+            value
+            for trial in trials
+            for item, value in self._values(trial, None).items()
+            if shares.get(own[item], 1.0) > 0
+        ]
 
     def front(self, study: Study, n: int) -> list[tuple[Array, list[tuple[float, float]]]]:
         """Points of the Pareto front, each with mean and standard error of every objective."""
@@ -583,11 +588,17 @@ class Proposer:
         return next(t for t in self.study.get_trials(deepcopy=False) if t.number == asked.number)
 
     def _is_misled(self) -> bool:
-        """Whether the gradient has led to merges that score worse than where it began."""
+        """Whether the gradient has led to merges that score worse than the middle, where it began."""
         if _GIVEN_UP in self.study.user_attrs:
             return True
-        led = [t for t in begun(self.study) if t.state == TrialState.COMPLETE]
-        few = led[1:][-max(_FEWEST_LED, len(led) // 3) :]
+        led = [
+            trial
+            for trial in begun(self.study)
+            if trial.state == TrialState.COMPLETE
+            and trial.user_attrs["stage"] == "exploit"
+            and trial.user_attrs[FOLLOWS]
+        ]
+        few = led[-max(_FEWEST_LED, len(led) // 3) :]
         if len(few) < _FEWEST_LED:
             return False
         start = [t for t in self.study.get_trials(deepcopy=False) if t.params == self.plan.middle]
