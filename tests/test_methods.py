@@ -827,3 +827,10 @@ def test_missing_sd_mecha_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "sd_mecha", None)
     with pytest.raises(ConfigError, match=r"pip install 'bayesian-merger\[mecha\]'"):
         methods.get("mecha:rotate")
+
+
+def test_crossover_over_a_width_that_float32_cannot_hold_is_a_step() -> None:
+    a, b, c = (torch.tensor([x, 2 * x]) for x in (1.0, 2.0, 3.0))
+    crossover = methods.get("distribution_crossover")
+    step = crossover(a, b, c, alpha=0.0, beta=0.0)
+    assert torch.equal(crossover(a, b, c, alpha=0.0, beta=5e-206), step)

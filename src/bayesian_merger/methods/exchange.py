@@ -69,7 +69,7 @@ def distribution_crossover(
     order = c.flatten().argsort(stable=True)
     spectrum = torch.fft.rfft((b - a).flatten()[order])
     frequency = torch.arange(len(spectrum), device=a.device) / len(spectrum)
-    if beta > 0:
+    if beta > torch.finfo(frequency.dtype).tiny:  # less is 0 in float32
         spectrum *= ((frequency - alpha) / beta + 0.5).clamp_(0, 1)
     else:
         spectrum *= frequency >= alpha
