@@ -58,7 +58,7 @@ class Task(NamedTuple):
 
 
 class Point(NamedTuple):
-    """What is recommended after so many images and seconds, its score and those of the parents."""
+    """The score of what is recommended after so many images and seconds."""
 
     images: int
     seconds: float

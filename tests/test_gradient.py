@@ -11,7 +11,7 @@ from test_run import Silent
 
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
-from bayesian_merger import run, setup
+from bayesian_merger import run, setup, warm
 from bayesian_merger.data import Outcome, Prompt, Result
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.setup import Setup
@@ -74,25 +74,28 @@ def test_gradient_finds_in_few_images_what_no_other_optimiser_does(folder: Path)
 def test_auto_follows_the_gradient_where_it_can_and_says_so(folder: Path) -> None:
     chosen = ready(folder)
     assert chosen.plan.optimiser == "gradient"
-    assert any("follows its gradient" in warning for warning in chosen.warnings)
-    assert not any("gradient" in w for w in ready(folder, "search.optimiser=gradient").warnings)
+    assert any("follows its gradient" in warning for warning in chosen.notes)
+    assert not any("gradient" in w for w in ready(folder, "search.optimiser=gradient").notes)
     assert ready(folder, "search.optimiser=bayes").plan.optimiser == "bayes"
     assert ready(folder, "backend.name=stripes").plan.optimiser == "bayes"
     assert ready(folder, "scorers.likeness.weight=1").plan.optimiser == "bayes"
 
 
 @pytest.mark.parametrize(
-    ("override", "lacking"),
+    ("override", "reason"),
     [
-        ("backend.name=stripes", "back end stripes"),
-        ("scorers.likeness.weight=1", "scorer likeness"),
+        ("backend.name=stripes", "back end stripes cannot be differentiated"),
+        ("scorers.likeness.weight=1", "scorer likeness cannot be differentiated"),
+        ("search.objectives=payloads", "search.objectives asks for more than the mean"),
+        ('search.methods=["slerp"]', "a choice among search.methods has no slope"),
     ],
 )
-def test_gradient_is_refused_with_what_cannot_be_differentiated(
-    folder: Path, override: str, lacking: str
+def test_gradient_is_refused_with_the_reason_and_auto_takes_bayes(
+    folder: Path, override: str, reason: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"which {lacking} does not allow"):
+    with pytest.raises(ConfigError, match=f"'gradient' does not fit, as {reason}"):
         ready(folder, "search.optimiser=gradient", override)
+    assert ready(folder, override).plan.optimiser == "bayes"
 
 
 @pytest.mark.parametrize(
@@ -176,12 +179,28 @@ def test_interrupted_run_ends_as_if_nothing_had_happened(folder: Path, at: int) 
     assert resumed.heldout == whole.heldout
 
 
-def test_score_that_does_not_depend_on_the_merge_leaves_a_search_by_values(folder: Path) -> None:
-    outcome = start(folder, "backend.fault=flat")
-    followed = [piece for result in outcome.results for piece in result.slopes]
-    assert followed
-    assert not any(piece.by for piece in followed)
+@pytest.mark.parametrize("fault", ["flat", "rigid"])
+def test_search_goes_on_by_the_scores_where_merges_tell_no_slope(folder: Path, fault: str) -> None:
+    observer = Silent()
+    outcome = run.run(ready(folder, f"backend.fault={fault}"), folder / "run", observer)
     assert outcome.finished
+    assert not any(piece.by for result in outcome.results for piece in result.slopes)
+    trials = [r for r in outcome.results if r.stage != "baseline"]
+    assert all(r.state == "complete" for r in trials)
+    # Two merges on new images, the others on those of the panel.
+    assert [min(r.scores) >= FRESH for r in trials[:4]] == [True, True, False, False]
+    assert sum("2 merges in a row told no slope" in line for line in observer.lines) == 1
+    failed = [line for line in observer.lines if "without its gradient: " in line]
+    assert len(failed) == (3 if fault == "rigid" else 0)  # the even merge and two more
+
+
+def test_fork_of_a_search_by_the_gradient_begins_with_its_best_merges(folder: Path) -> None:
+    before = start(folder)
+    chosen = ready(folder, "search.optimiser=bayes", "search.seed=1")
+    brought = warm.fork(folder / "run", chosen, folder / "new")
+    assert brought.starts == len(before.candidates) == 2
+    reasons = list(brought.left_out)
+    assert reasons == ["a search by the gradient shows each merge images of its own"]
 
 
 def test_gradient_that_misleads_is_given_up_and_the_search_goes_on_by_scores(folder: Path) -> None:

@@ -98,7 +98,8 @@ class Stripes:
 class Painter(Stripes):
     """Stripes with a graph behind them, three at once.
 
-    With the fault "flat" the score seems not to depend on the merge, and the other way with "contrary".
+    With the fault "flat" the score seems not to depend on the merge, and the other way with "contrary";
+    with "rigid" no image can be followed.
     """
 
     def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
@@ -109,6 +110,8 @@ class Painter(Stripes):
     def follow(
         self, prompts: Sequence[Prompt], judge: Judge, wanted: Set[Key], last: int | None
     ) -> Iterator[Followed]:
+        if self._fault == "rigid":
+            raise TrialError("out of memory for the gradient")
         for some in (prompts[i : i + 3] for i in range(0, len(prompts), 3)):
             samples = list(self.generate(some))
             tensors = {n: self._merged[n].float().requires_grad_() for n in TENSORS.values()}

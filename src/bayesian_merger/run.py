@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,10 +53,6 @@ _REPORT_EVERY_S = 60.0
 _TELL_EVERY = 5
 _TELLING = 3
 _MOST_COMPROMISES = 8
-_MISLED = (
-    "the merges that the gradient led to score worse than the one it began at, so the search goes on "
-    "by the scores alone"
-)
 
 
 class Observer(Protocol):
@@ -84,40 +80,48 @@ class Observer(Protocol):
 
 
 def judge(
-    trial: Trial, panel: Sequence[Prompt], setup: Setup, observer: Observer, keep: Path | None
+    trial: Trial,
+    panel: Sequence[Prompt],
+    setup: Setup,
+    observer: Observer,
+    keep: Path | None,
+    yardstick: Yardstick | None = None,
 ) -> None:
     """One trial: merge, generate, score, image by image; what the trial has is not made again.
 
-    Images go to the folder `keep`, if given, before their scores are stored. TrialError if the
-    merge, an image or a score is not to be had.
+    Images go to the folder `keep`, if given, before their scores are stored. With a `yardstick` the
+    slopes of the value by each parameter are measured too, a few images at once. TrialError if the
+    merge, an image, a score or a slope is not to be had.
     """
-    # The panel is cut at the same places whatever is missing, so that each image repeats exactly.
-    batches = list(_batches(panel, setup.backend.batch))
-    observer.judged(sum(p.index in trial.scores for p in panel), made=False)
-    todo = [batch for batch in batches if any(p.index not in trial.scores for p in batch)]
+    done = trial.scores.keys() if yardstick is None else trial.followed
+    todo = [prompt for prompt in panel if prompt.index not in done]
+    observer.judged(len(panel) - len(todo), made=False)
     if not todo:
         return
     start = time.monotonic()
     _load(setup, trial.recipe)
     trial.spend(merge=time.monotonic() - start)
-    for batch in todo:
-        start = time.monotonic()
-        samples = _generate(setup, batch)
+    pieces = _followed(setup, todo, yardstick) if yardstick else _plain(setup, panel, done)
+    start = time.monotonic()
+    for samples, slopes in pieces:
         generated = time.monotonic()
         scores = score(setup.scorers, samples)
         scored = time.monotonic()
-        fresh = 0
+        fresh = sum(sample.prompt in todo for sample in samples)
         for sample, found in zip(samples, scores, strict=True):
             if sample.prompt.index not in trial.scores:
                 if keep:
                     save_image(sample, keep / f"{sample.prompt.index:03}.png")
                 trial.record(sample.prompt.index, found, digest_of(sample.image))
-                fresh += 1
+        if slopes is not None:
+            # Last: what has slopes has all.
+            trial.follow([sample.prompt.index for sample in samples], slopes)
         trial.spend(generate=generated - start, score=scored - generated)
         observer.judged(fresh, made=True)
+        start = time.monotonic()
 
 
-def follow(
+def _judge_and_follow(
     trial: Trial,
     panel: Sequence[Prompt],
     setup: Setup,
@@ -125,27 +129,27 @@ def follow(
     keep: Path | None,
     yardstick: Yardstick,
 ) -> None:
-    """As `judge`, with the slopes of the value by each parameter, a few images at once."""
-    todo = [prompt for prompt in panel if prompt.index not in trial.followed]
-    observer.judged(len(panel) - len(todo), made=False)
-    if not todo:
+    """`judge` with slopes, or without them where they cannot be had."""
+    try:
+        judge(trial, panel, setup, observer, keep, yardstick)
         return
-    start = time.monotonic()
-    _load(setup, trial.recipe)
-    trial.spend(merge=time.monotonic() - start)
-    start = time.monotonic()
-    for samples, slopes in _followed(setup, todo, yardstick):
-        generated = time.monotonic()
-        scores = score(setup.scorers, samples)
-        for sample, found in zip(samples, scores, strict=True):
-            if keep:
-                save_image(sample, keep / f"{sample.prompt.index:03}.png")
-            trial.record(sample.prompt.index, found, digest_of(sample.image))
-        # Last: what has slopes has all.
-        trial.follow([sample.prompt.index for sample in samples], slopes)
-        trial.spend(generate=generated - start, score=time.monotonic() - generated)
-        observer.judged(len(samples), made=True)
-        start = time.monotonic()
+    except TrialError as error:
+        reason = str(error)
+    # Outside the clause, whose error holds on to the memory of the graph.
+    judge(trial, panel, setup, observer, keep)
+    observer.noted(f"{trial.name} was judged without its gradient: {reason}")
+
+
+def _plain(
+    setup: Setup, panel: Sequence[Prompt], done: Set[int]
+) -> Iterator[tuple[Sequence[Sample], None]]:
+    """Images in batches, without those batches that are done.
+
+    The panel is cut at the same places whatever is missing, so that each image repeats exactly.
+    """
+    for batch in list(_batches(panel, setup.backend.batch)):
+        if any(prompt.index not in done for prompt in batch):
+            yield _generate(setup, batch), None
 
 
 def _followed(
@@ -197,8 +201,8 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcom
         setup = replace(setup, plan=_extended(setup.plan, study.target))
         study.begin(setup.identity, setup.about())
         observer.planned(setup.n_images())
-        for warning in setup.warnings:
-            observer.noted(warning)
+        for note in setup.notes:
+            observer.noted(note)
 
         yardstick = baselines(study, setup, folder, observer)
         _observe_brought(study, setup, yardstick)
@@ -222,9 +226,10 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcom
 
 
 def _as_begun(setup: Setup, study: Study) -> Setup:
-    """A run that began by scores alone stays so, though by now its scores could be differentiated."""
+    """With the optimiser that `auto` chose when the run began, if it can still be had."""
     begun = study.identity.get("search", {}).get("optimiser")
-    if setup.config.search.optimiser == "auto" and begun == "bayes":
+    is_free = setup.config.search.optimiser == "auto"
+    if is_free and (begun == "bayes" or (begun == "gradient" and not setup.rigid)):
         return replace(setup, plan=replace(setup.plan, optimiser=begun))
     return setup
 
@@ -246,7 +251,8 @@ def baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> Y
         try:
             keep = pictures_of(folder, "baseline", trial.name)
             if trial.name == "even" and setup.follows_even:
-                follow(trial, setup.panel, setup, observer, keep, Yardstick(setup.weights, {}))
+                measure = Yardstick(setup.weights, {})
+                _judge_and_follow(trial, setup.panel, setup, observer, keep, measure)
             else:
                 judge(trial, setup.panel, setup, observer, keep)
             _require_change(trial.result(), [t.result() for t in trials], setup)
@@ -313,7 +319,7 @@ def _search(
         observer.finished(study.searched()[-1], study.leader)
         if proposer.given_up and not is_told:
             is_told = True
-            observer.noted(_MISLED)
+            observer.noted(f"{proposer.given_up}, so the search goes on by the scores alone")
         if time.monotonic() - reported > _REPORT_EVERY_S:
             reported = time.monotonic()
             try:
@@ -362,7 +368,7 @@ def attempt(
     keep = pictures_of(folder, trial.stage, trial.name) if is_kept else None
     try:
         if trial.follows:
-            follow(trial, panel, setup, observer, keep, yardstick)
+            _judge_and_follow(trial, panel, setup, observer, keep, yardstick)
         else:
             judge(trial, panel, setup, observer, keep)
         others = [*study.judged("baseline"), *study.searched()]
@@ -503,10 +509,11 @@ def try_out(setup: Setup) -> TryOut:
     per_image = (time.monotonic() - warm) / len(batch)
     per_followed, n_followed = 0.0, 0
     if setup.plan.optimiser == "gradient":
-        start = time.monotonic()
         one = Yardstick(setup.weights, dict.fromkeys(setup.weights, (0.0, 1.0)))
-        followed, _ = next(_followed(setup, batch, one))
-        per_followed = (time.monotonic() - start) / len(followed)
+        list(_followed(setup, batch[:1], one))  # the same here
+        start = time.monotonic()
+        list(_followed(setup, batch, one))
+        per_followed = (time.monotonic() - start) / len(batch)
         n_followed = setup.plan.n_images + len(setup.panel) * setup.follows_even
     merges = setup.plan.n_trials + 2 * len(BASELINES) + 1 + setup.config.heldout.candidates
     return TryOut(

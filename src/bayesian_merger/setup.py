@@ -33,6 +33,10 @@ BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
 _MAY_CHANGE = ("device", "batch")
 _MOST_IMAGES = 10_000
 _USUAL_IMAGES = 500
+_FOLLOWS = (
+    "the score can be differentiated, so the search follows its gradient; "
+    "search.optimiser = 'bayes' does without"
+)
 _T = TypeVar("_T")
 
 
@@ -54,6 +58,18 @@ class Setup:
     weights: Mapping[str, float]
     warnings: tuple[str, ...]
     fresh: Callable[[int], Prompt]
+
+    @property
+    def rigid(self) -> list[str]:
+        """What of the images and their scores cannot be differentiated."""
+        return _rigid(self.config, self.backend, self.scorers)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know before the run."""
+        if self.plan.optimiser == "gradient" != self.config.search.optimiser:
+            return (*self.warnings, _FOLLOWS)
+        return self.warnings
 
     @property
     def follows_even(self) -> bool:
@@ -215,11 +231,6 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
     if found and found.inert and warnings is not None:
         blocks = ", ".join(dict.fromkeys(found.names[name][1] for name in sorted(found.inert)))
         warnings.append(f"the models are the same in {blocks}, which the search leaves out")
-    if plan and plan.optimiser == "gradient" != config.search.optimiser and warnings is not None:
-        warnings.append(
-            "the score can be differentiated, so the search follows its gradient; "
-            "search.optimiser = 'bayes' does without"
-        )
     if mistakes or not (merger and found and plan and panels and engine):
         raise ConfigError("\n".join(mistakes))
     built = {name: judge for name, judge in scorers.items() if judge is not None}
@@ -400,25 +411,38 @@ def _first_choice(config: Config) -> dict[str, str]:
     return {name: known[0] for name, known in _choices(config).items()}
 
 
+def _rigid(
+    config: Config, engine: Backend | None, scorers: Mapping[str, Scorer | None]
+) -> list[str]:
+    """What cannot be differentiated; what could not be built has been told."""
+    found = [
+        f"scorer {name}"
+        for name, one in scorers.items()
+        if one and not isinstance(one, DifferentiableScorer)
+    ]
+    if engine and not isinstance(engine, Differentiable):
+        found.insert(0, f"back end {config.backend.name}")
+    return found
+
+
 def _optimiser(
     config: Config, engine: Backend | None, scorers: Mapping[str, Scorer | None]
 ) -> str:
     """The optimiser by name, where `auto` leaves the choice; ConfigError for gradient without one."""
-    wanted = config.search.optimiser
-    if wanted not in ("auto", "gradient"):
-        return wanted
-    # What could not be built has been told.
-    lacking = [
-        f"scorer {n}" for n, s in scorers.items() if s and not isinstance(s, DifferentiableScorer)
-    ]
-    if engine and not isinstance(engine, Differentiable):
-        lacking.insert(0, f"back end {config.backend.name}")
-    if not lacking:
+    search = config.search
+    if search.optimiser not in ("auto", "gradient"):
+        return search.optimiser
+    reasons = [f"{what} cannot be differentiated" for what in _rigid(config, engine, scorers)]
+    if len(_methods(config)) > 1:
+        reasons.append("a choice among search.methods has no slope")
+    if search.objectives != "mean":
+        reasons.append("search.objectives asks for more than the mean, which is what it follows")
+    if not reasons:
         return "gradient"
-    if wanted == "gradient":
+    if search.optimiser == "gradient":
         raise ConfigError(
-            f"search.optimiser 'gradient' needs to differentiate the score, which {lacking[0]} does not "
-            f"allow; choose 'bayes', or 'auto' for what fits"
+            f"search.optimiser 'gradient' does not fit, as {reasons[0]}; choose 'bayes', or 'auto' for "
+            f"what fits"
         )
     return "bayes"
 

@@ -78,7 +78,10 @@ def fork(old: Path, setup: Setup, folder: Path, storage: str | None = None) -> B
                 left_out[str(error)] += 1
                 continue
             if not found:
-                left_out["the new scorers need their pictures, which were not kept"] += 1
+                reason = "the new scorers need their pictures, which were not kept"
+                if not known.shares_images(result):
+                    reason = "a search by the gradient shows each merge images of its own"
+                left_out[reason] += 1
                 continue
             merges += 1
             searched += result.stage != "baseline"
@@ -163,12 +166,16 @@ class _Known:
         self._items = {_picture(p): p.index for p in setup.panel} if is_same else {}
         self._n_panel = len(setup.panel)
 
+    def shares_images(self, result: Result) -> bool:
+        """Whether the result has scores of images that other merges were shown too."""
+        return any(index < len(self._panel) for index in result.scores)
+
     def scores(self, result: Result, pictures: Path) -> dict[int, _Scored]:
         """Image of the new run -> its scores, of those that can be had."""
         found = {
             index: {name: scores[name] for name in self._kept}
             for index, scores in result.scores.items()
-            if index < len(self._panel)  # others were never shown to a second merge
+            if index < len(self._panel)
         }
         missing = {n: judge for n, judge in self._scorers.items() if n not in self._kept}
         if missing:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import bayesian_merger
-from bayesian_merger.backends import Merge
+from bayesian_merger.backends import Key, Merge
 from bayesian_merger.backends import diffusers as module
 from bayesian_merger.backends.diffusers import Diffusers
 from bayesian_merger.checkpoint import Checkpoint
@@ -56,8 +57,9 @@ def pictures(back_end: Diffusers, wanted: list[Prompt]) -> np.ndarray:
     return np.stack([np.asarray(sample.image) for sample in back_end.generate(wanted)])
 
 
+@pytest.mark.parametrize("cfg_scale", [3.0, 1.0])
 def test_merge_at_zero_makes_the_pictures_that_diffusers_makes_of_model_a(
-    merger: Merger, live: Diffusers
+    merger: Merger, live: Diffusers, cfg_scale: float
 ) -> None:
     import diffusers
 
@@ -66,11 +68,11 @@ def test_merge_at_zero_makes_the_pictures_that_diffusers_makes_of_model_a(
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    wanted = prompts()
+    wanted = [replace(prompt, cfg_scale=cfg_scale) for prompt in prompts()]
     expected = pipe(
         [p.prompt for p in wanted],
         num_inference_steps=4,
-        guidance_scale=3.0,
+        guidance_scale=cfg_scale,
         width=64,
         height=64,
         generator=[torch.Generator().manual_seed(p.seed) for p in wanted],
@@ -119,6 +121,12 @@ class Plain(Merge):
 
     def __len__(self) -> int:
         return len(self._merged)
+
+    def moved_by(self, name: str) -> Sequence[Key]:
+        return []
+
+    def slopes(self, name: str, gradient: Tensor) -> Mapping[Key, float]:
+        return {}
 
 
 class Fickle(Plain):

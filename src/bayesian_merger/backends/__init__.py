@@ -6,6 +6,7 @@ the configuration (what follows a `*` is for tests); heavy libraries are importe
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -31,13 +32,13 @@ class Followed(NamedTuple):
 class Merge(Mapping[str, Tensor]):
     """A merge as a back end gets it: tensors by name, each computed when it is read."""
 
+    @abstractmethod
     def moved_by(self, name: str) -> Sequence[Key]:
         """The weights that a tensor follows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def slopes(self, name: str, gradient: Tensor) -> Mapping[Key, float]:
         """The derivative of a score by each of them, from its gradient by the tensor."""
-        raise NotImplementedError
 
     def write(self, targets: Mapping[str, Tensor], since: Merge | None = None) -> int:
         """Write tensors into `targets` (by name; of any type and device); how many were written.

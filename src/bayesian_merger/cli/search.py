@@ -118,8 +118,8 @@ def check_command(
     setup = _prepared(_load(config_file, overrides, **counts), config_file)
     folder = run_dir or _default_run_dir(config_file)
     run.check_folder(setup, folder)
-    for warning in setup.warnings:
-        out.print(f"note: {warning}", soft_wrap=True)
+    for note in setup.notes:
+        out.print(f"note: {note}", soft_wrap=True)
     out.print("every file is in order; making a merge and a batch of images ...", soft_wrap=True)
     with closing(setup.backend):
         tried = run.try_out(setup)

@@ -62,7 +62,9 @@ FRESH = 1 << 20
 # It is given up when it leads to worse merges: the last four trials, or third of them, on images that no
 # proposal was made on, score so many standard errors less than the merge where it began.
 _FEWEST_LED, _MISLED = 4, 2.5
-_GIVEN_UP = "gradient given up after"
+# And when so many merges in a row told no slope: of memory too small, or a score that does not change.
+_SILENT = 2
+_GIVEN_UP = "gradient given up"
 
 
 class Objective(NamedTuple):
@@ -352,10 +354,8 @@ class Plan:
         """Optuna's optimiser for trial number `place`, from which all its chance comes."""
         name = self.optimiser
         if name not in _USUAL and "." not in name:
-            hint = nearest(name, OPTIMISERS) or f"; known: {', '.join(OPTIMISERS)}"
-            raise ConfigError(
-                f"unknown optimiser {name!r}{hint}, or the path of an Optuna sampler"
-            )
+            known = f"; known: {', '.join(OPTIMISERS)}, or the path of an Optuna sampler"
+            raise ConfigError(f"unknown optimiser {name!r}{nearest(name, OPTIMISERS) or known}")
         path, usual = _USUAL.get(name, (name, {}))
         seed = self.seed if name == "sobol" else _seed(self.seed, place)
         module, _, cls = path.rpartition(".")
@@ -557,7 +557,7 @@ class Proposer:
         plan, before = self.plan, begun(self.study)
         place = len(before)
         shown = sum(len(trial.user_attrs["items"]) for trial in before)
-        follows = plan.optimiser == "gradient" and not self._is_misled()
+        follows = plan.optimiser == "gradient" and not self._gives_up()
         items = plan.items(place, shown, follows)
         # An optimiser needs a score to begin with, and as it does not hear of a failure it would ask for
         # the same again.
@@ -587,35 +587,35 @@ class Proposer:
             asked.set_user_attr(key, found)
         return next(t for t in self.study.get_trials(deepcopy=False) if t.number == asked.number)
 
-    def _is_misled(self) -> bool:
-        """Whether the gradient has led to merges that score worse than the middle, where it began."""
-        if _GIVEN_UP in self.study.user_attrs:
-            return True
-        led = [
-            trial
-            for trial in begun(self.study)
-            if trial.state == TrialState.COMPLETE
-            and trial.user_attrs["stage"] == "exploit"
-            and trial.user_attrs[FOLLOWS]
-        ]
-        few = led[-max(_FEWEST_LED, len(led) // 3) :]
-        if len(few) < _FEWEST_LED:
-            return False
-        start = [t for t in self.study.get_trials(deepcopy=False) if t.params == self.plan.middle]
-        at_start, at_few = (np.array(self._bayes.values(trials)) for trials in (start, few))
-        if min(len(at_start), len(at_few)) < 2:
-            return False
-        error = math.sqrt(at_start.var(ddof=1) / len(at_start) + at_few.var(ddof=1) / len(at_few))
-        is_misled = bool(at_few.mean() < at_start.mean() - _MISLED * error)
-        if is_misled:
-            self.study.set_user_attr(_GIVEN_UP, len(led))
-        return is_misled
+    def _gives_up(self) -> bool:
+        """Whether the gradient is followed no more, which is stored with its reason."""
+        if self.given_up is None and (reason := self._fault()):
+            self.study.set_user_attr(_GIVEN_UP, reason)
+        return self.given_up is not None
 
     @property
-    def given_up(self) -> int | None:
-        """After how many trials the gradient was given up, if it was."""
-        found: int | None = self.study.user_attrs.get(_GIVEN_UP)
+    def given_up(self) -> str | None:
+        """Why the gradient was given up, if it was."""
+        found: str | None = self.study.user_attrs.get(_GIVEN_UP)
         return found
+
+    def _fault(self) -> str | None:
+        """What speaks against following the gradient any further."""
+        complete = [t for t in begun(self.study) if t.state == TrialState.COMPLETE]
+        followed = [trial for trial in complete if trial.user_attrs[FOLLOWS]]
+        last = followed[-_SILENT:]
+        if len(last) == _SILENT and not any(s.by for trial in last for s in slopes_of(trial)):
+            return f"{_SILENT} merges in a row told no slope"
+        led = [trial for trial in followed if trial.user_attrs["stage"] == "exploit"]
+        few = led[-max(_FEWEST_LED, len(led) // 3) :]
+        start = [t for t in self.study.get_trials(deepcopy=False) if t.params == self.plan.middle]
+        at_start, at_few = (np.array(self._bayes.values(trials)) for trials in (start, few))
+        if len(few) < _FEWEST_LED or len(at_start) < 2:
+            return None
+        error = math.sqrt(at_start.var(ddof=1) / len(at_start) + at_few.var(ddof=1) / len(at_few))
+        if at_few.mean() < at_start.mean() - _MISLED * error:
+            return "the merges that the gradient led to score worse than the one it began at"
+        return None
 
     def is_over(self) -> bool:
         """Whether the images or trials are spent, or little is to be gained by more."""
