@@ -4,7 +4,8 @@
 
 runs the program's own searches on the embedded example and on the pairs of tools/make_pairs.py, and
 judges what each would recommend after so many images (those of A, B and the even merge, which all
-searches make, not counted) on the same fresh prompts and seeds. Prints the mean score of the recommended
+searches make, not counted) on the same fresh prompts and seeds. A search by bayes, which explores less
+when it may spend less, is begun anew for each number of images. Prints the mean score of the recommended
 merges with its standard error over the searches, and how far gradient is ahead of each search with the
 same seed. What was measured is kept in --results, so that the same command goes on with what is missing.
 """
@@ -37,24 +38,25 @@ from bayesian_merger.study import Study
 
 RESULTS = Path(__file__).with_name("results") / "gradient.jsonl"
 MARKS = (32, 48, 64, 96, 128, 256, 512, 1024)
-# Images that a search by each may spend, and its settings.
-SEARCHES: Mapping[str, tuple[int, Sequence[str]]] = {
-    "gradient": (256, ()),
-    "gradient, last 4": (256, ("search.options={last=4}",)),
-    "gradient, last 2": (256, ("search.options={last=2}",)),
-    "gradient, last 1": (256, ("search.options={last=1}",)),
-    "bayes": (1024, ("search.optimiser=bayes",)),
-    "tpe": (1024, ("search.optimiser=tpe",)),
-    "random": (1024, ("search.optimiser=random",)),
+# How many images searches by each may spend, and its settings.
+SEARCHES: Mapping[str, tuple[Sequence[int], Sequence[str]]] = {
+    "gradient": ((256,), ()),
+    "gradient, last 4": ((256,), ("search.options={last=4}",)),
+    "gradient, last 2": ((256,), ("search.options={last=2}",)),
+    "gradient, last 1": ((256,), ("search.options={last=1}",)),
+    "bayes": ((64, 128, 256, 512, 1024), ("search.optimiser=bayes",)),
+    "tpe": ((1024,), ("search.optimiser=tpe",)),
+    "random": ((1024,), ("search.optimiser=random",)),
 }
 
 
 class Task(NamedTuple):
-    """One search."""
+    """One search, which may spend so many images."""
 
     pair: str
     search: str
     seed: int
+    images: int
 
 
 class Point(NamedTuple):
@@ -80,32 +82,37 @@ def main() -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     found = read(options.results)
     for seed, pair, search in product(range(options.seeds), options.pairs, options.searches):
-        task = Task(pair, search, seed)
-        most = min(options.most, SEARCHES[search][0])
-        if task not in found or max(found[task]) < max(m for m in MARKS if m <= most):
-            points = list(searched(task, most, options.folder, options.images))
-            with options.results.open("a") as file:
-                file.write(json.dumps({"task": task, "points": points}) + "\n")
-            found[task] = {point.images: point for point in points}
-            print(*task, " ".join(f"{p.images}: {p.score:.3f}" for p in points), flush=True)
+        budgets = {min(n, options.most) for n in SEARCHES[search][0]}
+        for task in [Task(pair, search, seed, n) for n in sorted(budgets)]:
+            if task not in found:
+                found[task] = list(searched(task, marks(task), options.folder, options.images))
+                with options.results.open("a") as file:
+                    file.write(json.dumps({"task": task, "points": found[task]}) + "\n")
+                told = " ".join(f"{p.images}: {p.score:.3f}" for p in found[task])
+                print(*task, told, flush=True)
     for pair in options.pairs:
         table(pair, found, options.searches)
 
 
-def read(path: Path) -> dict[Task, dict[int, Point]]:
-    """What earlier runs have measured, by images."""
-    found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        entry = json.loads(line)
-        found[Task(*entry["task"])] = {p[0]: Point(*p) for p in entry["points"]}
-    return found
+def marks(task: Task) -> list[int]:
+    """After how many images a search is judged; after all that it may spend, if others spend less."""
+    if len(SEARCHES[task.search][0]) > 1:
+        return [task.images]
+    return [mark for mark in MARKS if mark <= task.images]
 
 
-def searched(task: Task, images: int, folder: Path, n_fresh: int) -> Iterator[Point]:
+def read(path: Path) -> dict[Task, list[Point]]:
+    """What earlier runs have measured."""
+    lines = path.read_text().splitlines() if path.exists() else ()
+    entries = [json.loads(line) for line in lines]
+    return {Task(*entry["task"]): [Point(*p) for p in entry["points"]] for entry in entries}
+
+
+def searched(task: Task, at: Sequence[int], folder: Path, n_fresh: int) -> Iterator[Point]:
     """One search, and the scores of what it recommends at each mark; first that of the even merge."""
-    setup = setup_of(task, images, folder)
-    judge = Task(task.pair, "random", 10_000)
-    fresh = setup_of(judge, images, folder, f"heldout.images={n_fresh}")
+    setup = setup_of(task, folder)
+    judge = Task(task.pair, "random", 10_000, task.images)
+    fresh = setup_of(judge, folder, f"heldout.images={n_fresh}")
     with tempfile.TemporaryDirectory() as place:
         study = Study(Path(place) / "study.db")
         judging = 0.0
@@ -113,7 +120,7 @@ def searched(task: Task, images: int, folder: Path, n_fresh: int) -> Iterator[Po
         proposer = study.searching(setup.plan, yardstick.value)
         yield Point(0, 0.0, fresh_score(fresh, study, setup.baseline("even")))
         start = time.monotonic()
-        for mark in (m for m in MARKS if m <= images):
+        for mark in at:
             while study.n_judged < mark:
                 if error := run.attempt(study, proposer, setup, yardstick, Path(place), Silent()):
                     raise error
@@ -124,7 +131,7 @@ def searched(task: Task, images: int, folder: Path, n_fresh: int) -> Iterator[Po
             judging += time.monotonic() - reached
 
 
-def setup_of(task: Task, images: int, folder: Path, *overrides: str) -> Setup:
+def setup_of(task: Task, folder: Path, *overrides: str) -> Setup:
     """The embedded example with the models of a pair."""
     models = []
     if task.pair != "embedded":
@@ -133,7 +140,7 @@ def setup_of(task: Task, images: int, folder: Path, *overrides: str) -> Setup:
     settings = [
         *models,
         f"search.seed={task.seed}",
-        f"search.images={images}",
+        f"search.images={task.images}",
         "output.save_best=false",
         *SEARCHES[task.search][1],
         *overrides,
@@ -146,38 +153,32 @@ def fresh_score(fresh: Setup, study: Study, recipe: Recipe) -> float:
     return mean(judged(study, fresh, fresh.heldout_panel, recipe.digest(), recipe))
 
 
-def table(pair: str, found: Mapping[Task, Mapping[int, Point]], searches: Sequence[str]) -> None:
+def table(pair: str, found: Mapping[Task, Sequence[Point]], searches: Sequence[str]) -> None:
     """Print a line for each search, and below it how far ahead the first of them is."""
-    own = {task: points for task, points in found.items() if task.pair == pair}
-    marks = sorted({mark for points in own.values() for mark in points})
+    points = {
+        (task.search, task.seed, point.images): point
+        for task, reached in found.items()
+        if task.pair == pair
+        for point in reached
+    }
+    seeds = sorted({seed for _, seed, _ in points})
+    columns = sorted({images for _, _, images in points})
     print(f"\n{pair}: score of the recommended merge after so many images (standard error)")
-    print(f"{'':20}" + "".join(f"{mark:>16}" for mark in marks) + f"{'seconds':>12}")
+    print(f"{'':20}" + "".join(f"{images:>16}" for images in columns) + f"{'seconds':>12}")
     for name in searches:
-        runs = {task.seed: points for task, points in own.items() if task.search == name}
-        cells = [[p[mark].score for p in runs.values() if mark in p] for mark in marks]
-        seconds = [p[max(p)].seconds for p in runs.values()]
+        scores = {key[1:]: point.score for key, point in points.items() if key[0] == name}
+        cells = [[scores[s, n] for s in seeds if (s, n) in scores] for n in columns]
+        most = max((n for _, n in scores), default=0)
+        seconds = [points[name, s, most].seconds for s in seeds if (s, most) in scores]
         print(f"{name:20}" + "".join(f"{shown(cell):>16}" for cell in cells), end="")
         print(f"{statistics.mean(seconds):>12.0f}" if seconds else "")
-        first = {task.seed: points for task, points in own.items() if task.search == searches[0]}
-        gains = [
-            [
-                first[s][mark].score - runs[s][mark].score
-                for s in runs
-                if both(first, runs, s, mark)
-            ]
-            for mark in marks
-        ]
         if name != searches[0]:
+            first = {key[1:]: p.score for key, p in points.items() if key[0] == searches[0]}
+            both = first.keys() & scores.keys()
+            gains = [
+                [first[s, n] - scores[s, n] for s in seeds if (s, n) in both] for n in columns
+            ]
             print(f"{'  ahead of it by':20}" + "".join(f"{shown(gain):>16}" for gain in gains))
-
-
-def both(
-    one: Mapping[int, Mapping[int, Point]],
-    other: Mapping[int, Mapping[int, Point]],
-    seed: int,
-    mark: int,
-) -> bool:
-    return seed in one and seed in other and mark in one[seed] and mark in other[seed]
 
 
 def shown(values: Sequence[float]) -> str:
