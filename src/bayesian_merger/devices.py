@@ -26,3 +26,11 @@ def device(name: str, where: str, *, float64: bool = False) -> torch.device:
         # AssertionError by torch built without CUDA, TypeError by MPS for float64.
         raise ConfigError(f"{where}: {name!r} cannot be used ({first_line(error)})") from error
     return found
+
+
+def free(where: torch.device) -> int | None:
+    """Bytes that a GPU could still give; None where nobody tells."""
+    if where.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+    return torch.cuda.mem_get_info(where)[0] + unused

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bayesian_merger
+from bayesian_merger import devices
 from bayesian_merger.backends import Differentiable, Key
 from bayesian_merger.backends.diffusers import Diffusers
 from bayesian_merger.checkpoint import Checkpoint
@@ -141,9 +142,57 @@ def test_graph_that_is_made_again_gives_the_same_slopes(
     load(live, merger)
     kept = followed(live, scorer, 2)
     live.close()
-    live._saves_memory = True
+    live._makes_calls_again = True
     load(live, merger)
     assert followed(live, scorer, 2) == pytest.approx(kept, rel=1e-6)
+    live._make_parts_again()
+    assert followed(live, scorer, 2) == pytest.approx(kept, rel=1e-6)
+    live.close()
+    load(live, merger)
+    assert followed(live, scorer, 2) == pytest.approx(kept, rel=1e-6)
+
+
+def test_image_that_needs_too_much_memory_is_followed_with_less(
+    live: Diffusers, merger: Merger, scorer: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(live, merger)
+    kept = followed(live, scorer, 1)
+    decode = live._pipe.vae.decode
+
+    def short(*given: object) -> object:
+        if not live._pipe.vae.decoder.gradient_checkpointing:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return decode(*given)
+
+    monkeypatch.setattr(live._pipe.vae, "decode", short)
+    assert followed(live, scorer, 1) == pytest.approx(kept, rel=1e-6)
+
+
+def test_image_that_needs_too_much_memory_however_it_is_followed_fails_the_trial(
+    live: Diffusers, merger: Merger, scorer: Demo
+) -> None:
+    load(live, merger)
+
+    def short(pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(TrialError, match=r"out of GPU memory for the gradient; search\.optimiser"):
+        list(live.follow(prompts(), short, SOME, 1))
+
+
+@pytest.mark.parametrize(("free", "is_short"), [(64 * 64 * 2 * 20_000, True), (1 << 32, False)])
+def test_memory_is_spared_where_little_is_free(
+    live: Diffusers,
+    merger: Merger,
+    scorer: Demo,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    is_short: bool,
+) -> None:
+    monkeypatch.setattr(devices, "free", lambda device: free)
+    load(live, merger)
+    followed(live, scorer, 1)
+    assert live._pipe.vae.decoder.gradient_checkpointing == is_short
 
 
 def test_no_gradient_is_kept(live: Diffusers, merger: Merger, scorer: Demo) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -48,6 +48,8 @@ _SCHEDULES: Mapping[str, Mapping[str, Any]] = {
 _CONFIGS = Path(__file__).parent / "configs"
 # Images that are made at once with their graph; several pieces of a trial tell how sure a slope is.
 _MOST_FOLLOWED, _PIXELS_FOLLOWED = 3, 512 * 512
+# Bytes for each pixel of an image whose graph is kept whole; the VAE has the most of it.
+_GRAPH = 24_000
 # Gradients of a score are too small for half precision; the largest factor that is tried.
 _ENLARGED = 2.0**16
 
@@ -81,8 +83,10 @@ class Diffusers:
         self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
         if config is not None:
             _require_files(config)
-        # The graph of an image is kept in the memory of the CPU; a GPU's is too small for it.
-        self._saves_memory = self._device.type != "cpu"
+        # Of a followed image a GPU keeps the graph of one call of the U-Net at a time. Where that is too
+        # much, parts of the call and of the VAE are made again too.
+        self._makes_calls_again = self._device.type != "cpu"
+        self._makes_parts_again = False
         self._enlarged = _ENLARGED if self._dtype == torch.float16 else 1.0
         self._lib = _import_diffusers()
         self._pipe: Any = None
@@ -152,6 +156,7 @@ class Diffusers:
         for _, alike in groupby(prompts, lambda prompt: prompt.settings):
             group = list(alike)
             size = self._n_followed(group[0])
+            self._spare_memory(size * group[0].width * group[0].height)
             for start in range(0, len(group), size):
                 yield self._followed(group[start : start + size], judge, wanted, last)
 
@@ -178,11 +183,32 @@ class Diffusers:
                     raise
                 factor /= 16
                 continue
+            except _OutOfMemory:
+                if self._makes_parts_again:
+                    raise
+                self._make_parts_again()
+                continue
             images = zip(_as_images(pixels.detach()), prompts, strict=True)
             return Followed(
                 [Sample(image, prompt) for image, prompt in images],
                 {key: slope / factor for key, slope in slopes.items()},
             )
+
+    def _spare_memory(self, n_pixels: int) -> None:
+        """Where a graph would not fit; not every driver says so, that of Windows goes on at a crawl."""
+        free = devices.free(self._device)
+        if free is not None and n_pixels * _GRAPH > free and not self._makes_parts_again:
+            self._make_parts_again()
+
+    def _make_parts_again(self) -> None:
+        """From now on need less memory for a graph, and up to half as much time again."""
+        self._makes_parts_again = True
+        for module in (self._pipe.unet, self._pipe.vae):
+            module.enable_gradient_checkpointing()
+        # Whole blocks of the VAE are large: at 1024 x 1024 pixels one needs 9 GiB, a part of it 4.
+        for block in self._pipe.vae.decoder.up_blocks:
+            for part in block.resnets:
+                part.forward = partial(_made_again, part.forward)
 
     @contextmanager
     def _folding(self, wanted: Set[Key], slopes: dict[Key, float]) -> Iterator[None]:
@@ -227,7 +253,7 @@ class Diffusers:
             latents = self._denoised(prompts, last)
             vae = self._pipe.vae
             scaled = latents.to(vae.dtype) / vae.config.scaling_factor
-            # In float32 the VAE needs most of the memory, hence one by one where it is short.
+            # In float32 the VAE needs most of the memory, hence one by one.
             pieces = scaled.split(len(prompts) if self._device.type == "cpu" else 1)
             pixels = torch.cat([vae.decode(piece).sample for piece in pieces])
         if not bool(torch.isfinite(pixels).all()):
@@ -273,13 +299,13 @@ class Diffusers:
         return latents
 
     def _noise(self, latents: Tensor, time: Tensor, texts: Tensor) -> Tensor:
-        """What the U-Net finds; where memory is short its graph is not kept, but made again."""
+        """What the U-Net finds; on a GPU its graph is not kept, but made again."""
 
         def found(latents: Tensor, texts: Tensor) -> Tensor:
             noise: Tensor = self._pipe.unet(latents, time, texts, return_dict=False)[0]
             return noise
 
-        if not (self._saves_memory and torch.is_grad_enabled()):
+        if not (self._makes_calls_again and torch.is_grad_enabled()):
             return found(latents, texts)
         # Reentrant: each call frees its own gradients of the parameters, rather than all at the end.
         again: Tensor = checkpoint(found, latents, texts, use_reentrant=True)
@@ -358,8 +384,8 @@ class Diffusers:
                     buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
             for own, tensor in module.state_dict().items():
                 self._live[table[own]] = tensor
-            if self._saves_memory and part != "text_encoder":
-                module.enable_gradient_checkpointing()
+        if self._makes_parts_again:
+            self._make_parts_again()
 
     def _prove(self, merged: Mapping[str, Tensor]) -> None:
         """TrialError unless the modules that make images hold the merge, by a few of its tensors."""
@@ -408,16 +434,28 @@ def _as_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).cpu().numpy()]
 
 
+def _made_again(forward: Callable[..., Tensor], *inputs: Tensor, temb: None) -> Tensor:
+    """What a part of the VAE finds, whose graph is not kept; the VAE has no `temb`, times to embed."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs, temb=temb)
+    found: Tensor = checkpoint(forward, *inputs, temb=temb, use_reentrant=False)
+    return found
+
+
+class _OutOfMemory(TrialError):
+    """The GPU's memory is too small."""
+
+
 @contextmanager
 def _enough_memory(otherwise: str) -> Iterator[None]:
-    """TrialError where the GPU's memory is too small for the block."""
+    """_OutOfMemory where the GPU's memory is too small for the block."""
     try:
         yield
     except RuntimeError as error:
         # Not every device has an error class for this.
         if "out of memory" not in str(error).lower():
             raise
-        raise TrialError(f"out of GPU memory {otherwise}") from error
+        raise _OutOfMemory(f"out of GPU memory {otherwise}") from error
 
 
 def _import_diffusers() -> Any:

@@ -1,0 +1,123 @@
+"""The memory that an image with its gradient needs on a GPU, counted without one.
+
+The modules of Stable Diffusion 1.5 compute on tensors that have a size and no numbers; every storage
+counts from its first tensor to its last. A GPU's attention never holds the scores of all pairs of
+positions, so the operation of such a device stands in for the CPU's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from test_names import known_layout
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bayesian_merger.backends.diffusers import _GRAPH, Diffusers
+
+GB = 10**9
+
+
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes that are in use at once, beside those of `known` tensors."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.most: int = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, inputs: Any = (), options: Any = None
+    ) -> Any:
+        found = function(*inputs, **(options or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return found
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+
+    def _free(self, address: int, n_bytes: int) -> None:
+        self.now -= n_bytes
+        self._known.remove(address)
+
+
+@pytest.fixture
+def back_end(monkeypatch: pytest.MonkeyPatch) -> Diffusers:
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+        return found
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    found = Diffusers(device="cpu")
+    found._device, found._dtype = torch.device("meta"), torch.float16
+    found._makes_calls_again = True
+    shapes = known_layout("sd1-ldm")
+    found._build(
+        "sd1", {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    )
+    return found
+
+
+def weights(back_end: Diffusers) -> list[Tensor]:
+    parts = [getattr(back_end._pipe, part) for part in back_end._tables]
+    return [tensor for part in parts for tensor in part.state_dict().values()]
+
+
+def most(back_end: Diffusers, size: int) -> tuple[int, int]:
+    """Bytes beside the weights for the U-Net's last step, with guidance, and then for the VAE."""
+    pipe = back_end._pipe
+
+    def folded(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in pipe.unet.parameters():
+        parameter.requires_grad_(True).register_post_accumulate_grad_hook(folded)
+
+    def counted(work: Callable[[], Tensor]) -> int:
+        with Counting(weights(back_end)) as counting:
+            torch.autograd.backward(work().sum())
+        found: int = counting.most
+        return found
+
+    side = size // 8
+    latents, one = (
+        torch.empty(n, 4, side, side, dtype=dtype, device="meta", requires_grad=True)
+        for n, dtype in ((2, torch.float16), (1, torch.float32))
+    )
+    texts = torch.empty(2, 77, 768, dtype=torch.float16, device="meta")
+    time = torch.empty((), dtype=torch.long, device="meta")
+    return (
+        counted(lambda: back_end._noise(latents, time, texts)),
+        counted(lambda: pipe.vae.decode(one).sample),
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "spares", "limit"),
+    [(512, False, 8.5), (512, True, 4.5), (768, True, 7), (1024, True, 10.5)],
+)
+def test_image_with_its_gradient_fits_into_a_small_gpu(
+    back_end: Diffusers, size: int, spares: bool, limit: float
+) -> None:
+    if spares:
+        back_end._make_parts_again()
+    held = sum(tensor.nbytes for tensor in weights(back_end))
+    assert 2.1 * GB < held < 2.5 * GB
+    whole = held + max(most(back_end, size))
+    assert 0.9 * limit * GB < whole < limit * GB
+
+
+def test_what_a_graph_needs_is_known_beforehand(back_end: Diffusers) -> None:
+    assert max(most(back_end, 512)) == pytest.approx(_GRAPH * 512**2, rel=0.05)
