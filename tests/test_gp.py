@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import block_diag
 from torch import Tensor
 
 from bayesian_merger.gp import (
@@ -174,8 +175,8 @@ def sloped(seed: int = 3) -> tuple[Scores, Slopes]:
     some = [2, 5, 11, 20]
     true = np.zeros((len(some), D))
     true[:, 0] = 6 * np.cos(3 * data[0][some, 0])
-    variance = np.full((len(some), D), 0.1)
-    return data, Slopes(some, true + chance.normal(0, 0.3, true.shape), variance)
+    root = chance.normal(0, 0.1, (len(some), D, D)) + 0.3 * np.eye(D)
+    return data, Slopes(some, true + chance.normal(0, 0.3, true.shape), root @ root.mT)
 
 
 def test_covariances_with_slopes_are_the_derivatives_of_the_kernel() -> None:
@@ -212,11 +213,11 @@ def test_slopes_tell_what_the_whole_covariance_with_them_does() -> None:
     )
     at = points[slopes.point]
     across = gain * kernel.with_slopes(points, at).numpy()[data[1]]
-    errors = misfit * slopes.variance.ravel() / found.scale**2
+    errors = misfit * block_diag(*slopes.covariance) / found.scale**2
     whole = np.block(
         [
             [dense.whole, across],
-            [across.T, gain**2 * kernel.of_slopes(at).numpy() + np.diag(errors)],
+            [across.T, gain**2 * kernel.of_slopes(at).numpy() + errors],
         ]
     )
     y = np.concatenate([dense.y, slopes.mean.ravel() / found.scale])

@@ -17,7 +17,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from bayesian_merger.gp import WHOLE, Array, Data, Model, Posterior, Prior, Slopes
+from bayesian_merger.gp import WHOLE, Array, Data, Model, Posterior, Prior
+from bayesian_merger.slopes import Slope, pooled
 
 _KAPPA = 2.0
 _N_SAMPLED = 400
@@ -30,19 +31,8 @@ _EVERY = 3
 _LAST = 0.15
 # Merges whose weights differ by less on average are one and the same candidate.
 _NEAR = 0.05
-# How many groups of images the first guess of the slopes' variance counts for.
-_PRIOR_FREEDOM = 4.0
-# Variance of a slope that was not measured, beside the largest of those that were.
-_UNKNOWN = 1e6
 # Compromises whose expected scores differ by less, in standard deviations, are one.
 _TELLING = 0.05
-
-
-class Slope(NamedTuple):
-    """Derivative [d] of the mean score of `n` images by each weight."""
-
-    n: int
-    slope: Array
 
 
 class Judged(NamedTuple):
@@ -188,34 +178,9 @@ class Bayes:
         point, image, y = (list(column) for column in zip(*rows, strict=True))
         points = np.array([one.point for one in judged])
         payloads = [self.panel[i] for i in image]
-        return Data(points, point, image, payloads, y, self.shares, _pooled(judged))
-
-
-def _pooled(judged: Sequence[Judged]) -> Slopes | None:
-    """The mean slope of each merge that has any, with the variance of its error.
-
-    The variance of one image's slope is pooled over the merges; until they are many it is drawn to the
-    mean square of the slopes. What is not a number was not measured.
-    """
-    sloped = [i for i, one in enumerate(judged) if one.slopes]
-    if not sloped:
-        return None
-    counts = np.array([[sum(group.n for group in judged[i].slopes)] for i in sloped])
-    means, squares, raw = np.zeros((len(sloped), len(judged[0].point))), 0.0, 0.0
-    n_groups = sum(len(judged[i].slopes) for i in sloped)
-    for row, i in enumerate(sloped):
-        n = np.array([[group.n] for group in judged[i].slopes], float)
-        each = np.array([group.slope for group in judged[i].slopes])
-        means[row] = (n * each).sum(0) / n.sum()
-        squares = squares + np.nan_to_num(n * (each - means[row]) ** 2).sum(0)
-        raw = raw + np.nan_to_num(n * each**2).sum(0)
-    freedom = n_groups - len(sloped) + _PRIOR_FREEDOM
-    variance = np.asarray(squares + _PRIOR_FREEDOM * raw / n_groups) / freedom
-    # Where a weight changes nothing, all its slopes are 0.
-    least = 1e-6 * max(float(variance.max()), 1e-12)
-    errors = np.maximum(variance, least) / counts
-    errors[np.isnan(means)] = _UNKNOWN * errors.max()
-    return Slopes(sloped, np.nan_to_num(means), errors)
+        return Data(
+            points, point, image, payloads, y, self.shares, pooled([one.slopes for one in judged])
+        )
 
 
 def _spread(values: Array, n: int) -> list[int]:

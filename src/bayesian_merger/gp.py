@@ -49,12 +49,12 @@ _JITTER = 1e-6
 class Slopes(NamedTuple):
     """Derivatives of the expected score by each weight, as they were measured at some merges.
 
-    Of merge `point[i]` they are `mean[i]` [d], with the variance `variance[i]` [d] of their error.
+    Of merge `point[i]` they are `mean[i]` [d], with errors of the covariance `covariance[i]` [d, d].
     """
 
     point: Sequence[int]
     mean: Array
-    variance: Array
+    covariance: Array
 
 
 class Data:
@@ -101,11 +101,11 @@ class Data:
         self.counts = chosen.sum(0)
         self.zu, self.uu = chosen.T @ offsets, offsets.T @ offsets
         self.zy, self.uy, self.yy = chosen.T @ scaled, offsets.T @ scaled, scaled @ scaled
-        none = np.zeros((0, self.d))
-        found = slopes or Slopes([], none, none)
+        found = slopes or Slopes([], np.zeros((0, self.d)), np.zeros((0, self.d, self.d)))
         self.sloped = torch.tensor(found.point, dtype=torch.long)
         self.slopes = torch.from_numpy(found.mean / self.scale).flatten()
-        self.slope_variance = torch.from_numpy(found.variance / self.scale**2).flatten()
+        errors = torch.from_numpy(found.covariance / self.scale**2)
+        self.slope_errors = torch.block_diag(*errors)  # type: ignore[no-untyped-call]
 
 
 def _means(values: Array, group: NDArray[np.intp]) -> Array:
@@ -379,7 +379,7 @@ def _parts(data: Data, theta: Tensor) -> _Parts:
 
 def _known(data: Data, kernel: _Kernel, gain: Tensor, misfit: Tensor) -> _Known:
     points = data.points[data.sloped]
-    covariance = gain**2 * kernel.of_slopes(points) + torch.diag(misfit * data.slope_variance)
+    covariance = gain**2 * kernel.of_slopes(points) + misfit * data.slope_errors
     root = torch.linalg.cholesky(covariance)
     right = torch.column_stack([gain * kernel.with_slopes(data.points, points).T, data.slopes])
     solved = torch.linalg.solve_triangular(root, right, upper=False)

@@ -46,8 +46,6 @@ _SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     "SGM Uniform": {"timestep_spacing": "trailing"},
 }
 _CONFIGS = Path(__file__).parent / "configs"
-# Images that are made at once with their graph; several pieces of a trial tell how sure a slope is.
-_MOST_FOLLOWED, _PIXELS_FOLLOWED = 3, 512 * 512
 # Bytes for each pixel of an image whose graph is kept whole; the VAE has the most of it.
 _GRAPH = 24_000
 # Gradients of a score are too small for half precision; the largest factor that is tried.
@@ -152,32 +150,24 @@ class Diffusers:
     def follow(
         self, prompts: Sequence[Prompt], judge: Judge, wanted: Set[Key], last: int | None
     ) -> Iterator[Followed]:
-        """Images with slopes, few at once: their graph needs memory for each of them."""
-        for _, alike in groupby(prompts, lambda prompt: prompt.settings):
-            group = list(alike)
-            size = self._n_followed(group[0])
-            self._spare_memory(size * group[0].width * group[0].height)
-            for start in range(0, len(group), size):
-                yield self._followed(group[start : start + size], judge, wanted, last)
-
-    def _n_followed(self, prompt: Prompt) -> int:
-        """How many images of that size are followed at once."""
-        fitting = _PIXELS_FOLLOWED // (prompt.width * prompt.height)
-        return min(self.batch, _MOST_FOLLOWED, max(1, fitting))
+        """Images with slopes, one by one: images differ much in these."""
+        for prompt in prompts:
+            self._spare_memory(prompt)
+            yield self._followed(prompt, judge, wanted, last)
 
     def _followed(
-        self, prompts: Sequence[Prompt], judge: Judge, wanted: Set[Key], last: int | None
+        self, prompt: Prompt, judge: Judge, wanted: Set[Key], last: int | None
     ) -> Followed:
-        """One piece; in half precision with its score enlarged as far as the gradient stays finite."""
+        """In half precision with the score enlarged as far as the gradient stays finite."""
         factor = self._enlarged
         while True:
             slopes: dict[Key, float] = {}
             try:
                 with self._folding(wanted, slopes):
-                    pixels = self._pixels(prompts, last)
+                    pixels = self._pixels([prompt], last)
                     with _enough_memory("for the gradient; search.optimiser = 'bayes' needs less"):
-                        scores = judge((pixels / 2 + 0.5).clamp(0, 1), prompts)
-                        torch.autograd.backward(scores.mean() * factor)
+                        scores = judge((pixels / 2 + 0.5).clamp(0, 1), [prompt])
+                        torch.autograd.backward(scores.sum() * factor)
             except GradientError:
                 if factor <= 1:
                     raise
@@ -188,16 +178,17 @@ class Diffusers:
                     raise
                 self._make_parts_again()
                 continue
-            images = zip(_as_images(pixels.detach()), prompts, strict=True)
+            (image,) = _as_images(pixels.detach())
             return Followed(
-                [Sample(image, prompt) for image, prompt in images],
+                [Sample(image, prompt)],
                 {key: slope / factor for key, slope in slopes.items()},
             )
 
-    def _spare_memory(self, n_pixels: int) -> None:
+    def _spare_memory(self, prompt: Prompt) -> None:
         """Where a graph would not fit; not every driver says so, that of Windows goes on at a crawl."""
         free = devices.free(self._device)
-        if free is not None and n_pixels * _GRAPH > free and not self._makes_parts_again:
+        needed = prompt.width * prompt.height * _GRAPH
+        if free is not None and needed > free and not self._makes_parts_again:
             self._make_parts_again()
 
     def _make_parts_again(self) -> None:

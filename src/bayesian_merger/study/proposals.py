@@ -20,11 +20,12 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
-from bayesian_merger.bayes import N_RULES, Bayes, Judged, Recommended, Slope
+from bayesian_merger.bayes import N_RULES, Bayes, Judged, Recommended
 from bayesian_merger.data import Estimate, Slopes
 from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.gp import PARTIAL, WHOLE, Array
 from bayesian_merger.registry import nearest
+from bayesian_merger.slopes import Slope
 
 Init = Literal["sobol", "lhs", "uniform"]
 Params: TypeAlias = Mapping[str, Any]
