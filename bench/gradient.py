@@ -37,7 +37,7 @@ from bayesian_merger.setup import Setup, prepare
 from bayesian_merger.study import Study
 
 RESULTS = Path(__file__).with_name("results") / "gradient.jsonl"
-MARKS = (32, 48, 64, 96, 128, 256, 512, 1024)
+MARKS = (32, 64, 96, 128, 256, 512, 1024)
 # How many images searches by each may spend, and its settings.
 SEARCHES: Mapping[str, tuple[Sequence[int], Sequence[str]]] = {
     "gradient": ((256,), ()),
