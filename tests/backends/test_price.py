@@ -1,4 +1,4 @@
-"""The memory that an image with its gradient needs on a GPU, counted without one.
+"""The memory and the arithmetic that an image with its gradient needs on a GPU, counted without one.
 
 The modules of Stable Diffusion 1.5 compute on tensors that have a size and no numbers; every storage
 counts from its first tensor to its last. A GPU's attention never holds the scores of all pairs of
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from test_names import known_layout
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from bayesian_merger.backends.diffusers import _GRAPH, Diffusers
 
@@ -75,8 +77,8 @@ def weights(back_end: Diffusers) -> list[Tensor]:
     return [tensor for part in parts for tensor in part.state_dict().values()]
 
 
-def most(back_end: Diffusers, size: int) -> tuple[int, int]:
-    """Bytes beside the weights for the U-Net's last step, with guidance, and then for the VAE."""
+def works(back_end: Diffusers, size: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """A step of the U-Net with guidance, by all its weights, and then the VAE."""
     pipe = back_end._pipe
 
     def folded(parameter: Tensor) -> None:
@@ -84,13 +86,6 @@ def most(back_end: Diffusers, size: int) -> tuple[int, int]:
 
     for parameter in pipe.unet.parameters():
         parameter.requires_grad_(True).register_post_accumulate_grad_hook(folded)
-
-    def counted(work: Callable[[], Tensor]) -> int:
-        with Counting(weights(back_end)) as counting:
-            torch.autograd.backward(work().sum())
-        found: int = counting.most
-        return found
-
     side = size // 8
     latents, one = (
         torch.empty(n, 4, side, side, dtype=dtype, device="meta", requires_grad=True)
@@ -98,10 +93,28 @@ def most(back_end: Diffusers, size: int) -> tuple[int, int]:
     )
     texts = torch.empty(2, 77, 768, dtype=torch.float16, device="meta")
     time = torch.empty((), dtype=torch.long, device="meta")
-    return (
-        counted(lambda: back_end._noise(latents, time, texts)),
-        counted(lambda: pipe.vae.decode(one).sample),
-    )
+    return lambda: back_end._noise(latents, time, texts), lambda: pipe.vae.decode(one).sample
+
+
+def followed(work: Callable[[], Tensor]) -> None:
+    torch.autograd.backward(work().sum())
+
+
+def most(back_end: Diffusers, size: int) -> int:
+    """Bytes beside the weights."""
+    found = 0
+    for work in works(back_end, size):
+        with Counting(weights(back_end)) as counting:
+            followed(work)
+        found = max(found, counting.most)
+    return found
+
+
+def operations(work: Callable[[], object]) -> int:
+    """Of floating-point numbers."""
+    with FlopCounterMode(display=False) as counting:
+        work()
+    return int(counting.get_total_flops())
 
 
 @pytest.mark.parametrize(
@@ -115,9 +128,26 @@ def test_image_with_its_gradient_fits_into_a_small_gpu(
         back_end._make_parts_again()
     held = sum(tensor.nbytes for tensor in weights(back_end))
     assert 2.1 * GB < held < 2.5 * GB
-    whole = held + max(most(back_end, size))
+    whole = held + most(back_end, size)
     assert 0.9 * limit * GB < whole < limit * GB
 
 
 def test_what_a_graph_needs_is_known_beforehand(back_end: Diffusers) -> None:
-    assert max(most(back_end, 512)) == pytest.approx(_GRAPH * 512**2, rel=0.05)
+    assert most(back_end, 512) == pytest.approx(_GRAPH * 512**2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("last", "spares", "price"),
+    [(1, False, 1.2), (1, True, 1.3), (4, False, 1.6), (4, True, 1.9), (20, False, 3.9)],
+)
+def test_arithmetic_of_an_image_with_its_gradient_is_so_many_times_that_of_an_image(
+    back_end: Diffusers, last: int, spares: bool, price: float
+) -> None:
+    if spares:
+        back_end._make_parts_again()
+    step, decode = works(back_end, 512)
+    with torch.no_grad():
+        plain_step, plain_decode = operations(step), operations(decode)
+    whole = (20 - last) * plain_step + last * operations(partial(followed, step))
+    whole += operations(partial(followed, decode))
+    assert whole / (20 * plain_step + plain_decode) == pytest.approx(price, abs=0.05)
