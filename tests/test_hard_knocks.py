@@ -178,6 +178,41 @@ def test_back_end_that_stops_following_the_merge_is_found_and_can_be_mended(fold
     assert observer.made == 100
 
 
+@pytest.mark.parametrize("optimiser", ["bayes", "tpe"])
+def test_back_end_that_stops_following_the_merge_in_mid_search_is_found(
+    folder: Path, optimiser: str
+) -> None:
+    ready = begin(folder, f"search.optimiser={optimiser}", "search.n_iters=40")
+    loads: list[Recipe] = []
+
+    def stops(recipe: Recipe, prompts: Sequence[Prompt]) -> bool:
+        loads.append(recipe)
+        ready.backend._inner._fault = "frozen" if len(loads) > 12 else ""  # type: ignore[attr-defined]
+        return False
+
+    with pytest.raises(RunError, match=r"all their images are the same.*begin anew in another"):
+        finish(with_backend(ready, stops), folder)
+    assert len(loads) < 12 + 20
+
+
+def test_back_end_that_stops_following_the_merge_at_the_end_proves_nothing(folder: Path) -> None:
+    ready = begin(folder)
+    held = {p.seed for p in ready.heldout_panel}
+
+    def stops(recipe: Recipe, prompts: Sequence[Prompt]) -> bool:
+        is_held = prompts[0].seed in held
+        ready.backend._inner._fault = "frozen" if is_held else ""  # type: ignore[attr-defined]
+        return False
+
+    with pytest.raises(
+        RunError, match="held-out even cannot be judged: a and even have different"
+    ):
+        finish(with_backend(ready, stops), folder)
+    outcome, _ = finish(begin(folder), folder)
+    assert outcome.finished
+    assert measured(outcome) == measured(start(folder, into="whole"))
+
+
 def test_difference_of_b_is_not_told_as_the_score_of_b(folder: Path) -> None:
     toy_plugin.write_model(folder / "half.safetensors", 0.5)
     start(folder, "models.c=half.safetensors", "merge.method=add_difference")

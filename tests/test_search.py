@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,8 @@ def test_start_is_tried_first_then_the_design() -> None:
     trials = run(search(start=start, images=20))
     assert [weights for weights, _ in trials[:2]] == start
     plain = run(search(images=20))
-    assert trials[2][0] == plain[2][0]
+    # Without a gap in the design.
+    assert trials[2][0] == plain[0][0]
 
 
 @pytest.mark.parametrize("init", ["sobol", "lhs", "uniform"])
@@ -263,6 +265,31 @@ def test_any_sampler_of_optuna_may_be_named_by_its_path() -> None:
     assert trials[2] != explored[2]
 
 
+def test_samplers_of_optunahub_are_named_by_their_path_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("optunahub")  # is no dependency: it needs git and GitHub
+    package = tmp_path / "samplers" / "mine"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import optuna\nclass Mine(optuna.samplers.RandomSampler):\n    pass\n"
+    )
+    load = partial(hub.load_local_module, registry_root=str(tmp_path))
+    monkeypatch.setattr(hub, "load_module", load)
+    found = search(optimiser="optunahub.samplers.mine.Mine", init_points=2, per_trial=6)
+    run(found)
+    assert found.spent == 60
+    assert type(found.plan.sampler(0)).__name__ == "Mine"
+
+
+def test_no_image_more_than_wanted_is_asked_for() -> None:
+    for optimiser in ("bayes", "tpe"):
+        for images in (1, 14, 25):
+            found = search(optimiser=optimiser, images=images)
+            run(found)
+            assert found.spent == images
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -271,7 +298,21 @@ def test_any_sampler_of_optuna_may_be_named_by_its_path() -> None:
         ({"optimiser": "optuna.samplers.TPESampler", "options": {"x": 1}}, "'x'"),
         ({"optimiser": "collections.Counter"}, "collections.Counter is no Optuna sampler"),
         ({"options": {"kappa": 1}}, "optimiser bayes has no option 'kappa'"),
+        ({"optimiser": None}, "optimiser is None"),
         ({"images": 0}, "images is 0"),
+        ({"images": 10**9}, "a search has at most 100000 images and trials"),
+        ({"images": 5.5}, "images is 5.5; give a whole number"),
+        ({"images": "5"}, "images is '5'; give a whole number"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": None}, "seed is None"),
+        ({"per_trial": 1.5}, "per_trial is 1.5"),
+        ({"name": 3}, "name is 3"),
+        ({"panel": 2.5}, "panel is 2.5; give the number of images or the payload of each"),
+        ({"panel": [1, 2]}, "panel is [1, 2]"),
+        ({"panel": 10**9}, "panel is 1000000000; more than 100000 images are too many"),
+        ({"stop": 0.1}, "stop is 0.1; give (min_gain, patience)"),
+        ({"start": [7]}, "start 1: 7 does not map names to weights"),
+        ({"start": [{**BEST, "M00": "x"}]}, "start 1: M00 is 'x', not a number"),
         ({"panel": 0}, "the panel has no image"),
         ({"init": "grid"}, "unknown init 'grid'"),
         ({"per_trial": 0}, "per_trial is 0"),

@@ -51,7 +51,8 @@ _FAILURES_IN_A_ROW = 3
 _NOT_OF_ONE_TRIAL = (MergerError, OSError)
 _REPORT_EVERY_S = 60.0
 _TELL_EVERY = 5
-_TELLING = 3
+# So many images of merges whose weights differ by more on average are not the same by chance.
+_TELLING, _NEAR = 3, 0.1
 _MOST_COMPROMISES = 8
 
 
@@ -182,10 +183,10 @@ def _followed(
         yield piece.samples, slopes if any(slopes.values()) else {}
 
 
-def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcome:
+def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None) -> Outcome:
     """The whole run in `folder`, from wherever an earlier start of it ended.
 
-    `more` images are spent beyond those of a finished search.
+    `more` images are spent beyond those of a finished search; 0 takes back what was to be spent so.
 
     RunError if it cannot go on, ConfigError if the folder belongs to another configuration.
     """
@@ -196,7 +197,7 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int = 0) -> Outcom
         setup = _as_begun(setup, study)
         study.require_same(setup.identity)
         study.require_whole()
-        if more and read_outcome(folder, study).finished:
+        if more == 0 or (more and read_outcome(folder, study).finished):
             study.extend(more)
         setup = replace(setup, plan=_extended(setup.plan, study.target))
         study.begin(setup.identity, setup.about())
@@ -245,23 +246,7 @@ def _extended(plan: Plan, target: int) -> Plan:
 
 def baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> Yardstick:
     """Judge A, the even merge and B; they set the scale of the values and anchor the search."""
-    trials = [study.book("baseline", name, setup.baseline(name)) for name in BASELINES]
-    for trial in trials:
-        observer.started("baseline", trial.name, len(setup.panel))
-        try:
-            keep = pictures_of(folder, "baseline", trial.name)
-            if trial.name == "even" and setup.follows_even:
-                measure = Yardstick(setup.weights, {})
-                _judge_and_follow(trial, setup.panel, setup, observer, keep, measure)
-            else:
-                judge(trial, setup.panel, setup, observer, keep)
-            _require_change(trial.result(), [t.result() for t in trials], setup)
-        except TrialError as error:
-            # What a back end made that fails here is not to be trusted, hence all or none.
-            for doubtful in trials:
-                if not doubtful.is_complete:
-                    doubtful.fail(str(error))
-            raise RunError(f"baseline {trial.name} cannot be judged: {error}") from error
+    trials = _judged_baselines("baseline", study, setup, setup.panel, folder, observer)
     results = [trial.result() for trial in trials]
     yardstick = Yardstick.from_baselines(setup.weights, results, setup.panel)
     for trial in trials:
@@ -271,6 +256,36 @@ def baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> Y
             study.observe(trial.result(), params, setup.plan)
         observer.finished(trial.result(), None)
     return yardstick
+
+
+def _judged_baselines(
+    stage: Stage,
+    study: Study,
+    setup: Setup,
+    panel: Sequence[Prompt],
+    folder: Path,
+    observer: Observer,
+) -> list[Trial]:
+    """A, the even merge and B, judged in a stage and not yet completed; RunError if one cannot be."""
+    trials = [study.book(stage, name, setup.baseline(name)) for name in BASELINES]
+    for number, trial in enumerate(trials, start=1):
+        observer.started(stage, trial.name, len(panel))
+        try:
+            keep = pictures_of(folder, stage, trial.name)
+            if stage == "baseline" and trial.name == "even" and setup.follows_even:
+                measure = Yardstick(setup.weights, {})
+                _judge_and_follow(trial, panel, setup, observer, keep, measure)
+            else:
+                judge(trial, panel, setup, observer, keep)
+            require_change([t.result() for t in trials[:number]], setup)
+        except TrialError as error:
+            # What a back end made that fails here is not to be trusted, hence all or none.
+            for doubtful in trials:
+                if not doubtful.is_complete:
+                    doubtful.fail(str(error))
+            what = "baseline" if stage == "baseline" else "held-out"
+            raise RunError(f"{what} {trial.name} cannot be judged: {error}") from error
+    return trials
 
 
 def _observe_brought(study: Study, setup: Setup, yardstick: Yardstick) -> None:
@@ -310,7 +325,9 @@ def _search(
         failures = failures + 1 if error else 0
         if failures >= _FAILURES_IN_A_ROW or isinstance(error, NothingChangedError):
             many = f"{failures} trials in a row failed, the last with: " if failures > 1 else ""
-            raise RunError(f"{many}{error}") from error
+            is_false = isinstance(error, NothingChangedError)
+            doubt = ". What was judged before may be false too: begin anew in another --run-dir"
+            raise RunError(f"{many}{error}{doubt * is_false}") from error
         is_time = study.n_finished % _TELL_EVERY == 0 and study.n_finished >= proposer.plan.n_first
         if is_time and (best := proposer.best()):
             study.expect(setup.recipe(best[0]), best[1])
@@ -371,8 +388,7 @@ def attempt(
             _judge_and_follow(trial, panel, setup, observer, keep, yardstick)
         else:
             judge(trial, panel, setup, observer, keep)
-        others = [*study.judged("baseline"), *study.searched()]
-        _require_change(trial.result(), others, setup)
+        require_change([*study.judged("baseline"), *study.searched()], setup)
     except TrialError as error:
         trial.fail(str(error))
         return error
@@ -407,37 +423,52 @@ def _confirm(
         observer.started(stage, name, len(panel))
         try:
             judge(trial, panel, setup, observer, keep)
+            others = [other for other in study.judged(stage) if other.name != name]
+            require_change([*others, trial.result()], setup)
         except TrialError as error:
             trial.fail(str(error))
             observer.finished(trial.result(), None)
             return error
+        complete(trial, panel)
+        return None
+
+    def complete(trial: Trial, panel: Sequence[Prompt]) -> None:
         if not trial.is_complete:
             trial.complete(yardstick.estimate(trial.result(), panel))
         observer.finished(trial.result(), None)
-        return None
 
     for candidate in few:
         attempt("select", candidate.name, candidate.recipe)
-    for name in BASELINES:
-        if error := attempt("heldout", name, setup.baseline(name)):
-            raise RunError(f"held-out {name} cannot be judged: {error}") from error
+    panel = setup.heldout_panel
+    for trial in _judged_baselines("heldout", study, setup, panel, folder, observer):
+        complete(trial, panel)
     for best in ranked(few, study.judged("select")) or []:
         if not attempt("heldout", best.name, best.recipe):
             return
     raise RunError(f"none of the {len(few)} best merges can be judged on fresh seeds")
 
 
-def _require_change(result: Result, others: Sequence[Result], setup: Setup) -> None:
-    """NothingChangedError if another merge, of clearly other weights, has made the very same images."""
-    for other in others:
-        both = result.images.keys() & other.images.keys()
-        # One or two pictures may well be alike, all black say.
-        same = len(both) >= min(_TELLING, len(setup.panel)) and all(
-            result.images[i] == other.images[i] for i in both
-        )
-        if same and _distance(result, other, setup) > 0.1:
+def require_change(results: Sequence[Result], setup: Setup) -> None:
+    """NothingChangedError if merges of clearly other weights have made the very same images.
+
+    The last of the results is compared, image by image, with the one before it that has the image. One
+    or two images may well be alike, all black say; so where these are all, the results before it are
+    compared too.
+    """
+    results = [result for result in results if result.images and result.state != "failed"]
+    alike: list[Result] = []
+    for place in range(len(results) - 1, 0, -1):
+        now = results[place]
+        for item, image in now.images.items():
+            before = next((r for r in results[:place][::-1] if item in r.images), None)
+            if before is None or _distance(now, before, setup) <= _NEAR:
+                continue
+            if before.images[item] != image:
+                return
+            alike.append(before)
+        if len(alike) >= min(_TELLING, len(setup.panel)):
             raise NothingChangedError(
-                f"{other.name} and {result.name} have different weights, but all their images are the "
+                f"{alike[-1].name} and {now.name} have different weights, but all their images are the "
                 f"same: A and B are alike in what is searched, or the back end does not load the merge"
             )
 

@@ -22,6 +22,7 @@ from bayesian_merger.errors import ConfigError
 from bayesian_merger.report import duration
 from bayesian_merger.setup import METHOD, Setup, prepare
 from bayesian_merger.study import storage_errors
+from bayesian_merger.study.proposals import MOST_IMAGES
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -148,27 +149,27 @@ def check_command(
 @_run_dir_option
 @click.option(
     "--more",
-    type=click.IntRange(0),
-    default=0,
-    help="Images to spend beyond those of a finished run; said again, it goes on with them.",
+    type=click.IntRange(0, MOST_IMAGES),
+    help="Images to spend beyond those of a finished run; said again, it goes on with them. With 0 "
+    "no more than the configuration says.",
 )
 @_run_options
 def run_command(
     config_file: Path,
     run_dir: Path | None,
-    more: int,
+    more: int | None,
     overrides: Sequence[str],
     **counts: int | None,
 ) -> None:
     """Search the best merge as CONFIG_FILE says; the same command resumes a stopped run."""
     config = _load(config_file, overrides, **counts)
     folder = run_dir or _default_run_dir(config_file)
-    if more and not outcomes.has_study(folder, config.search.storage):
+    if more is not None and not outcomes.has_study(folder, config.search.storage):
         raise ConfigError(f"{folder}: there is no run to extend")
     _run(_prepared(config, config_file), folder, more)
 
 
-def _run(setup: Setup, run_dir: Path, more: int = 0) -> None:
+def _run(setup: Setup, run_dir: Path, more: int | None = None) -> None:
     with closing(setup.backend), _Progress(out) as observer:
         outcome = run.run(setup, run_dir, observer, more)
     _summary(outcome, run_dir)

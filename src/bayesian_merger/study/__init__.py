@@ -428,8 +428,8 @@ class Study:
         return merges, {name: _estimates(v) for name, v in told["baselines"].items()}
 
     def extend(self, images: int) -> None:
-        """Let a finished search spend so many more images."""
-        self._search.set_user_attr("target", self.n_judged + images)
+        """Let a finished search spend so many more images; with 0 no more than its plan says."""
+        self._search.set_user_attr("target", self.n_judged + images if images else 0)
 
     @property
     def target(self) -> int:

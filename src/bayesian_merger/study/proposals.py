@@ -7,8 +7,10 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, count, islice, pairwise
+from numbers import Real
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -58,6 +60,8 @@ _FEWEST, _SHOWN = 5, 10
 # Gradient takes images that no merge was shown: so many for a merge, and a sixteenth of those shown so
 # far, in threes; near the best merge only many images tell where to go.
 _FOLLOWED, _OF_SHOWN = 6, 48
+MOST_IMAGES = 100_000
+"""More than any search has use for."""
 FRESH = 1 << 20
 """The numbers of images beside the panel begin here: payload by payload in the order of the panel."""
 # It is given up when it leads to worse merges: the last four trials, or third of them, on images that no
@@ -135,6 +139,8 @@ class Plan:
             mistakes.append("neither images nor n_iters says when the search ends")
         if self.images is not None and self.images < 1:
             mistakes.append(f"images is {self.images}; give a search at least one")
+        if max(self.images or 0, self.n_iters or 0, self.init_points or 0) > MOST_IMAGES:
+            mistakes.append(f"a search has at most {MOST_IMAGES} images and trials")
         if self.n_iters is not None and self.n_first + self.n_iters < 1:
             mistakes.append("init_points and n_iters are both 0, so there is no trial")
         if self.init not in get_args(Init):
@@ -185,6 +191,9 @@ class Plan:
         if unknown:
             name, known = unknown[0]
             return [f"{what}: {name} is {point[name]!r}, none of {', '.join(known)}"]
+        no_number = [n for n in self.bounds if not isinstance(point[n], Real)]
+        if no_number:
+            return [f"{what}: {no_number[0]} is {point[no_number[0]]!r}, not a number"]
         return [
             f"{what}: {name} is {point[name]}, outside its range {low:g} to {high:g}"
             for name, (low, high) in self.bounds.items()
@@ -237,7 +246,7 @@ class Plan:
     def _size(self) -> tuple[int, int]:
         trials = images = 0
         while self.spent(trials, images) < 1:
-            images += len(self.items(trials, images))
+            images += len(self.items(trials, images, self.left(images)))
             trials += 1
         return trials, images
 
@@ -276,7 +285,7 @@ class Plan:
             return {**flat, **{name: given[name] for name in self.choices}}
         if self.optimiser == "gradient" and place == len(self.start):
             return self.middle
-        point = self._design(place)
+        point = self._design(place - len(self.start))
         # Towards the faces: the ends of a range tell more of a weight than its middle.
         weights = point[: len(self.bounds)]
         if self.init == "sobol":
@@ -294,19 +303,21 @@ class Plan:
 
     def _design(self, place: int) -> Array:
         """Point number `place` of the design, in [0, 1) for each parameter."""
-        d = len(self.names)
+        d, n = len(self.names), self.n_first - len(self.start)
         # Beyond the design there is nothing but chance.
-        if self.init == "uniform" or (self.init == "lhs" and place >= self.n_first):
+        if self.init == "uniform" or (self.init == "lhs" and place >= n):
             drawn: Array = np.random.default_rng([self.seed, place]).uniform(size=d)
             return drawn
         if self.init == "lhs":
-            found: Array = qmc.LatinHypercube(d, rng=self.seed).random(self.n_first)[place]
+            found: Array = qmc.LatinHypercube(d, rng=self.seed).random(n)[place]
             return found
         point: Array = qmc.Sobol(d, rng=self.seed).random_base2((place + 1).bit_length())[place]
         return point
 
-    def items(self, place: int, shown: int, follows: bool = True) -> list[int]:
-        """The images for trial number `place`, when trials before it were given `shown`.
+    def items(
+        self, place: int, shown: int, left: int | None = None, follows: bool = True
+    ) -> list[int]:
+        """The images for trial number `place`, when trials before it were given `shown`; at most `left`.
 
         Those of gradient are new, but where it no longer `follows`.
 
@@ -315,16 +326,20 @@ class Plan:
         """
         if self.optimiser == "gradient" and follows:
             n = self.per_trial or max(_FOLLOWED, shown // _OF_SHOWN * 3)
-            return [FRESH + i for i in range(shown, shown + n)]
+            return [FRESH + i for i in range(shown, shown + n)][:left]
         if self.optimiser not in _OURS:
-            return self._turn(len(self.panel), 0, self.per_trial or _N_MEAN)
+            return self._turn(len(self.panel), 0, self.per_trial or _N_MEAN)[:left]
         explores = len(self.start) <= place < self.n_first
         n = self.per_trial or (1 if explores else 2)
         fewest = _FEWEST
         while shown >= 2 * _SHOWN * fewest:
             fewest *= 2
         n_shown = len({p for p in self.panel if self.shares.get(p, 1.0) > 0})
-        return self._turn(math.ceil(max(fewest, n) / n_shown), shown, n)
+        return self._turn(math.ceil(max(fewest, n) / n_shown), shown, n)[:left]
+
+    def left(self, judged: int) -> int | None:
+        """How many more images may be spent; None where their number is no limit."""
+        return None if self.images is None else max(1, self.images - judged)
 
     def _turn(self, rounds: int, first: int, n: int) -> list[int]:
         """`n` of the images that `_turns` gives from number `first` on, each once."""
@@ -354,6 +369,8 @@ class Plan:
     def sampler(self, place: int) -> BaseSampler:
         """Optuna's optimiser for trial number `place`, from which all its chance comes."""
         name = self.optimiser
+        if not isinstance(name, str):
+            raise ConfigError(f"optimiser is {name!r}; give its name")
         if name not in _USUAL and "." not in name:
             known = f"; known: {', '.join(OPTIMISERS)}, or the path of an Optuna sampler"
             raise ConfigError(f"unknown optimiser {name!r}{nearest(name, OPTIMISERS) or known}")
@@ -363,14 +380,25 @@ class Plan:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                made = getattr(importlib.import_module(module), cls)(
-                    **{"seed": seed, **usual, **self.options}
-                )
+                made = getattr(_module(module), cls)(**{"seed": seed, **usual, **self.options})
         except Exception as error:  # a sampler of others may raise anything
             raise ConfigError(f"optimiser {name}: {one_line(error)}") from error
         if not isinstance(made, BaseSampler):
             raise ConfigError(f"optimiser {name} is no Optuna sampler")
         return made
+
+
+@cache
+def _module(path: str) -> ModuleType:
+    """A module that can be imported, or after "optunahub." what OptunaHub has under that path."""
+    hub, _, package = path.partition(".")
+    if hub != "optunahub":
+        return importlib.import_module(path)
+    try:
+        found: ModuleType = importlib.import_module(hub).load_module(package.replace(".", "/"))
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}; install it with: pip install optunahub") from error
+    return found
 
 
 class Payloads:
@@ -491,7 +519,7 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
     def _judged(self, study: Study, objective: Objective | None = None) -> list[Judged]:
         found = []
         follows = self._plan.optimiser == "gradient" and _GIVEN_UP not in study.user_attrs
-        for trial in study.get_trials(deepcopy=False):
+        for trial in valid(study):
             # A parent that scores well would hold a search that goes uphill from the even merge.
             is_parent = trial.user_attrs.get("stage") == "baseline" and (
                 trial.params != self._plan.middle
@@ -559,10 +587,10 @@ class Proposer:
         place = len(before)
         shown = sum(len(trial.user_attrs["items"]) for trial in before)
         follows = plan.optimiser == "gradient" and not self._gives_up()
-        items = plan.items(place, shown, follows)
+        items = plan.items(place, shown, plan.left(n_judged(self.study)), follows)
         # An optimiser needs a score to begin with, and as it does not hear of a failure it would ask for
         # the same again.
-        is_blind = not any(scores_of(trial) for trial in self.study.get_trials(deepcopy=False))
+        is_blind = not any(map(scores_of, valid(self.study)))
         has_failed = any(trial.state == TrialState.FAIL for trial in before[-1:])
         if place < plan.n_first or is_blind or has_failed:
             params = plan.first(place)
@@ -694,6 +722,11 @@ class Proposer:
 def begun(study: Study) -> list[FrozenTrial]:
     """The trials in order; what was brought in from elsewhere is not among them."""
     return [t for t in study.get_trials(deepcopy=False) if "items" in t.user_attrs]
+
+
+def valid(study: Study) -> list[FrozenTrial]:
+    """The trials that have not failed; what a failed one has measured counts for nothing."""
+    return [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.FAIL]
 
 
 def n_judged(study: Study) -> int:

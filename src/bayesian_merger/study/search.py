@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import optuna
@@ -13,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bayesian_merger.errors import ConfigError, RunError
 from bayesian_merger.study import require_same, storage_at, storage_errors
 from bayesian_merger.study.proposals import (
+    MOST_IMAGES,
     SCORE,
     Init,
     Params,
@@ -120,31 +122,23 @@ class Search:
         name: str = "search",
     ) -> None:
         """ConfigError with every mistake, for a storage that does not answer and for another's study."""
-        bounds, choices = {}, {}
-        for key, given in space.items():
-            if not isinstance(given, str) and all(isinstance(one, str) for one in given):
-                choices[key] = tuple(map(str, given))
-                continue
-            try:
-                low, high = map(float, given)
-            except ValueError as error:
-                raise ConfigError(
-                    f"{key}: {given!r} is neither a range nor a list of names"
-                ) from error
-            bounds[key] = (low, high)
+        _require_kinds(
+            images=images, seed=seed, init_points=init_points, per_trial=per_trial, name=name
+        )
+        bounds, choices = _parted(space)
         self.plan = Plan(
             bounds=bounds,
             choices=choices,
-            panel=[""] * panel if isinstance(panel, int) else list(panel),
+            panel=_payloads(panel),
             images=images,
             optimiser=optimiser,
             options=options or {},
             init=init,
             init_points=init_points,
             per_trial=per_trial,
-            start=tuple(start),
-            stop=Stop(*stop) if stop else None,
-            seed=seed,
+            start=_starts(start),
+            stop=_stop(stop),
+            seed=int(seed),
         )
         if optimiser == "gradient":
             raise ConfigError(
@@ -168,7 +162,7 @@ class Search:
                     {n: v if isinstance(v, str) else float(v) for n, v in point.items()}
                     for point in self.plan.start
                 ],
-                "seed": int(seed),
+                "seed": self.plan.seed,
             }
             require_same(
                 self._study,
@@ -212,3 +206,70 @@ class Search:
             raise RunError("no image was judged, so there is nothing to recommend")
         _, weights, value = found[0]
         return Best(weights, value.mean, value.se)
+
+
+def _require_kinds(*, name: object, **numbers: object) -> None:
+    """ConfigError for what is no whole number, or a seed below 0, or a name that is no text."""
+    for what, number in numbers.items():
+        if number is None and what in ("init_points", "per_trial"):
+            continue
+        if not isinstance(number, Integral) or (what == "seed" and number < 0):
+            raise ConfigError(f"{what} is {number!r}; give a whole number")
+    if not isinstance(name, str):
+        raise ConfigError(f"name is {name!r}; give a text")
+
+
+def _parted(
+    space: Mapping[str, tuple[float, float] | Sequence[str]],
+) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[str, ...]]]:
+    """Ranges, and names of which one is to be chosen; ConfigError for what is neither."""
+    bounds, choices = {}, {}
+    for key, given in space.items():
+        try:
+            if not isinstance(given, str) and all(isinstance(one, str) for one in given):
+                choices[key] = tuple(map(str, given))
+            else:
+                low, high = map(float, given)
+                bounds[key] = (low, high)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{key}: {given!r} is neither a range nor a list of names"
+            ) from error
+    return bounds, choices
+
+
+def _payloads(panel: int | Sequence[str]) -> list[str]:
+    """The payload of each image; ConfigError if it is neither their number nor their names."""
+    if isinstance(panel, Integral):
+        n_images = int(panel)
+        if n_images > MOST_IMAGES:
+            raise ConfigError(f"panel is {panel}; more than {MOST_IMAGES} images are too many")
+        return [""] * n_images
+    if (
+        isinstance(panel, str)
+        or not isinstance(panel, Sequence)
+        or not all(isinstance(name, str) for name in panel)
+    ):
+        raise ConfigError(f"panel is {panel!r}; give the number of images or the payload of each")
+    return list(panel)
+
+
+def _starts(points: Iterable[object]) -> tuple[Params, ...]:
+    """ConfigError for a point that is no mapping."""
+    found = []
+    for number, point in enumerate(points, start=1):
+        if not isinstance(point, Mapping):
+            raise ConfigError(f"start {number}: {point!r} does not map names to weights")
+        found.append(point)
+    return tuple(found)
+
+
+def _stop(given: tuple[float, int] | None) -> Stop | None:
+    """ConfigError if it is no pair."""
+    if given is None:
+        return None
+    try:
+        min_gain, patience = given
+        return Stop(float(min_gain), int(patience))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"stop is {given!r}; give (min_gain, patience)") from error
