@@ -15,7 +15,7 @@ from bayesian_merger import run, setup, warm
 from bayesian_merger.data import Outcome, Prompt, Result
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.setup import Setup
-from bayesian_merger.study.proposals import FRESH, Plan
+from bayesian_merger.study.proposals import FRESH, SCORE, Plan
 from bayesian_merger.values import Yardstick
 
 
@@ -122,6 +122,20 @@ def test_each_trial_is_shown_images_that_no_other_was_and_more_of_them_later() -
     assert shown == list(range(FRESH, FRESH + len(shown)))
     assert sizes == sorted(sizes)
     assert (sizes[0], sizes[-1], len(sizes)) == (6, 24, plan.n_trials)
+
+
+def test_prompts_and_seeds_of_new_images_are_in_the_record(folder: Path) -> None:
+    outcome = start(folder, "search.images=12")
+    chosen = ready(folder, "search.images=12")
+    stored = outcomes.open_study(folder / "run")._search.get_trials()
+    found = {
+        key: told["prompt"]
+        for trial in stored
+        for key, told in trial.user_attrs.items()
+        if key.startswith(SCORE) and "prompt" in told
+    }
+    assert len(found) == sum(len(r.scores) for r in outcome.results if r.stage != "baseline") == 12
+    assert found[f"{SCORE}{FRESH}"] == chosen.prompt(FRESH).to_dict()
 
 
 def test_new_images_are_of_payloads_that_count_and_of_seeds_of_their_own(folder: Path) -> None:

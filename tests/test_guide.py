@@ -104,6 +104,12 @@ def test_start_of_a_group_is_the_mean_of_its_members(folder: Path) -> None:
         (['search.start=["GRAD_W"]'], "did you mean 'GRAD_V'"),
         (['search.start=[{"IN99" = 0.5}]'], "search.start 1: 'IN99' names no weight"),
         (
+            ['search.start=[{"TE2" = 0.5}]'],
+            "'TE2' names no weight; it is one of SDXL, SD3, SD3.5 large, and the models are SD1.5",
+        ),
+        (['search.start=[{"IN00" = nan}]'], "search.start.0: Value error, IN00 is neither a"),
+        (["search.start=[5]"], "search.start.0: Value error, neither the name of a preset nor"),
+        (
             ['search.start=[{"IN00" = 1.5}]'],
             "start 1: IN00_alpha is 1.5, outside its range 0 to 1",
         ),

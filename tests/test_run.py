@@ -185,11 +185,24 @@ def test_more_images_extend_a_finished_run_and_are_gone_on_with(folder: Path) ->
     object.__setattr__(ready.backend, "_at", 9)
     with pytest.raises(KeyboardInterrupt):
         run.run(ready, folder / "run", Silent(), more=18)
-    for more in (18, 0):  # the same command ends it, and a plain one adds nothing
+    for more in (18, None):  # the same command ends it, and a plain one adds nothing
         ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
         after = run.run(ready, folder / "run", Silent(), more)
         assert [r.scores for r in after.results[:10]] == [r.scores for r in before.results]
         assert len(after.results) == 13
+
+
+def test_images_that_were_to_be_spent_further_can_be_taken_back(folder: Path) -> None:
+    start(folder)
+    ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
+    object.__setattr__(ready.backend, "_fault", "stop")
+    object.__setattr__(ready.backend, "_at", 15)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(ready, folder / "run", Silent(), more=90_000)
+    ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
+    after = run.run(ready, folder / "run", Silent(), more=0)
+    assert after.finished
+    assert 10 < len(after.results) < 20
 
 
 def test_failed_trial_has_no_value_and_the_search_goes_on(folder: Path) -> None:
@@ -404,7 +417,7 @@ def test_search_ends_when_its_images_are_spent(folder: Path) -> None:
     override = ("search.images=15", "search.images_per_trial=4")
     outcome = start(folder, *override)
     trials = [r for r in outcome.results if r.stage != "baseline"]
-    assert [len(r.scores) for r in trials] == [4, 4, 4, 4]
+    assert [len(r.scores) for r in trials] == [4, 4, 4, 3]
 
 
 def test_search_ends_when_little_is_to_be_gained(folder: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 import bayesian_merger
 from bayesian_merger import Search
 from bayesian_merger.errors import ConfigError, RunError
-from bayesian_merger.study.proposals import OPTIMISERS, Init, Plan
+from bayesian_merger.study.proposals import OPTIMISERS, SCORE, Init, Plan
 from bayesian_merger.study.search import SearchTrial
 
 SPACE = {"IN00": (0.0, 1.0), "M00": (-0.5, 1.5), "OUT11": (0.25, 0.5)}
@@ -280,6 +281,21 @@ def test_samplers_of_optunahub_are_named_by_their_path_there(
     run(found)
     assert found.spent == 60
     assert type(found.plan.sampler(0)).__name__ == "Mine"
+
+
+def test_what_a_failed_trial_has_measured_counts_for_nothing() -> None:
+    found, other = search(images=30), search(images=30)
+    run(found)
+    run(other)
+    other._study.add_trial(
+        optuna.trial.create_trial(
+            state=TrialState.FAIL,
+            params={name: high for name, (_, high) in SPACE.items()},
+            distributions=other.plan.distributions,
+            user_attrs={f"{SCORE}{i}": {"scores": {"score": 1e6}} for i in range(3)},
+        )
+    )
+    assert other.best() == found.best()
 
 
 def test_no_image_more_than_wanted_is_asked_for() -> None:

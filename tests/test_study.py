@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from bayesian_merger.blocks import SD1
 from bayesian_merger.data import Estimate, Model, Recipe, Result
 from bayesian_merger.errors import ConfigError, RunError
-from bayesian_merger.study import Study, Trial, create, storage_at, url_of
+from bayesian_merger.study import Study, Trial, create, is_in, storage_at, url_of
 from bayesian_merger.study.proposals import Plan, Proposer
 
 MODELS = (Model("a.safetensors", "aa"), Model("b.safetensors", "bb"))
@@ -223,6 +225,20 @@ def test_storage_that_does_not_answer_is_told_in_one_line_without_its_password(
     assert said in str(told.value)
     assert "\n" not in str(told.value)
     assert "sec" not in str(told.value)
+
+
+def test_storage_in_a_folder_that_is_not_there_is_told_before_anything_is_made() -> None:
+    with pytest.raises(ConfigError, match="the folder /no/such does not exist"):
+        is_in("sqlite:////no/such/x.db", "mine")
+
+
+def test_storage_that_several_processes_make_at_once_is_one(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'all.db'}"
+    code = f"from bayesian_merger.study import *; Study(storage_at({url!r}), sys.argv[1])"
+    names = ["one", "two", "three", "four"]
+    started = [subprocess.Popen([sys.executable, "-c", f"import sys; {code}", n]) for n in names]
+    assert [process.wait(120) for process in started] == [0] * len(names)
+    assert all(is_in(url, name) for name in names)
 
 
 def test_half_made_study_of_a_killed_process_is_cleared_away(tmp_path: Path) -> None:

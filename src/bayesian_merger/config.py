@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -13,6 +14,7 @@ from pydantic import (
     Field,
     FiniteFloat,
     NonNegativeInt,
+    PlainValidator,
     PositiveInt,
     ValidationError,
     ValidationInfo,
@@ -59,6 +61,24 @@ def _storage_beside_config(value: Any, info: ValidationInfo) -> Any:
 StorageUrl = Annotated[str, BeforeValidator(_storage_beside_config)]
 
 
+def _start_point(value: Any) -> str | dict[str, float | str]:
+    """One line for a mistake, where a union of types has one for each of them."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("neither the name of a preset nor a table of weights")
+    found: dict[str, float | str] = {}
+    for name, weight in value.items():
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not isinstance(weight, str) and not (is_number and math.isfinite(weight)):
+            raise ValueError(f"{name} is neither a finite number nor a name")
+        found[str(name)] = float(weight) if is_number else weight
+    return found
+
+
+StartPoint = Annotated[str | dict[str, float | str], PlainValidator(_start_point)]
+
+
 class Models(Section):
     """[models]: the checkpoints."""
 
@@ -103,7 +123,7 @@ class Search(Section):
     ranges: dict[str, tuple[float, float]] = {}
     groups: list[list[str]] = []
     guide: ConfigPath | None = None
-    start: list[str | dict[str, FiniteFloat | str]] = []
+    start: list[StartPoint] = []
     objectives: Literal["mean", "scorers", "payloads"] = "mean"
     stop: Stop | None = None
     # Where a study lies is no part of it, and the address may hold a password.

@@ -113,7 +113,8 @@ def judge(
             if sample.prompt.index not in trial.scores:
                 if keep:
                     save_image(sample, keep / f"{sample.prompt.index:03}.png")
-                trial.record(sample.prompt.index, found, digest_of(sample.image))
+                made_of = sample.prompt.to_dict() if sample.prompt.index >= FRESH else None
+                trial.record(sample.prompt.index, found, digest_of(sample.image), made_of)
         if slopes is not None:
             # Last: what has slopes has all.
             trial.follow([sample.prompt.index for sample in samples], slopes)

@@ -134,6 +134,7 @@ class Setup:
             "weights": dict(self.weights),
             "trials": self.plan.n_trials,
             "panel": [p.to_dict() for p in self.panel],
+            "select_panel": [p.to_dict() for p in self.select_panel],
             "heldout_panel": [p.to_dict() for p in self.heldout_panel],
         }
 

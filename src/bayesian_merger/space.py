@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from bayesian_merger.blocks import Architecture, short_names
+from bayesian_merger.blocks import ARCHITECTURES, Architecture, short_names
 from bayesian_merger.data import Weights
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.registry import nearest
@@ -339,7 +339,7 @@ class _Names:
         architecture: Architecture,
         mistakes: list[str],
     ) -> None:
-        self.mistakes = mistakes
+        self.mistakes, self._architecture = mistakes, architecture
         self._canonical = list(names)
         # Those of blocks and parts that the models lack are known too, to say so.
         self._aliases: dict[str, str] = {
@@ -363,11 +363,18 @@ class _Names:
             hint = "; the models hold no tensor of it"
         else:
             hits = {name for alias, name in self._aliases.items() if fnmatchcase(alias, pattern)}
-            hint = nearest(pattern, self._aliases)
+            hint = self._elsewhere(pattern) or nearest(pattern, self._aliases)
         found = [name for name in self._canonical if name in hits]
         if not found:
             self.mistake(f"search.{where}: {pattern!r} names no weight{hint}")
         return found
+
+    def _elsewhere(self, name: str) -> str:
+        """That a name is one of other architectures, if it is."""
+        of = [a.title for a in ARCHITECTURES.values() if name in (*a.blocks, *a.parts)]
+        if not of:
+            return ""
+        return f"; it is one of {', '.join(of)}, and the models are {self._architecture.title}"
 
     def table(self, where: str, given: Mapping[str, _V]) -> dict[str, _V]:
         """`given` with each pattern replaced by the weights it names."""

@@ -10,8 +10,11 @@ images that were being made.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -93,7 +96,7 @@ def storage_at(url: str) -> RDBStorage:
             options["pool_pre_ping"] = True
         if address.get_driver_name() in _WITH_TIMEOUT:
             options["connect_args"] = {"connect_timeout": _PATIENCE_S}
-        return RDBStorage(_filled_in(url), engine_kwargs=options)
+        return _opened(_filled_in(url), options)
     except ArgumentError as error:
         raise ConfigError(
             f"storage {shown} is no URL of an SQL database; write it as sqlite:///FILE or "
@@ -109,10 +112,26 @@ def storage_at(url: str) -> RDBStorage:
         raise ConfigError(f"storage {shown} cannot be opened: {_reason(error)}") from error
 
 
+def _opened(url: str, options: Mapping[str, Any]) -> RDBStorage:
+    for wait in (0.2, 0.5, 1.0):
+        try:
+            return RDBStorage(url, engine_kwargs=dict(options))
+        except SQLAlchemyError as error:
+            # Another process makes the same tables just now.
+            if not re.search("already exists|unique|duplicate", _reason(error), re.IGNORECASE):
+                raise
+            time.sleep(wait)
+    return RDBStorage(url, engine_kwargs=dict(options))
+
+
 def is_in(url: str, name: str) -> bool:
     """Whether the storage at `url` holds the run of that name; none is made."""
     file = url.removeprefix("sqlite:///")
     if file != url and not Path(file).is_file():
+        folder = Path(file).absolute().parent
+        if not os.access(folder, os.W_OK):
+            reason = "cannot be written" if folder.is_dir() else "does not exist"
+            raise ConfigError(f"storage {url}: the folder {folder} {reason}")
         return False
     storage = storage_at(url)
     with storage_errors():
@@ -162,10 +181,22 @@ class Trial:
     def is_complete(self) -> bool:
         return self._state == "complete"
 
-    def record(self, index: int, scores: Mapping[str, float], image: str) -> None:
-        """Store one image's scores; an image that has scores already keeps them."""
+    def record(
+        self,
+        index: int,
+        scores: Mapping[str, float],
+        image: str,
+        prompt: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Store one image's scores; an image that has scores already keeps them.
+
+        The `prompt` of an image that no panel has is stored beside them.
+        """
         if index not in self.scores:
-            self._trial.set_user_attr(f"{SCORE}{index}", {"scores": dict(scores), "image": image})
+            told = {"scores": dict(scores), "image": image}
+            if prompt:
+                told["prompt"] = dict(prompt)
+            self._trial.set_user_attr(f"{SCORE}{index}", told)
             self.scores[index] = dict(scores)
             self._images[index] = image
 
