@@ -512,8 +512,17 @@ def test_second_process_in_the_folder_is_turned_away(folder: Path) -> None:
     finally:
         process.kill()
         process.wait()
-    assert second.returncode == 1
+    assert second.returncode == 2
     assert "another process is running here" in second.stderr
+
+
+def test_clock_that_jumps_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = start(folder)
+    days, now = iter(range(10**6)), time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86_400 * (-1) ** next(days) * next(days))
+    jumped = start(folder, into="jumped")
+    assert measured(jumped) == measured(plain)
+    assert jumped.gain == plain.gain
 
 
 def test_study_may_lie_in_a_storage_that_several_runs_share(folder: Path) -> None:

@@ -429,7 +429,7 @@ def test_choice_of_one_is_none(names: list[str], said: str) -> None:
         Search(CHOICE, images=5, panel=2, start=[{"alpha": 0.5, "method": "slurp"}])
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1e200])
 def test_score_that_is_no_number_is_refused(wrong: float) -> None:
     trial = next(iter(search()))
     for _ in trial:

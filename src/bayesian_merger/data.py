@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Weights = Mapping[str, Mapping[str, float]]
 """Merge weights: name of the method's weight ("alpha") -> block ("IN00") -> value."""
 
+MOST_SCORE = 1e100
+"""No score is as large: its square must be a number too."""
 RIVALS = {"over_a": "A", "over_b": "B", "over_even": "the even merge"}
 """What the best merge is compared with on held-out seeds, as keys of `Outcome.gain` -> in words."""
 

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from bayesian_merger.backends import Differentiable
 from bayesian_merger.checkpoint import remove_parts
-from bayesian_merger.data import Compromise, Estimate, Outcome, Prompt, Recipe, Result, Sample
+from bayesian_merger.data import (
+    MOST_SCORE,
+    Compromise,
+    Estimate,
+    Outcome,
+    Prompt,
+    Recipe,
+    Result,
+    Sample,
+)
 from bayesian_merger.errors import (
     CheckpointError,
     ConfigError,
@@ -593,7 +602,7 @@ def score(scorers: Mapping[str, Scorer], samples: Sequence[Sample]) -> list[dict
         if len(scores) != len(samples):
             raise TrialError(f"scorer {name} gave {len(scores)} scores for {len(samples)} images")
         for row, score in zip(table, scores, strict=True):
-            if not math.isfinite(score):
+            if not abs(score) < MOST_SCORE:
                 raise TrialError(f"scorer {name} gave {score}")
             row[name] = score
     return table
@@ -611,7 +620,7 @@ def _batches(panel: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the run folder; RunError if one is in it."""
+    """Keep other processes out of the run folder; ConfigError if one is in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -620,7 +629,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(
+        raise ConfigError(
             f"{folder}: another process is running here; wait for it or stop it"
         ) from None
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from PIL import Image
 from bayesian_merger import run, space
 from bayesian_merger.bayes import Bayes, Judged
 from bayesian_merger.blocks import short_names
-from bayesian_merger.data import Prompt, Recipe, Result, Sample
+from bayesian_merger.data import MOST_SCORE, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import ConfigError, TrialError
 from bayesian_merger.outcome import digest_of, open_study, pictures_of, read_outcome
 from bayesian_merger.setup import Setup
@@ -113,7 +112,7 @@ def import_log(log: Path, setup: Setup, folder: Path) -> Brought:
         values = space.start(setup.space, setup.merger.architecture, flat, "start")
         if any(not low <= values[name] <= high for name, (low, high) in plan.bounds.items()):
             left_out["outside the ranges of the new search"] += 1
-        elif not math.isfinite(target):
+        elif not abs(target) < MOST_SCORE:
             left_out["without a score"] += 1
         else:
             point = {**values, **{name: known[0] for name, known in plan.choices.items()}}

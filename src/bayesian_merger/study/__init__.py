@@ -70,6 +70,10 @@ def storage_errors() -> Iterator[None]:
             "another process works on this study; stop it, and the same command goes on"
         ) from error
     except (StorageInternalError, SQLAlchemyError) as error:
+        if "not a database" in _reason(error):
+            raise RunError(
+                "study.db is no study; move it away, or choose another --run-dir"
+            ) from error
         raise RunError(
             f"the study cannot be read or written ({_reason(error)}); what it holds is kept, "
             f"and the same command goes on from there"

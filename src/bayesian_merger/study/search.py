@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -11,6 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from bayesian_merger.data import MOST_SCORE
 from bayesian_merger.errors import ConfigError, RunError
 from bayesian_merger.study import require_same, storage_at, storage_errors
 from bayesian_merger.study.proposals import (
@@ -63,11 +63,11 @@ class SearchTrial:
     def report(self, score: float) -> None:
         """Store the score of the image that was given last; higher is better.
 
-        ValueError if it is not finite, or if no image was asked for.
+        ValueError if it is not finite or beyond 1e100, or if no image was asked for.
         """
         if self._item is None:
             raise ValueError("report a score inside the loop over the trial's images")
-        if not math.isfinite(score):
+        if not abs(score) < MOST_SCORE:
             raise ValueError(f"the score of image {self._item} is {score}")
         scores = {_NAME: float(score)}
         with storage_errors():
@@ -157,6 +157,7 @@ class Search:
                 "space": {**self.plan.bounds, **self.plan.choices},
                 "panel": self.plan.panel,
                 "optimiser": optimiser,
+                "options": dict(self.plan.options),
                 "init": init,
                 "start": [
                     {n: v if isinstance(v, str) else float(v) for n, v in point.items()}
