@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,19 @@ def test_path_shows_each_weight_in_each_trial_and_its_slope_with_error(tmp_path:
     assert list(points.get_xdata()) == [2.5, -1.0, 0.05]
     assert list(points.get_ydata()) == [0, 1, 2]
     assert next(line[:, 0].tolist() for line in bars.get_segments()) == [2.0, 3.0]
+
+
+def test_path_of_weights_beyond_the_models_has_their_range(tmp_path: Path) -> None:
+    results = tuple(
+        r.but(recipe=replace(r.recipe, weights={"high_beta": {"IN00": w}}))
+        for r, w in zip(followed()[3:], (-0.5, 0.0, 0.5, 1.0, 2.0), strict=True)
+    )
+    outcome = an_outcome(tmp_path, results=results)
+    way, _ = plots.path(outcome, {"IN00_high_beta": Estimate(1.0, 0.5, 4)}).axes
+    (image,) = way.images
+    assert image.get_clim() == (-0.5, 2.0)
+    assert "-0.5 to 2" in way.get_xlabel()
+    assert np.asarray(image.get_array())[0, 0] == -0.5
 
 
 def test_unet_draws_each_block_once_with_its_weight() -> None:

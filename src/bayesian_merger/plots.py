@@ -245,11 +245,13 @@ def path(outcome: Outcome, slopes: Mapping[str, Estimate], *, dark: bool = False
     side = figure.add_axes((0.68, bottom, 0.3, high), facecolor=theme.paper, sharey=way)
     places = [_place(name) for name in names]
     shown = [[r.recipe.weights.get(w, {}).get(b, math.nan) for r in trials] for w, b in places]
+    tried = [weight for row in shown for weight in row if not math.isnan(weight)]
+    low, most = min([0.0, *tried]), max([1.0, *tried])
     way.imshow(
         shown,
         cmap=_MAP,
-        vmin=0.0,
-        vmax=1.0,
+        vmin=low,
+        vmax=most,
         aspect="auto",
         interpolation="nearest",
         extent=(0.5, len(trials) + 0.5, len(names) - 0.5, -0.5),
@@ -257,6 +259,8 @@ def path(outcome: Outcome, slopes: Mapping[str, Estimate], *, dark: bool = False
     )
     way.set_yticks(range(len(names)), [_drawable(_shortened(_label(name), 16)) for name in names])
     ends = [_drawable(_shortened(name, 20)) for name in outcome.models[:2]]
+    if low < 0 or most > 1:
+        ends = [f"{low:.2g}", f"{most:.2g}"]
     way.set_xlabel(f"weight in each trial, {ends[0]} to {ends[1]}")
     side.errorbar(
         [one.mean for one in slopes.values()],
@@ -284,7 +288,7 @@ def path(outcome: Outcome, slopes: Mapping[str, Estimate], *, dark: bool = False
 
 def _place(parameter: str) -> tuple[str, str]:
     """Weight and block of a parameter's first member: "IN00-IN03_alpha" is that of IN00."""
-    return parameter.rpartition("_")[2], re.split("[-_]", parameter)[0]
+    return parameter.split("-")[-1].partition("_")[2], re.split("[-_]", parameter)[0]
 
 
 def _label(parameter: str) -> str:
