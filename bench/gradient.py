@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=192, help="fresh ones, to judge a merge")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="read, then added to")
+    parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.results.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +97,8 @@ def main() -> None:
                 print(*task, told, flush=True)
     for pair in options.pairs:
         table(pair, found, options.searches)
+    if options.figure:
+        draw(found, options.pairs, options.searches, options.figure)
 
 
 def marks(task: Task) -> list[int]:
@@ -164,14 +167,21 @@ def fresh_score(fresh: Setup, study: Study, recipe: Recipe) -> float:
     return mean(judged(study, fresh, fresh.heldout_panel, recipe.digest(), recipe))
 
 
-def table(pair: str, found: Mapping[Task, Sequence[Point]], searches: Sequence[str]) -> None:
-    """Print a line for each search, and below it how far ahead the first of them is."""
-    points = {
+def points_of(
+    pair: str, found: Mapping[Task, Sequence[Point]]
+) -> dict[tuple[str, int, int], Point]:
+    """By search, seed and number of images."""
+    return {
         (task.search, task.seed, point.images): point
         for task, reached in found.items()
         if task.pair == pair
         for point in reached
     }
+
+
+def table(pair: str, found: Mapping[Task, Sequence[Point]], searches: Sequence[str]) -> None:
+    """Print a line for each search, and below it how far ahead the first of them is."""
+    points = points_of(pair, found)
     seeds = sorted({seed for _, seed, _ in points})
     columns = sorted({images for _, _, images in points})
     print(f"\n{pair}: score of the recommended merge after so many images (standard error)")
@@ -192,15 +202,56 @@ def table(pair: str, found: Mapping[Task, Sequence[Point]], searches: Sequence[s
             print(f"{'  ahead of it by':20}" + "".join(f"{shown(gain):>16}" for gain in gains))
 
 
+def draw(
+    found: Mapping[Task, Sequence[Point]],
+    pairs: Sequence[str],
+    searches: Sequence[str],
+    path: Path,
+) -> None:
+    """A figure of the mean score over that of the even merge, against the images spent."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * max(2, len(pairs)), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(pairs), squeeze=False)[0]
+    for axes, pair in zip(panels, pairs, strict=True):
+        gains: dict[str, dict[int, list[float]]] = {}
+        points = points_of(pair, found)
+        for (name, seed, images), point in points.items():
+            if images and name in searches:
+                gain = point.score - points[name, seed, 0].score
+                gains.setdefault(name, {}).setdefault(images, []).append(gain)
+        for name in (name for name in searches if name in gains):
+            marks = sorted(gains[name])
+            means = [statistics.mean(gains[name][n]) for n in marks]
+            errors = [error_of(gains[name][n]) for n in marks]
+            is_first = name == searches[0]
+            bold = {"lw": 2.6, "zorder": 3, "color": "#00786b"} if is_first else {"lw": 1.2}
+            axes.errorbar(marks, means, errors, label=name, marker="o", ms=4, capsize=2, **bold)
+        axes.axhline(0.0, color="#888888", lw=0.8)
+        axes.set(title=pair, xlabel="images", xscale="log")
+        axes.set_xticks(MARKS, MARKS, rotation=60)
+        axes.minorticks_off()
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("score over that of the even merge")
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+def error_of(values: Sequence[float]) -> float:
+    """Standard error of the mean."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
 def shown(values: Sequence[float]) -> str:
     """The mean and its standard error."""
     if not values:
         return ""
-    if len(values) < 2:
-        return f"{values[0]:+.3f}"
-    return (
-        f"{statistics.mean(values):.3f} ({statistics.stdev(values) / math.sqrt(len(values)):.3f})"
-    )
+    return f"{statistics.mean(values):.3f} ({error_of(values):.3f})"
 
 
 if __name__ == "__main__":
