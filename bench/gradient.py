@@ -118,7 +118,7 @@ def read(path: Path) -> dict[Task, list[Point]]:
 def searched(task: Task, at: Sequence[int], folder: Path, n_fresh: int) -> Iterator[Point]:
     """One search, and the scores of what it recommends at each mark; first that of the even merge."""
     setup = setup_of(task, folder)
-    judge = Task(task.pair, "random", 10_000, task.images)
+    judge = task._replace(search="bayes", seed=10_000)
     fresh = setup_of(judge, folder, f"heldout.images={n_fresh}")
     with tempfile.TemporaryDirectory() as place:
         study = Study(Path(place) / "study.db")
