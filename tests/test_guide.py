@@ -92,6 +92,13 @@ def test_start_is_tried_first(folder: Path) -> None:
     assert ready.plan.first(0) == grad
 
 
+def test_preset_beyond_the_ranges_is_tried_as_near_as_they_are(folder: Path) -> None:
+    for space in ('search.ranges={ "OUT0*" = [0.2, 1.0] }', "search.smooth=6"):
+        ready = begin(folder, 'search.start=["GRAD_V"]', space)
+        (grad,) = ready.plan.start
+        assert all(low <= grad[name] <= high for name, (low, high) in ready.plan.bounds.items())
+
+
 def test_start_of_a_group_is_the_mean_of_its_members(folder: Path) -> None:
     groups = 'search.groups=[["IN00", "M00"]]'
     (grad,) = begin(folder, 'search.start=["GRAD_V"]', groups).plan.start

@@ -298,6 +298,12 @@ def test_what_a_failed_trial_has_measured_counts_for_nothing() -> None:
     assert other.best() == found.best()
 
 
+@pytest.mark.parametrize("per_trial", [2, 4])
+def test_at_most_half_of_the_images_explore(per_trial: int) -> None:
+    plan = search(images=24, per_trial=per_trial).plan
+    assert plan.n_first * per_trial <= 12
+
+
 def test_no_image_more_than_wanted_is_asked_for() -> None:
     for optimiser in ("bayes", "tpe"):
         for images in (1, 14, 25):
@@ -429,7 +435,7 @@ def test_choice_of_one_is_none(names: list[str], said: str) -> None:
         Search(CHOICE, images=5, panel=2, start=[{"alpha": 0.5, "method": "slurp"}])
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1e200])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1e200, "good", None])
 def test_score_that_is_no_number_is_refused(wrong: float) -> None:
     trial = next(iter(search()))
     for _ in trial:

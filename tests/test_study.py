@@ -251,6 +251,6 @@ def test_half_made_study_of_a_killed_process_is_cleared_away(tmp_path: Path) -> 
 def test_file_that_is_no_study_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     path.write_bytes(b"this is not a database at all" * 100)
-    with pytest.raises(RunError, match=r"study\.db is no study; move it away") as caught:
+    with pytest.raises(ConfigError, match=r"study\.db is no study; move it away") as caught:
         Study(path)
     assert len(str(caught.value).splitlines()) == 1

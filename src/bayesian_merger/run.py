@@ -207,8 +207,9 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
         setup = _as_begun(setup, study)
         study.require_same(setup.identity)
         study.require_whole()
-        if more == 0 or (more and read_outcome(folder, study).finished):
-            study.extend(more)
+        is_finished = read_outcome(folder, study).finished
+        if note := _extend(study, more, is_finished):
+            observer.noted(note)
         setup = replace(setup, plan=_extended(setup.plan, study.target))
         study.begin(setup.identity, setup.about())
         observer.planned(setup.n_images())
@@ -234,6 +235,23 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
                     f"{error}; the report and best.toml are written, and the same command tries again"
                 ) from error
         return outcome
+
+
+def _extend(study: Study, more: int | None, is_finished: bool) -> str:
+    """Let the search spend `more` images or take them back; what there is to say of it."""
+    told = study.target
+    if more == 0:
+        study.extend(0)
+        left = max(0, told - study.n_judged)
+        return (
+            f"{left} images of --more are taken back" if left else "there was nothing to take back"
+        )
+    if more is None or not is_finished:
+        if more and not told:
+            return "the run is not finished; --more extends it when it is"
+        return "the run is finished; --more N extends it" if is_finished else ""
+    study.extend(more)
+    return f"{more} images beyond the {study.n_judged} of the finished run"
 
 
 def _as_begun(setup: Setup, study: Study) -> Setup:
@@ -353,6 +371,8 @@ def _search(
                 write_outcome(read_outcome(folder, study), folder, models)
             except PermissionError as error:  # on Windows, a program that has the page open
                 observer.noted(f"the report could not be renewed ({error})")
+    if proposer.has_stopped:
+        observer.noted(f"the search ends after {study.n_judged} images, as search.stop says")
     front = proposer.front(_MOST_COMPROMISES) if setup.plan.objectives else []
     study.compromise(
         [Compromise(setup.recipe(params), values) for params, values in front],

@@ -398,7 +398,11 @@ def _starts(config: Config, found: Space, architecture: Architecture) -> list[di
         else:
             given = {name: value for name, value in wanted.items() if not isinstance(value, str)}
             chosen |= {name: value for name, value in wanted.items() if isinstance(value, str)}
-        points.append({**space.start(found, architecture, given, f"start {number}"), **chosen})
+        point = space.start(found, architecture, given, f"start {number}")
+        if isinstance(wanted, str):  # as near to it as the ranges are
+            ends = {p.name: (p.low, p.high) for p in found.parameters}
+            point = {name: min(max(v, ends[name][0]), ends[name][1]) for name, v in point.items()}
+        points.append({**point, **chosen})
     return points
 
 
@@ -550,11 +554,13 @@ def _panels(config: Config, folder: Path) -> _Panels:
     per_round = prompts.n_images(payloads)
     seed = config.search.seed
     heldout = config.heldout
-    most = max(config.panel.batch_size * per_round, heldout.images, heldout.select_images)
-    if most > _MOST_IMAGES:
-        raise ConfigError(
-            f"the payloads make {most} images a trial, more than {_MOST_IMAGES}; lower batch_size"
-        )
+    for key, n_images in (
+        ("panel.batch_size", config.panel.batch_size * per_round),
+        ("heldout.images", heldout.images),
+        ("heldout.select_images", heldout.select_images),
+    ):
+        if n_images > _MOST_IMAGES:
+            raise ConfigError(f"{key}: {n_images} images are more than {_MOST_IMAGES}; lower it")
 
     def fresh(name: str, images: int) -> tuple[Prompt, ...]:
         rounds = math.ceil(images / per_round)

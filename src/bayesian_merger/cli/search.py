@@ -85,6 +85,9 @@ def _load(
 def demo_command(run_dir: Path, overrides: Sequence[str], **counts: int | None) -> None:
     """Run the embedded example: two small checkpoints, a scorer, a better merge, a report."""
     path = _PACKAGE / "demo" / "config.toml"
+    import torch
+
+    torch.set_num_threads(1)  # so small a model is slower on several
     _run(_prepared(_load(path, overrides, **counts), path, "demo"), run_dir)
 
 

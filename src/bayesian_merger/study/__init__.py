@@ -47,6 +47,7 @@ from bayesian_merger.study.proposals import (
 )
 
 _SEARCH = "search"
+_SQLITE = b"SQLite format 3\0"
 _PATIENCE_S = 10
 _WITH_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
 Stage = Literal["brought", "baseline", "explore", "exploit", "select", "heldout"]
@@ -70,10 +71,6 @@ def storage_errors() -> Iterator[None]:
             "another process works on this study; stop it, and the same command goes on"
         ) from error
     except (StorageInternalError, SQLAlchemyError) as error:
-        if "not a database" in _reason(error):
-            raise RunError(
-                "study.db is no study; move it away, or choose another --run-dir"
-            ) from error
         raise RunError(
             f"the study cannot be read or written ({_reason(error)}); what it holds is kept, "
             f"and the same command goes on from there"
@@ -259,6 +256,12 @@ def create(path: Path) -> None:
         new.replace(path)
 
 
+def _is_database(path: Path) -> bool:
+    """Whether SQLite may read a file: one that is new is empty."""
+    with path.open("rb") as file:
+        return file.read(len(_SQLITE)) in (b"", _SQLITE)
+
+
 def url_of(path: Path) -> str:
     """The storage URL of the SQLite file at `path`, whatever characters its folders hold."""
     url = URL.create("sqlite", database=str(path.absolute())).render_as_string()
@@ -277,8 +280,10 @@ class Study:
     """
 
     def __init__(self, storage: RDBStorage | Path, name: str = "") -> None:
-        """RunError if it cannot be opened."""
+        """RunError if it cannot be opened, ConfigError if the file is no database."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        if isinstance(storage, Path) and storage.is_file() and not _is_database(storage):
+            raise ConfigError(f"{storage} is no study; move it away, or choose another --run-dir")
         with storage_errors():
             try:
                 self._storage = (

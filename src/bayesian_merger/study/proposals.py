@@ -221,7 +221,8 @@ class Plan:
             return len(self.start) + 1
         is_bayes = self.optimiser == "bayes"
         usual = min(4 * len(self.names), 100) if is_bayes else 10
-        n_each = 1 if is_bayes else self.per_trial or _N_MEAN
+        n_each = self.per_trial or (1 if is_bayes else _N_MEAN)
+        # Half of the images at most.
         most = self.n_iters if self.images is None else self.images // (2 * n_each)
         return len(self.start) + min(usual, most or 0)
 
@@ -645,6 +646,12 @@ class Proposer:
         if at_few.mean() < at_start.mean() - _MISLED * error:
             return "the merges that the gradient led to score worse than the one it began at"
         return None
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether it is over before its images or trials are spent."""
+        n_finished = sum(trial.state.is_finished() for trial in begun(self.study))
+        return self.is_over() and self.plan.spent(n_finished, n_judged(self.study)) < 1
 
     def is_over(self) -> bool:
         """Whether the images or trials are spent, or little is to be gained by more."""

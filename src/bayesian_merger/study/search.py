@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -67,12 +68,18 @@ class SearchTrial:
         """
         if self._item is None:
             raise ValueError("report a score inside the loop over the trial's images")
-        if not abs(score) < MOST_SCORE:
-            raise ValueError(f"the score of image {self._item} is {score}")
-        scores = {_NAME: float(score)}
+        try:
+            number = float(score)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not abs(number) < MOST_SCORE:
+            raise ValueError(
+                f"the score of image {self._item} is {score!r}, no number below 1e100"
+            )
+        scores = {_NAME: number}
         with storage_errors():
             self._trial.set_user_attr(f"{SCORE}{self._item}", {"scores": scores})
-        self._scores[self._item] = float(score)
+        self._scores[self._item] = number
 
     @property
     def mean(self) -> float | None:
