@@ -21,6 +21,8 @@ from bayesian_merger.gp import WHOLE, Array, Data, Model, Posterior, Prior
 from bayesian_merger.slopes import Slope, pooled
 
 _KAPPA = 2.0
+# The same downwards, where slopes lead.
+_CAUTION = 2.0
 _N_SAMPLED = 400
 _N_VARIED = 20
 _STEP = 0.3
@@ -96,6 +98,8 @@ class Bayes:
     def best(self, judged: Sequence[Judged]) -> Recommended:
         """The merge of the highest expected score, as far as the next proposal knows it."""
         posterior, incumbent = self._now(judged)
+        if len(posterior.data.sloped):
+            incumbent = self._climbed(posterior, 1)
         return Recommended(incumbent.numpy(), *posterior.expected(incumbent))
 
     def few(self, judged: Sequence[Judged], n: int) -> list[Recommended]:
@@ -147,11 +151,20 @@ class Bayes:
         return [points[i].numpy() for i in _spread(expected, n)]
 
     def _best(self, posterior: Posterior) -> Recommended:
-        few = posterior.at_points.argsort()[::-1][:5].copy()
         middle = torch.full((1, self.d), 0.5, dtype=torch.float64)
-        starts = torch.cat([posterior.data.points[few], self._box.of_each_choice(middle)])
-        best = self._box.climb(posterior.mean, starts)
+        best = self._climbed(posterior, 5, self._box.of_each_choice(middle))
         return Recommended(best.numpy(), *posterior.expected(best))
+
+    def _climbed(self, posterior: Posterior, n: int, *others: Tensor) -> Tensor:
+        """The merge of the highest expected score, climbing from the best `n` and from others.
+
+        Slopes lead on to merges of which little is known; there of the lowest score that may well be.
+        """
+        value = _lower_bound(posterior) if len(posterior.data.sloped) else posterior.mean
+        points = posterior.data.points
+        with torch.no_grad():
+            few = value(points).argsort(descending=True)[:n]
+        return self._box.climb(value, torch.cat([points[few], *others]))
 
     def _now(self, judged: Sequence[Judged]) -> tuple[Posterior, Tensor]:
         """The posterior and its best merge, with hyperparameters that were fitted now and then."""
@@ -288,6 +301,14 @@ class _Box:
     def _like(self, points: Tensor, one: Tensor) -> Tensor:
         """The points with the choices of another."""
         return torch.where(torch.from_numpy(self._is_free), points, one)
+
+
+def _lower_bound(posterior: Posterior) -> Callable[[Tensor], Tensor]:
+    def value(x: Tensor) -> Tensor:
+        mean, variance = posterior.mean_and_variance(x)
+        return mean - _CAUTION * variance.sqrt()
+
+    return value
 
 
 def _bound(

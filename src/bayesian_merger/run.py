@@ -207,7 +207,7 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
         setup = _as_begun(setup, study)
         study.require_same(setup.identity)
         study.require_whole()
-        is_finished = read_outcome(folder, study).finished
+        is_finished = bool(study.about) and read_outcome(folder, study).finished
         if note := _extend(study, more, is_finished):
             observer.noted(note)
         setup = replace(setup, plan=_extended(setup.plan, study.target))
