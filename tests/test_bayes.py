@@ -8,6 +8,7 @@ import torch
 
 from bayesian_merger.bayes import Bayes, Judged, _log_gain
 from bayesian_merger.gp import Array
+from bayesian_merger.slopes import Slope
 
 D = 6
 PANEL = ["p", "q"] * 3
@@ -86,3 +87,18 @@ def test_log_gain_is_that_of_its_definition_and_smooth_far_below() -> None:
     (slope,) = torch.autograd.grad(_log_gain(far).sum(), far)
     assert torch.isfinite(slope).all()
     assert (slope > 0).all()
+
+
+def test_slopes_do_not_lead_to_where_little_is_known() -> None:
+    chance = np.random.default_rng(0)
+    # Scores rise with the first weight and fall with the second, as far as the middle tells.
+    slopes = [Slope(1, np.array([2.0, -2.0]) + chance.normal(size=2)) for _ in range(12)]
+    seen = [Judged(np.array([0.5, 0.5]), dict(enumerate(chance.normal(size=12))), slopes)]
+    bayes = Bayes(2, ["p"] * 12, 0)
+    found, posterior = bayes.few(seen, 1)[0], bayes.learnt(seen)
+    highest = bayes._box.climb(posterior.mean, torch.from_numpy(found.point)[None])
+    mean, se = posterior.expected(highest)
+    assert found.point[0] > 0.6
+    assert found.point[1] < 0.4
+    assert found.mean < mean
+    assert found.se < 0.9 * se
