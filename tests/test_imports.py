@@ -20,6 +20,7 @@ PLUGINS = ("methods", "backends", "scorers")
 LAYERS = (
     ("data", "errors", "toml", "demo"),
     ("checkpoint", "devices", "gp", "kernels", "metadata", "names", "registry"),
+    ("slopes",),
     ("bayes", "blocks", "folders", "lora", "plots", *PLUGINS),
     (
         "config",
@@ -41,7 +42,7 @@ LAYERS = (
     ("__main__",),
 )
 # The steps of the path: these may import each other, but not in a circle.
-MIDDLE = 3
+MIDDLE = 4
 # Each large dependency has one home.
 HOMES = {
     "optuna": {"study"},
