@@ -251,6 +251,8 @@ def shown(values: Sequence[float]) -> str:
     """The mean and its standard error."""
     if not values:
         return ""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ({error_of(values):.3f})"
 
 

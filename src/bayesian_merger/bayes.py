@@ -3,7 +3,7 @@
 Three rules propose in turn, as no one of them is best everywhere: the upper confidence bound, which
 looks where little is known; Thompson sampling, which varies some weights of the best merge so far; and
 the expected improvement over that merge. What is recommended is the maximum of the expected score over
-all merges, not the merge that was luckiest.
+all merges, not the merge that was luckiest; where slopes are known, that of the score's lower bound.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bayesian_merger.gp import WHOLE, Array, Data, Model, Posterior, Prior
 from bayesian_merger.slopes import Slope, pooled
 
 _KAPPA = 2.0
-# The same downwards, where slopes lead.
+# Downwards, where slopes lead.
 _CAUTION = 2.0
 _N_SAMPLED = 400
 _N_VARIED = 20
@@ -98,8 +98,6 @@ class Bayes:
     def best(self, judged: Sequence[Judged]) -> Recommended:
         """The merge of the highest expected score, as far as the next proposal knows it."""
         posterior, incumbent = self._now(judged)
-        if len(posterior.data.sloped):
-            incumbent = self._climbed(posterior, 1)
         return Recommended(incumbent.numpy(), *posterior.expected(incumbent))
 
     def few(self, judged: Sequence[Judged], n: int) -> list[Recommended]:
@@ -158,9 +156,9 @@ class Bayes:
     def _climbed(self, posterior: Posterior, n: int, *others: Tensor) -> Tensor:
         """The merge of the highest expected score, climbing from the best `n` and from others.
 
-        Slopes lead on to merges of which little is known; there of the lowest score that may well be.
+        Slopes lead on to merges of which little is known, so with them it is the highest lower bound.
         """
-        value = _lower_bound(posterior) if len(posterior.data.sloped) else posterior.mean
+        value = _bounds(posterior, -_CAUTION) if len(posterior.data.sloped) else posterior.mean
         points = posterior.data.points
         with torch.no_grad():
             few = value(points).argsort(descending=True)[:n]
@@ -171,8 +169,7 @@ class Bayes:
         # A resumed search fits to the same merges as one that never stopped.
         step = max(_EVERY, len(judged) // 20)
         posterior = self._posterior(judged, max(1, len(judged) // step * step))
-        best = posterior.data.points[int(posterior.at_points.argmax())]
-        return posterior, self._box.climb(posterior.mean, best[None])
+        return posterior, self._climbed(posterior, 1)
 
     def _posterior(self, judged: Sequence[Judged], n_fitted: int) -> Posterior:
         data = self._data(judged)
@@ -303,10 +300,12 @@ class _Box:
         return torch.where(torch.from_numpy(self._is_free), points, one)
 
 
-def _lower_bound(posterior: Posterior) -> Callable[[Tensor], Tensor]:
+def _bounds(posterior: Posterior, n_errors: float) -> Callable[[Tensor], Tensor]:
+    """So many standard deviations above the expected score."""
+
     def value(x: Tensor) -> Tensor:
         mean, variance = posterior.mean_and_variance(x)
-        return mean - _CAUTION * variance.sqrt()
+        return mean + n_errors * variance.sqrt()
 
     return value
 
@@ -314,11 +313,8 @@ def _lower_bound(posterior: Posterior) -> Callable[[Tensor], Tensor]:
 def _bound(
     posterior: Posterior, incumbent: Tensor, box: _Box, chance: np.random.Generator
 ) -> Tensor:
-    def value(x: Tensor) -> Tensor:
-        mean, variance = posterior.mean_and_variance(x)
-        return mean + _KAPPA * variance.sqrt()
-
-    return box.climb(value, box.starts(incumbent, chance, near=1, apart=3))
+    starts = box.starts(incumbent, chance, near=1, apart=3)
+    return box.climb(_bounds(posterior, _KAPPA), starts)
 
 
 def _improvement(

@@ -221,6 +221,8 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
         _search(study, setup, yardstick, folder, observer)
         if not read_outcome(folder, study).finished:
             _confirm(study, setup, yardstick, folder, observer)
+        elif more is None:
+            observer.noted("the run was finished; --more N extends it by N images")
 
         outcome = read_outcome(folder, study)
         assert outcome.best is not None
@@ -239,19 +241,16 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
 
 def _extend(study: Study, more: int | None, is_finished: bool) -> str:
     """Let the search spend `more` images or take them back; what there is to say of it."""
-    told = study.target
     if more == 0:
+        left = max(0, study.target - study.n_judged)
         study.extend(0)
-        left = max(0, told - study.n_judged)
-        return (
-            f"{left} images of --more are taken back" if left else "there was nothing to take back"
-        )
-    if more is None or not is_finished:
-        if more and not told:
-            return "the run is not finished; --more extends it when it is"
-        return "the run is finished; --more N extends it" if is_finished else ""
-    study.extend(more)
-    return f"{more} images beyond the {study.n_judged} of the finished run"
+        return f"{left} images are taken back" if left else "there was nothing to take back"
+    if more and is_finished:
+        study.extend(more)
+        return f"{more} images beyond the {study.n_judged} of the finished run"
+    if more and not study.target:
+        return "the run is not finished; --more extends it when it is"
+    return ""
 
 
 def _as_begun(setup: Setup, study: Study) -> Setup:
@@ -305,7 +304,7 @@ def _judged_baselines(
                 _judge_and_follow(trial, panel, setup, observer, keep, measure)
             else:
                 judge(trial, panel, setup, observer, keep)
-            require_change([t.result() for t in trials[:number]], setup)
+            _require_change([t.result() for t in trials[:number]], setup)
         except TrialError as error:
             # What a back end made that fails here is not to be trusted, hence all or none.
             for doubtful in trials:
@@ -351,11 +350,12 @@ def _search(
     while not proposer.is_over():
         error = attempt(study, proposer, setup, yardstick, folder, observer)
         failures = failures + 1 if error else 0
-        if failures >= _FAILURES_IN_A_ROW or isinstance(error, NothingChangedError):
-            many = f"{failures} trials in a row failed, the last with: " if failures > 1 else ""
-            is_false = isinstance(error, NothingChangedError)
-            doubt = ". What was judged before may be false too: begin anew in another --run-dir"
-            raise RunError(f"{many}{error}{doubt * is_false}") from error
+        if isinstance(error, NothingChangedError):
+            raise RunError(
+                f"{error}. What was judged before may be false too: begin anew in another --run-dir"
+            ) from error
+        if failures >= _FAILURES_IN_A_ROW:
+            raise RunError(f"{failures} trials in a row failed, the last with: {error}") from error
         is_time = study.n_finished % _TELL_EVERY == 0 and study.n_finished >= proposer.plan.n_first
         if is_time and (best := proposer.best()):
             study.expect(setup.recipe(best[0]), best[1])
@@ -418,7 +418,7 @@ def attempt(
             _judge_and_follow(trial, panel, setup, observer, keep, yardstick)
         else:
             judge(trial, panel, setup, observer, keep)
-        require_change([*study.judged("baseline"), *study.searched()], setup)
+        _require_change([*study.judged("baseline"), *study.searched()], setup)
     except TrialError as error:
         trial.fail(str(error))
         return error
@@ -454,7 +454,7 @@ def _confirm(
         try:
             judge(trial, panel, setup, observer, keep)
             others = [other for other in study.judged(stage) if other.name != name]
-            require_change([*others, trial.result()], setup)
+            _require_change([*others, trial.result()], setup)
         except TrialError as error:
             trial.fail(str(error))
             observer.finished(trial.result(), None)
@@ -478,29 +478,31 @@ def _confirm(
     raise RunError(f"none of the {len(few)} best merges can be judged on fresh seeds")
 
 
-def require_change(results: Sequence[Result], setup: Setup) -> None:
+def _require_change(results: Sequence[Result], setup: Setup) -> None:
     """NothingChangedError if merges of clearly other weights have made the very same images.
 
-    The last of the results is compared, image by image, with the one before it that has the image. One
-    or two images may well be alike, all black say; so where these are all, the results before it are
-    compared too.
+    Each image is compared with the one before it of the same prompt and seed. One or two may well be
+    alike, all black say, so it takes the last three, and all of a merge that was judged on more.
     """
-    results = [result for result in results if result.images and result.state != "failed"]
-    alike: list[Result] = []
-    for place in range(len(results) - 1, 0, -1):
-        now = results[place]
-        for item, image in now.images.items():
-            before = next((r for r in results[:place][::-1] if item in r.images), None)
-            if before is None or _distance(now, before, setup) <= _NEAR:
-                continue
-            if before.images[item] != image:
-                return
-            alike.append(before)
-        if len(alike) >= min(_TELLING, len(setup.panel)):
-            raise NothingChangedError(
-                f"{alike[-1].name} and {now.name} have different weights, but all their images are the "
-                f"same: A and B are alike in what is searched, or the back end does not load the merge"
-            )
+    latest: dict[int, Result] = {}
+    alike: list[tuple[Result, Result]] = []
+    for now in results:
+        if now.state == "failed":
+            continue
+        before = {
+            item: latest[item]
+            for item in now.images
+            if item in latest and _distance(now, latest[item], setup) > _NEAR
+        }
+        same = [one for item, one in before.items() if one.images[item] == now.images[item]]
+        alike = [*alike, *((one, now) for one in same)] if len(same) == len(before) else []
+        latest.update(dict.fromkeys(now.images, now))
+    if len(alike) >= min(_TELLING, len(setup.panel)):
+        one, now = alike[-1]
+        raise NothingChangedError(
+            f"{one.name} and {now.name} have different weights, but all their images are the "
+            f"same: A and B are alike in what is searched, or the back end does not load the merge"
+        )
 
 
 def _distance(one: Result, other: Result, setup: Setup) -> float:

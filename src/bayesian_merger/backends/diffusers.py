@@ -46,8 +46,9 @@ _SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     "SGM Uniform": {"timestep_spacing": "trailing"},
 }
 _CONFIGS = Path(__file__).parent / "configs"
-# Bytes for each pixel of an image whose graph is kept whole; the VAE has the most of it.
-_GRAPH = 24_000
+# Bytes for each pixel of an image whose graph is kept whole, or where parts of it are made again; the
+# VAE has the most of it.
+_GRAPH, _SPARE_GRAPH = 24_000, 7_500
 # Gradients of a score are too small for half precision; the largest factor that is tried.
 _ENLARGED = 2.0**16
 
@@ -161,35 +162,49 @@ class Diffusers:
         """In half precision with the score enlarged as far as the gradient stays finite."""
         factor = self._enlarged
         while True:
-            slopes: dict[Key, float] = {}
+            # In a function of its own, so that what it held is free before the next try.
             try:
-                with self._folding(wanted, slopes):
-                    pixels = self._pixels([prompt], last)
-                    with _enough_memory("for the gradient; search.optimiser = 'bayes' needs less"):
-                        scores = judge((pixels / 2 + 0.5).clamp(0, 1), [prompt])
-                        torch.autograd.backward(scores.sum() * factor)
+                return self._backward(prompt, judge, wanted, last, factor)
             except GradientError:
                 if factor <= 1:
                     raise
                 factor /= 16
-                continue
-            except _OutOfMemory:
+            except _OutOfMemory as error:
                 if self._makes_parts_again:
-                    raise
+                    needed = prompt.width * prompt.height * _SPARE_GRAPH / 1e9
+                    raise TrialError(
+                        f"out of GPU memory: an image of {prompt.width} x {prompt.height} pixels takes "
+                        f"about {needed:.1f} GB with its gradient, beside the models; "
+                        f"lower the size in payload {prompt.payload}, or set search.optimiser = 'bayes'"
+                    ) from error
                 self._make_parts_again()
-                continue
-            (image,) = _as_images(pixels.detach())
-            return Followed(
-                [Sample(image, prompt)],
-                {key: slope / factor for key, slope in slopes.items()},
-            )
+
+    def _backward(
+        self,
+        prompt: Prompt,
+        judge: Judge,
+        wanted: Set[Key],
+        last: int | None,
+        factor: float,
+    ) -> Followed:
+        """One image, and the slopes of `factor` times its score, divided by that."""
+        slopes: dict[Key, float] = {}
+        with self._folding(wanted, slopes):
+            pixels = self._pixels([prompt], last)
+            with _enough_memory("for the gradient"):
+                scores = judge((pixels / 2 + 0.5).clamp(0, 1), [prompt])
+                torch.autograd.backward(scores.sum() * factor)
+        (image,) = _as_images(pixels.detach())
+        return Followed(
+            [Sample(image, prompt)], {key: slope / factor for key, slope in slopes.items()}
+        )
 
     def _spare_memory(self, prompt: Prompt) -> None:
         """Where a graph would not fit; not every driver says so, that of Windows goes on at a crawl."""
-        free = devices.free(self._device)
-        needed = prompt.width * prompt.height * _GRAPH
-        if free is not None and needed > free and not self._makes_parts_again:
-            self._make_parts_again()
+        if self._makes_calls_again and not self._makes_parts_again:
+            free = devices.free(self._device)
+            if free is None or prompt.width * prompt.height * _GRAPH > free:
+                self._make_parts_again()
 
     def _make_parts_again(self) -> None:
         """From now on need less memory for a graph, and up to half as much time again."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -84,10 +85,8 @@ def _load(
 @_run_options
 def demo_command(run_dir: Path, overrides: Sequence[str], **counts: int | None) -> None:
     """Run the embedded example: two small checkpoints, a scorer, a better merge, a report."""
-    path = _PACKAGE / "demo" / "config.toml"
-    import torch
-
     torch.set_num_threads(1)  # so small a model is slower on several
+    path = _PACKAGE / "demo" / "config.toml"
     _run(_prepared(_load(path, overrides, **counts), path, "demo"), run_dir)
 
 

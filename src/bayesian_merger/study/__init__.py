@@ -132,7 +132,7 @@ def is_in(url: str, name: str) -> bool:
         folder = Path(file).absolute().parent
         if not os.access(folder, os.W_OK):
             reason = "cannot be written" if folder.is_dir() else "does not exist"
-            raise ConfigError(f"storage {url}: the folder {folder} {reason}")
+            raise ConfigError(f"search.storage: the folder {folder} {reason}")
         return False
     storage = storage_at(url)
     with storage_errors():

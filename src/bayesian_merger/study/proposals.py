@@ -638,7 +638,7 @@ class Proposer:
             return f"{_SILENT} merges in a row told no slope"
         led = [trial for trial in followed if trial.user_attrs["stage"] == "exploit"]
         few = led[-max(_FEWEST_LED, len(led) // 3) :]
-        start = [t for t in self.study.get_trials(deepcopy=False) if t.params == self.plan.middle]
+        start = [t for t in valid(self.study) if t.params == self.plan.middle]
         at_start, at_few = (np.array(self._bayes.values(trials)) for trials in (start, few))
         if len(few) < _FEWEST_LED or len(at_start) < 2:
             return None

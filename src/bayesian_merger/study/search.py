@@ -128,7 +128,7 @@ class Search:
         storage: str | None = None,
         name: str = "search",
     ) -> None:
-        """ConfigError with every mistake, for a storage that does not answer and for another's study."""
+        """ConfigError for mistakes, for a storage that does not answer and for another's study."""
         _require_kinds(
             images=images, seed=seed, init_points=init_points, per_trial=per_trial, name=name
         )
