@@ -84,7 +84,7 @@ def main() -> None:
             if images <= options.images:
                 table(found, options.optimisers, options.families, noise, images)
         for name in options.optimisers:
-            if OURS in options.optimisers and name != OURS:
+            if options.short and OURS in options.optimisers and name != OURS:
                 print(saved(everything, name, noise, options.images))
     for name in options.optimisers:
         waits = {d: [s for t, (_, s) in found.items() if _is(t, name, d)] for d in ("26", "52")}

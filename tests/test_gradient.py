@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +15,12 @@ from test_run import Silent
 
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
-from bayesian_merger import run, setup, warm
+from bayesian_merger import report, run, setup, warm
+from bayesian_merger.backends import Followed
 from bayesian_merger.data import Outcome, Prompt, Result
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.setup import Setup
-from bayesian_merger.study.proposals import FRESH, SCORE, Plan
+from bayesian_merger.study.proposals import FRESH, SCORE, Payloads, Plan
 from bayesian_merger.values import Yardstick
 
 
@@ -25,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     toy_plugin.write_model(tmp_path / "zero.safetensors", 0.0)
     toy_plugin.write_model(tmp_path / "one.safetensors", 1.0)
     (tmp_path / "portrait.toml").write_text('prompt = "a portrait"\n')
-    (tmp_path / "landscape.toml").write_text('prompt = "a lake"\nscore_weight = 3\n')
+    (tmp_path / "landscape.toml").write_text('prompt = "a lake"\n')
     (tmp_path / "unloved.toml").write_text('prompt = "a form"\nscore_weight = 0\n')
     plugin = Path(toy_plugin.__file__).as_posix()
     (tmp_path / "config.toml").write_text(
@@ -81,6 +86,12 @@ def test_auto_follows_the_gradient_where_it_can_and_says_so(folder: Path) -> Non
     assert ready(folder, "scorers.likeness.weight=1").plan.optimiser == "bayes"
 
 
+def test_auto_leaves_methods_that_are_not_linear_to_bayes(folder: Path) -> None:
+    assert ready(folder, "merge.method=slerp").plan.optimiser == "bayes"
+    by_name = ready(folder, "merge.method=slerp", "search.optimiser=gradient")
+    assert by_name.plan.optimiser == "gradient"
+
+
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
@@ -101,7 +112,7 @@ def test_gradient_is_refused_with_the_reason_and_auto_takes_bayes(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("{ last = 0 }", "last is 0; give a number of steps"),
+        ("{ last = 0 }", "last is 0; give a number of steps from 1 on"),
         ("{ last = 1.5 }", "last is 1.5"),
         ("{ lost = 1 }", "optimiser gradient has no option 'lost'; known: last"),
     ],
@@ -153,14 +164,66 @@ def test_new_images_are_of_payloads_that_count_and_of_seeds_of_their_own(folder:
     assert len(set(seeds)) == len(seeds)
 
 
-def test_slopes_are_those_of_the_weighted_mean_of_the_payloads(folder: Path) -> None:
+def test_slopes_are_those_of_the_mean_score(folder: Path) -> None:
     chosen = ready(folder, "backend.noise=0.0")
     chosen.backend.load(chosen.baseline("even"), chosen.merger.merge(chosen.baseline("even")))
     prompts = [chosen.prompt(FRESH + i) for i in range(2)]
     ((_, slopes),) = run._followed(chosen, prompts, Yardstick(chosen.weights, {}))
-    # Both pictures are alike, so their shares cancel: 10 * 2 * (0.8 - 0.5) / 26.
     assert slopes["IN00_alpha"] == pytest.approx(10 * 2 * 0.3 / 26, rel=1e-5)
     assert slopes["base_alpha"] == pytest.approx(-10 * 2 * 0.3 / 26, rel=1e-5)
+
+
+def test_payloads_have_their_share_of_new_images() -> None:
+    panel = ["portrait", "lake", "form"] * 2
+    shares = {"portrait": 1.0, "lake": 3.0, "form": 0.0}
+    plan = Plan({"x": (0.0, 1.0)}, panel, shares=shares, images=400, optimiser="gradient")
+    items = [item for n in range(0, 240, 6) for item in plan.items(n // 6, n)[:6]]
+    assert len(set(items)) == len(items) == 240
+    found = [Payloads(panel, (), shares)[item] for item in items]
+    assert found.count("lake") == 180
+    assert found.count("portrait") == 60
+
+
+def test_payload_that_counts_more_decides(folder: Path) -> None:
+    """Payloads want opposite merges: at equal shares the best weight is 0.5, at 9 to 1 it is 0.82."""
+    plain = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(plain.replace("nearness", "torn"))
+    options = ("search.images=48", 'search.groups=[["*"]]')
+    equal = start(folder, *options, into="equal").best
+    (folder / "landscape.toml").write_text('prompt = "a lake"\nscore_weight = 9\n')
+    torn = start(folder, *options, into="torn").best
+    assert equal
+    assert torn
+    assert equal.recipe.weights["alpha"]["IN00"] == pytest.approx(0.5, abs=0.08)
+    assert torn.recipe.weights["alpha"]["IN00"] == pytest.approx(0.82, abs=0.08)
+
+
+def test_run_without_a_gradient_goes_on_where_it_was_cut_off(folder: Path) -> None:
+    options = ["backend.fault=rigid", "backend.at=20"]
+    with pytest.raises(KeyboardInterrupt):
+        start(folder, *options)
+    again = ready(folder, *options)
+    again.backend._at = 0  # type: ignore[attr-defined]
+    resumed = run.run(again, folder / "run", Silent())
+    assert resumed.finished
+    assert measured(resumed) == measured(start(folder, "backend.fault=rigid", into="whole"))
+    assert measured(run.run(again, folder / "run", Silent())) == measured(resumed)
+
+
+@pytest.mark.parametrize("slope", [math.inf, math.nan, 1e200])
+def test_slopes_that_are_no_numbers_count_as_none(
+    folder: Path, slope: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def follow(self: object, *given: Any) -> Iterator[Followed]:
+        for piece in followed(self, *given):
+            yield Followed(piece.samples, dict.fromkeys(piece.slopes, slope))
+
+    chosen, observer = ready(folder), Silent()
+    painter = type(chosen.backend)
+    followed = painter.follow  # type: ignore[attr-defined]
+    monkeypatch.setattr(painter, "follow", follow)
+    assert run.run(chosen, folder / "run", observer).finished
+    assert any("without its gradient: the slope by" in line for line in observer.lines)
 
 
 def test_groups_freezes_and_ranges_hold(folder: Path) -> None:
@@ -227,6 +290,7 @@ def test_gradient_that_misleads_is_given_up_and_the_search_goes_on_by_scores(fol
     assert 4 < sum(followed) < 9
     assert all(item < FRESH for trial in trials if not trial.slopes for item in trial.scores)
     assert sum("score worse than the one it began at" in line for line in observer.lines) == 1
+    assert "score worse than the one it began at" in str(outcome.given_up)
     assert outcome.best is not None
     assert distance(outcome.best) < 0.35  # of the even merge .3, of where the gradient led .7
 
@@ -254,6 +318,57 @@ def test_check_tells_what_an_image_costs_with_its_gradient(folder: Path) -> None
     assert tried.followed == 24 + 6
     assert tried.followed_s > 0
     assert run.try_out(ready(folder, "search.optimiser=bayes")).followed == 0
+
+
+@pytest.mark.parametrize(
+    ("differentiable", "said"),
+    [
+        ("return -pixels.mean((1, 2, 3))", "gives an image 0.4"),
+        ("return pixels.mean()", r"differentiable gave the shape \(\), not \(1,\)"),
+        ("return pixels.mean((1, 2, 3)) * float('nan')", r"differentiable gave \[nan\]"),
+        ("return pixels.detach().mean((1, 2, 3))", "does not depend on the pixels"),
+        ("raise ValueError('no face')", "scorer brightness: ValueError: no face"),
+    ],
+)
+def test_check_tells_what_is_wrong_with_a_scorers_gradient(
+    folder: Path, differentiable: str, said: str
+) -> None:
+    (folder / "brightness.py").write_text(
+        f"""
+import numpy as np
+from bayesian_merger.scorers import scorer
+
+@scorer
+class Brightness:
+    def __call__(self, samples):
+        return [float(np.asarray(s.image).mean()) / 255 for s in samples]
+
+    def differentiable(self, pixels, prompts):
+        {differentiable}
+"""
+    )
+    plain = (folder / "config.toml").read_text().replace("nearness", "brightness")
+    brought = plain.replace("plugins = [", 'plugins = ["brightness.py", ')
+    (folder / "config.toml").write_text(brought)
+    (note,) = run.try_out(ready(folder)).notes
+    assert re.search(said, note)
+    assert "brightness" in note
+
+
+def test_last_where_auto_takes_bayes_is_refused_with_the_reason(folder: Path) -> None:
+    said = "'last' is of the gradient, which does not fit, as scorer likeness cannot be differentiated"
+    with pytest.raises(ConfigError, match=said):
+        ready(folder, "scorers.likeness.weight=1", "search.options={ last = 4 }")
+
+
+def test_ranges_without_the_even_merge_show_the_slopes_where_the_search_began(
+    folder: Path,
+) -> None:
+    (folder / "landscape.toml").write_text('prompt = "a lake"\nscore_weight = 3\n')
+    outcome = start(folder, 'search.ranges={ "*" = [0.0, 0.4] }')
+    where, slopes = report.first_slopes(outcome)
+    assert where == "trial 1"
+    assert slopes.keys() == {f"{block}_alpha" for block in toy_plugin.TARGET}
 
 
 def test_parents_that_score_well_do_not_hold_the_search(folder: Path) -> None:

@@ -160,7 +160,7 @@ def test_path_shows_each_weight_in_each_trial_and_its_slope_with_error(tmp_path:
         "OUT10_alpha-OUT11_alpha": Estimate(-1.0, 0.0, 4),
         "base_alpha": Estimate(0.05, 0.1, 4),
     }
-    way, side = plots.path(outcome, slopes).axes
+    way, side = plots.path(outcome, slopes, "the even merge").axes
     (image,) = way.images
     assert np.asarray(image.get_array()) == pytest.approx(
         np.array([[0.5, 0.6, 0.7, 0.8, 0.9], [0.5, 0.4, 0.3, 0.2, 0.1], [0.5] * 5])
@@ -179,7 +179,7 @@ def test_path_of_weights_beyond_the_models_has_their_range(tmp_path: Path) -> No
         for r, w in zip(followed()[3:], (-0.5, 0.0, 0.5, 1.0, 2.0), strict=True)
     )
     outcome = an_outcome(tmp_path, results=results)
-    way, _ = plots.path(outcome, {"IN00_high_beta": Estimate(1.0, 0.5, 4)}).axes
+    way, _ = plots.path(outcome, {"IN00_high_beta": Estimate(1.0, 0.5, 4)}, "trial 1").axes
     (image,) = way.images
     assert image.get_clim() == (-0.5, 2.0)
     assert "-0.5 to 2" in way.get_xlabel()

@@ -352,7 +352,8 @@ def test_page_repeats_byte_for_byte(finished: Outcome, html: str) -> None:
 def test_result_json_has_exactly_its_keys(finished: Outcome) -> None:
     found = report.result_json(finished)
     assert set(found) == {
-        "images", "trials", "seconds", "heldout", "gain", "best", "verdict", "finished",
+        "images", "trials", "seconds", "heldout", "gradient_given_up",
+        "gain", "best", "verdict", "finished",
     }  # fmt: skip
     assert found["trials"] == {"complete": 19, "stopped": 0, "failed": 1}
     assert found["heldout"]["best"] == {"mean": 8.88, "se": 0.09, "n": 64}
@@ -416,10 +417,20 @@ def test_page_without_several_objectives_says_nothing_of_compromises(page: Page)
 
 def test_page_of_a_search_by_the_gradient_shows_the_ways_of_the_weights(tmp_path: Path) -> None:
     outcome = an_outcome(tmp_path, results=followed())
-    found = report.even_slopes(outcome)
+    where, found = report.first_slopes(outcome)
+    assert where == "the even merge"
     # Two groups of two images: 2 and 3.
     assert found["IN00_alpha"].mean == pytest.approx(2.5)
     assert found["IN00_alpha"].se == pytest.approx(0.5)
     assert found["IN00_alpha"].n == 4
     assert "following the gradient" in report.html(outcome)
     assert "following the gradient" not in report.html(an_outcome(tmp_path))
+
+
+def test_page_and_result_say_why_the_gradient_was_given_up(tmp_path: Path) -> None:
+    outcome = an_outcome(tmp_path, results=followed(), given_up=f"no memory {EVIL}")
+    html = report.html(outcome)
+    assert "given up: no memory" in html
+    assert EVIL not in html
+    assert report.result_json(outcome)["gradient_given_up"] == f"no memory {EVIL}"
+    assert report.result_json(an_outcome(tmp_path))["gradient_given_up"] is None

@@ -83,7 +83,7 @@ class Stripes:
         for prompt in prompts[: -1 if self._fault == "lossy" else None]:
             time.sleep(self._delay_s)
             self._made += 1
-            if self._fault == "stop" and self._made == self._at:
+            if self._fault in ("stop", "rigid") and self._made == self._at:
                 raise KeyboardInterrupt
             noise = np.random.default_rng(prompt.seed).normal(0, self._noise, len(self._values))
             grey = np.clip((self._values + noise) * 128 + 64, 0, 255).astype(np.uint8)
@@ -99,7 +99,7 @@ class Painter(Stripes):
     """Stripes with a graph behind them, three at once.
 
     With the fault "flat" the score seems not to depend on the merge, and the other way with "contrary";
-    with "rigid" no image can be followed.
+    with "rigid" no image can be followed, and image number `at` interrupts the process.
     """
 
     def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
@@ -167,6 +167,16 @@ class Nearness:
         ).tolist()
 
     def differentiable(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        target = pixels.new_tensor([TARGET[block] for block in TENSORS])
         values = (pixels[:, 0, 0, ::2] * 255 - 64) / 128
-        return -self._sharpness * ((values - target) ** 2).mean(1)
+        return -self._sharpness * ((values - self._wanted(pixels, prompts)) ** 2).mean(1)
+
+    def _wanted(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return pixels.new_tensor([TARGET[block] for block in TENSORS])
+
+
+@scorer
+class Torn(Nearness):
+    """Wants every weight at 0.9 for a lake, at 0.1 for anything else."""
+
+    def _wanted(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return pixels.new_tensor([[0.9 if "lake" in prompt else 0.1] for prompt in prompts])

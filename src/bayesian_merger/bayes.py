@@ -22,7 +22,7 @@ from bayesian_merger.slopes import Slope, pooled
 
 _KAPPA = 2.0
 # Downwards, where slopes lead.
-_CAUTION = 2.0
+_CAUTION = 1.0
 _N_SAMPLED = 400
 _N_VARIED = 20
 _STEP = 0.3

@@ -287,6 +287,7 @@ class Outcome:
     "over_b" and "over_even" there.
     `best` is None and `heldout` empty until they are known. `pictures` maps "a", "b", "even", "best" to
     saved images by panel index: held-out ones once the run is finished, before that the baselines' own.
+    `given_up` says why the search followed the gradient no further, if it did not.
     `front` are the compromises between several objectives, where they were asked for, and
     `front_baselines` what the baselines have, "a" -> objective -> estimate. `seconds` is the time spent
     by phase.
@@ -313,6 +314,7 @@ class Outcome:
     images: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     finished: bool = False
+    given_up: str | None = None
 
     @property
     def followed(self) -> tuple[Result, ...]:

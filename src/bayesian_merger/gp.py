@@ -338,6 +338,21 @@ class _Parts(NamedTuple):
     known: _Known | None
 
 
+def _root(matrix: Tensor, scale: Tensor) -> Tensor:
+    """Cholesky root; where rounding has made the matrix indefinite, that of one a little larger.
+
+    `scale` is the diagonal of the largest matrix that it was made of.
+    """
+    more = scale.detach().mean() * torch.eye(len(matrix))
+    for extra in (0.0, 1e-10, 1e-8, 1e-6, 1e-4):
+        raised = matrix + extra * more if extra else matrix
+        found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(raised)
+        if not found[1]:
+            return found[0]
+    root: Tensor = torch.linalg.cholesky(matrix)  # says what is wrong
+    return root
+
+
 def _parts(data: Data, theta: Tensor) -> _Parts:
     d = data.d
     amplitude, _, payload, image, noise = torch.exp(2 * theta[d : d + 5])
@@ -365,6 +380,7 @@ def _parts(data: Data, theta: Tensor) -> _Parts:
     same = torch.eye(len(data.points), dtype=theta.dtype)
     of_both = _kernel(theta, d)
     kernel = of_both.of_scores(data.points, data.points) + amplitude * _JITTER * same
+    scale = kernel.diagonal()
     known = None
     if len(data.sloped):
         known = _known(data, of_both, theta[d + 5].exp(), (2 * theta[d + 6]).exp())
@@ -372,15 +388,16 @@ def _parts(data: Data, theta: Tensor) -> _Parts:
         rest = rest - 2 * known.mean @ h + known.mean @ g @ known.mean
         rest = rest + known.of_mean @ known.of_mean + 2 * known.root.diagonal().log().sum()
         h = h - g @ known.mean
-    root = torch.linalg.cholesky(kernel)
-    w = torch.linalg.cholesky(same + root.T @ g @ root)
+    root = _root(kernel, scale)
+    whitened = same + root.T @ g @ root
+    w = _root(whitened, whitened.diagonal())
     return _Parts(rest, inner, g, h, root, w, known)
 
 
 def _known(data: Data, kernel: _Kernel, gain: Tensor, misfit: Tensor) -> _Known:
     points = data.points[data.sloped]
     covariance = gain**2 * kernel.of_slopes(points) + misfit * data.slope_errors
-    root = torch.linalg.cholesky(covariance)
+    root = _root(covariance, covariance.diagonal())
     right = torch.column_stack([gain * kernel.with_slopes(data.points, points).T, data.slopes])
     solved = torch.linalg.solve_triangular(root, right, upper=False)
     across, of_mean = solved[:, :-1], solved[:, -1]

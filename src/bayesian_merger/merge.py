@@ -246,15 +246,21 @@ class _Aligned:
         self.changed = self.layout.keys()
         self._device = device
         self._kept: dict[str, Tensor] = {}
+        self._keeps = True
 
     def read(self, name: str) -> Tensor:
         """The tensor, which stays on the device while there is room."""
         if name in self._kept:
             return self._kept[name]
         tensor = self.checkpoint[self._own[name]].to(self._device)
-        if self._has_room():
+        if self._keeps and self._has_room():
             self._kept[name] = tensor
         return tensor
+
+    def keep_nothing(self) -> None:
+        """From now on."""
+        self._keeps = False
+        self._kept.clear()
 
     def _has_room(self) -> bool:
         if self._device.type == "cuda":
@@ -363,6 +369,12 @@ class Merged(Merge):
         for place in combine(sums()):
             raise TrialError(self._not_finite(summed[place]))
         return len(todo)
+
+    def spare_memory(self) -> None:
+        """Keep no model's tensors on the device, in this merge and in all others of its merger."""
+        for model in self._merger.aligned:
+            if isinstance(model, _Aligned):
+                model.keep_nothing()
 
     def save(self, path: Path, told: Callable[[int], object] = lambda _: None) -> None:
         """Write the merge as a checkpoint with the recipe in its metadata, and check what was written.

@@ -137,6 +137,7 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         images=sum(len(result.scores) for result in everything),
         seconds=seconds,
         finished=finished,
+        given_up=study.given_up,
     )
 
 

@@ -229,11 +229,13 @@ def _draw_lines(
     axes.set_ylabel("difference to the even merge ± standard error", **_text(theme.ink, 10))
 
 
-def path(outcome: Outcome, slopes: Mapping[str, Estimate], *, dark: bool = False) -> Figure:
-    """The way of each parameter of `slopes` over the trials, and its slope at the even merge.
+def path(
+    outcome: Outcome, slopes: Mapping[str, Estimate], where: str, *, dark: bool = False
+) -> Figure:
+    """The way of each parameter of `slopes` over the trials, and its slope at the merge called `where`.
 
     A row for each: its weight in every followed trial as a colour, and beside it how much the value
-    rises with it at the even merge, with standard error.
+    rises with it there, with standard error.
     """
     theme = _DARK if dark else _LIGHT
     trials = outcome.followed
@@ -273,7 +275,7 @@ def path(outcome: Outcome, slopes: Mapping[str, Estimate], *, dark: bool = False
         gid="slopes",
     )
     side.axvline(0.0, color=theme.soft, lw=0.8, zorder=0)
-    side.set_xlabel("slope at the even merge ± standard error")
+    side.set_xlabel(f"slope at {where} ± standard error")
     for axes in (way, side):
         axes.xaxis.label.set(**_text(theme.ink, 9))
         axes.tick_params(colors=theme.soft, labelsize=8.5, length=3, labelfontfamily=_FONT)

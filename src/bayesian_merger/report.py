@@ -49,6 +49,7 @@ def html(outcome: Outcome) -> str:
         convergence_alt=_convergence_alt(outcome),
         path=_path(outcome),
         path_alt=_path_alt(outcome),
+        path_start=first_slopes(outcome)[0],
         front=_drawn(partial(plots.front, outcome)) if outcome.front else None,
         front_alt=_front_alt(outcome),
         shown=shown,
@@ -75,6 +76,7 @@ def result_json(outcome: Outcome) -> dict[str, Any]:
             "method": best.method if best else None,
             "weights": {name: dict(w) for name, w in best.weights.items()} if best else None,
         },
+        "gradient_given_up": outcome.given_up,
         "verdict": outcome.verdict(),
         "finished": outcome.finished,
     }
@@ -171,23 +173,30 @@ def _drawn(draw: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _path(outcome: Outcome) -> dict[str, Any] | None:
-    """The figure of the weights' ways, where the gradient at the even merge is known."""
-    slopes = even_slopes(outcome)
-    return _drawn(partial(plots.path, outcome, slopes)) if slopes and outcome.followed else None
+    """The figure of the weights' ways, where a gradient is known."""
+    where, slopes = first_slopes(outcome)
+    if not slopes or not outcome.followed:
+        return None
+    return _drawn(partial(plots.path, outcome, slopes, where))
 
 
-def even_slopes(outcome: Outcome) -> dict[str, Estimate]:
-    """How much the value rises with each parameter at the even merge, by all images that tell."""
+def first_slopes(outcome: Outcome) -> tuple[str, dict[str, Estimate]]:
+    """Where a search by the gradient began, and how much the value rises with each parameter there.
+
+    By all images that tell; the even merge, or what is nearest to it in ranges that are without it.
+    """
     even = {r.recipe.digest() for r in outcome.results if r.name == "even"}
-    return mean_slopes([r for r in outcome.results if r.recipe.digest() in even])
+    found = mean_slopes([r for r in outcome.results if r.recipe.digest() in even])
+    if found or not outcome.followed:
+        return "the even merge", found
+    first = outcome.followed[0]
+    return first.name, mean_slopes([first])
 
 
 def _path_alt(outcome: Outcome) -> str:
     """What the figure of the weights' ways shows, in words."""
-    n = len(outcome.followed)
-    return (
-        f"Each block's weight over {n} trials, and the slope of the score by it at the even merge."
-    )
+    n, where = len(outcome.followed), first_slopes(outcome)[0]
+    return f"Each block's weight over {n} trials, and the slope of the score by it at {where}."
 
 
 def _convergence_alt(outcome: Outcome) -> str:

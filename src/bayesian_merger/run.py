@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -59,6 +61,8 @@ _FAILURES_IN_A_ROW = 3
 # Errors of ours say what they mean for the run; a full disk or a lost server stops it.
 _NOT_OF_ONE_TRIAL = (MergerError, OSError)
 _REPORT_EVERY_S = 60.0
+# How far apart a scorer's two ways to the same score may be, as a share of it.
+_ALIKE = 0.1
 _TELL_EVERY = 5
 # So many images of merges whose weights differ by more on average are not the same by chance.
 _TELLING, _NEAR = 3, 0.1
@@ -169,18 +173,15 @@ def _followed(
     """Images in pieces, with the derivative of their mean value by each parameter."""
     engine, scorers = setup.backend, setup.scorers
     assert isinstance(engine, Differentiable)
-    counted = [prompt.weight for prompt in setup.panel if prompt.weight > 0]
 
     def value(pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
         total = pixels.new_zeros(len(some))
         for name, factor in yardstick.factors.items():
             judge_of = scorers[name]
             assert isinstance(judge_of, DifferentiableScorer)
-            scores = judge_of.differentiable(pixels, [prompt.prompt for prompt in some])
+            scores = _differentiable(name, judge_of, pixels, some)
             total = total + factor * scores.to(total)
-        # Each counts as much as in the mean over the panel.
-        shares = total.new_tensor([p.weight * len(counted) / sum(counted) for p in some])
-        return total * shares
+        return total
 
     pieces = engine.follow(prompts, value, setup.space.searched, setup.plan.last)
     while True:
@@ -189,8 +190,33 @@ def _followed(
         if piece is None:
             return
         slopes = setup.space.slopes(piece.slopes)
+        for name, slope in slopes.items():
+            if not abs(slope) < MOST_SCORE:
+                raise TrialError(f"the slope by {name} is {slope}")
         # Of a score that does not depend on the merge there is nothing to follow.
         yield piece.samples, slopes if any(slopes.values()) else {}
+
+
+def _differentiable(
+    name: str, judge_of: DifferentiableScorer, pixels: Tensor, some: Sequence[Prompt]
+) -> Tensor:
+    """Scores [N] of pixels [N, 3, height, width], which depend on these; TrialError names the scorer."""
+    try:
+        scores = judge_of.differentiable(pixels, [prompt.prompt for prompt in some])
+    except Exception as error:
+        # A back end may know how to do with less.
+        if "out of memory" in str(error).lower():
+            raise
+        raise TrialError(f"scorer {name}: {type(error).__name__}: {first_line(error)}") from error
+    if scores.shape != (len(some),):
+        raise TrialError(
+            f"scorer {name}: differentiable gave the shape {tuple(scores.shape)}, not ({len(some)},)"
+        )
+    if not bool((scores.detach().abs() < MOST_SCORE).all()):
+        raise TrialError(f"scorer {name}: differentiable gave {scores.detach().tolist()}")
+    if pixels.requires_grad and not scores.requires_grad:
+        raise TrialError(f"scorer {name}: what differentiable gave does not depend on the pixels")
+    return scores
 
 
 def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None) -> Outcome:
@@ -299,7 +325,9 @@ def _judged_baselines(
         observer.started(stage, trial.name, len(panel))
         try:
             keep = pictures_of(folder, stage, trial.name)
-            if stage == "baseline" and trial.name == "even" and setup.follows_even:
+            follows = stage == "baseline" and trial.name == "even" and setup.follows_even
+            # One that is complete without its slopes had none to be had.
+            if follows and not trial.is_complete:
                 measure = Yardstick(setup.weights, {})
                 _judge_and_follow(trial, panel, setup, observer, keep, measure)
             else:
@@ -539,7 +567,8 @@ class TryOut:
     """What one merge and one image took, in seconds, with the first image's scores.
 
     `images` and `merges` are those of the whole run, `run_s` its estimated time. Of the images so many
-    are `followed`, with their slopes, each of which took `followed_s`.
+    are `followed`, with their slopes, each of which took `followed_s`. `notes` say what is wrong with
+    the gradient.
     """
 
     merge_s: float
@@ -549,6 +578,7 @@ class TryOut:
     images: int
     followed: int
     merges: int
+    notes: Sequence[str] = ()
 
     @property
     def run_s(self) -> float:
@@ -568,20 +598,45 @@ def try_out(setup: Setup) -> TryOut:
     batch = next(_batches(setup.panel, setup.backend.batch))
     _generate(setup, batch[:1])  # the first image warms up
     warm = time.monotonic()
-    scores = score(setup.scorers, _generate(setup, batch))
+    samples = _generate(setup, batch)
+    scores = score(setup.scorers, samples)
     per_image = (time.monotonic() - warm) / len(batch)
-    per_followed, n_followed = 0.0, 0
+    per_followed, n_followed, notes = 0.0, 0, []
     if setup.plan.optimiser == "gradient":
         one = Yardstick(setup.weights, dict.fromkeys(setup.weights, (0.0, 1.0)))
-        list(_followed(setup, batch[:1], one))  # the same here
-        start = time.monotonic()
-        list(_followed(setup, batch, one))
-        per_followed = (time.monotonic() - start) / len(batch)
-        n_followed = setup.plan.n_images + len(setup.panel) * setup.follows_even
+        try:
+            notes = _disagreements(setup.scorers, samples, scores)
+            list(_followed(setup, batch[:1], one))  # the same here
+            start = time.monotonic()
+            list(_followed(setup, batch, one))
+            per_followed = (time.monotonic() - start) / len(batch)
+            n_followed = setup.plan.n_images + len(setup.panel) * setup.follows_even
+        except TrialError as error:
+            notes.append(f"a run would go on by the scores alone, without the gradient: {error}")
     merges = setup.plan.n_trials + 2 * len(BASELINES) + 1 + setup.config.heldout.candidates
     return TryOut(
-        merge_s, per_image, per_followed, scores[0], setup.n_images(), n_followed, merges
+        merge_s, per_image, per_followed, scores[0], setup.n_images(), n_followed, merges, notes
     )
+
+
+def _disagreements(
+    scorers: Mapping[str, Scorer], samples: Sequence[Sample], scores: Sequence[Mapping[str, float]]
+) -> list[str]:
+    """Which scorers' gradient is that of another score than they give, in words."""
+    notes = []
+    for name, judge_of in scorers.items():
+        assert isinstance(judge_of, DifferentiableScorer)
+        for sample, own in zip(samples, scores, strict=True):
+            pixels = torch.from_numpy(np.array(sample.image.convert("RGB"))).permute(2, 0, 1) / 255
+            with torch.no_grad():
+                found = float(_differentiable(name, judge_of, pixels[None], [sample.prompt]))
+            if abs(found - own[name]) > _ALIKE * max(abs(own[name]), abs(found), _ALIKE):
+                notes.append(
+                    f"scorer {name} gives an image {own[name]:.4g}, but its differentiable {found:.4g}, "
+                    f"so the search would follow another score"
+                )
+                break
+    return notes
 
 
 def _load(setup: Setup, recipe: Recipe) -> None:

@@ -75,9 +75,11 @@ class Setup:
     def follows_even(self) -> bool:
         """Whether the baseline where a search by the gradient begins is followed too.
 
-        Several scores have no common measure before the baselines.
+        Several scores have no common measure before the baselines, and the panel has as many images of
+        a payload that counts little as of others.
         """
-        return self.plan.optimiser == "gradient" and len(self.weights) == 1
+        is_even = len({prompt.weight for prompt in self.panel if prompt.weight > 0}) == 1
+        return self.plan.optimiser == "gradient" and len(self.weights) == 1 and is_even
 
     def prompt(self, item: int) -> Prompt:
         """An image of the panel, or from FRESH on one beside it."""
@@ -438,12 +440,19 @@ def _optimiser(
     if search.optimiser not in ("auto", "gradient"):
         return search.optimiser
     reasons = [f"{what} cannot be differentiated" for what in _rigid(config, engine, scorers)]
+    if search.optimiser == "auto" and not methods.is_linear(methods.get(config.merge.method)):
+        reasons.append(f"method {config.merge.method} is not linear")
     if len(_methods(config)) > 1:
         reasons.append("a choice among search.methods has no slope")
     if search.objectives != "mean":
         reasons.append("search.objectives asks for more than the mean, which is what it follows")
     if not reasons:
         return "gradient"
+    if search.optimiser == "auto" and "last" in search.options:
+        raise ConfigError(
+            f"search.options: 'last' is of the gradient, which does not fit, as {reasons[0]}; "
+            f"leave it out"
+        )
     if search.optimiser == "gradient":
         raise ConfigError(
             f"search.optimiser 'gradient' does not fit, as {reasons[0]}; choose 'bayes', or 'auto' for "

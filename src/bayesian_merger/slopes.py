@@ -67,7 +67,8 @@ def _shares(each: Array) -> Array:
     """How much each row counts, [n, 1] up to 1, by its length; all columns count alike in that."""
     scale = np.sqrt((each**2).mean(0))
     length = np.sqrt(((each / np.where(scale > 0, scale, 1.0)) ** 2).mean(1, keepdims=True))
-    shares: Array = np.minimum(1.0, _STEEP * np.median(length) / np.maximum(length, 1e-12))
+    reach = _STEEP * np.median(length)
+    shares: Array = np.where(length > reach, reach / np.where(length > 0, length, 1.0), 1.0)
     return shares
 
 

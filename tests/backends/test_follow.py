@@ -14,7 +14,7 @@ from torch import Tensor
 
 import bayesian_merger
 from bayesian_merger import devices
-from bayesian_merger.backends import Differentiable, Key
+from bayesian_merger.backends import Differentiable, Key, diffusers
 from bayesian_merger.backends.diffusers import Diffusers
 from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.data import Prompt, Recipe
@@ -207,7 +207,13 @@ def test_image_that_needs_too_much_memory_however_it_is_followed_fails_the_trial
 
 
 @pytest.mark.parametrize(
-    ("free", "is_short"), [(64 * 64 * 20_000, True), (1 << 32, False), (None, True)]
+    ("free", "is_short", "keeps"),
+    [
+        (64 * 64 * 5_000, True, False),
+        (64 * 64 * 20_000, True, True),
+        (1 << 32, False, True),
+        (None, True, True),
+    ],
 )
 def test_memory_is_spared_where_little_is_free_or_nobody_tells(
     live: Diffusers,
@@ -216,12 +222,29 @@ def test_memory_is_spared_where_little_is_free_or_nobody_tells(
     monkeypatch: pytest.MonkeyPatch,
     free: int | None,
     is_short: bool,
+    keeps: bool,
 ) -> None:
+    for model in merger.aligned:  # that other tests use too
+        monkeypatch.setattr(model, "_keeps", True)
+    load(live, merger)
+    plain = followed(live, scorer, 1)
     monkeypatch.setattr(devices, "free", lambda device: free)
     live._makes_calls_again = True
-    load(live, merger)
-    followed(live, scorer, 1)
+    assert followed(live, scorer, 1) == pytest.approx(plain, rel=1e-4)
     assert live._pipe.vae.decoder.gradient_checkpointing == is_short
+    assert {model._keeps for model in merger.aligned} == {keeps}  # type: ignore[union-attr]
+
+
+def test_a_cpu_does_not_keep_the_graph_of_many_large_calls(
+    live: Diffusers, merger: Merger, scorer: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(live, merger)
+    plain = followed(live, scorer, None)
+    did = live._makes_calls_again
+    monkeypatch.setattr(diffusers, "_KEPT", 1000)
+    assert followed(live, scorer, None) == pytest.approx(plain, rel=1e-4)
+    assert (did, live._makes_calls_again) == (False, True)
+    assert live._pipe.vae.decoder.gradient_checkpointing
 
 
 def test_no_gradient_is_kept(live: Diffusers, merger: Merger, scorer: Demo) -> None:
@@ -261,13 +284,19 @@ def test_gradient_that_overflows_is_tried_again_with_a_smaller_factor(
     load(live, merger)
     plain = followed(live, scorer, 1)
 
+    n_tried = 0
+
     def overflows(pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
+        nonlocal n_tried
+        n_tried += 1
         # What half precision does to a large gradient.
         pixels.register_hook(lambda g: g.where(g.abs() < 30, float("inf")))  # type: ignore[no-untyped-call]
         return judge_by(scorer)(pixels, some)
 
     live._enlarged = 2.0**16
     each = [one.slopes for one in live.follow(prompts(), overflows, SOME, 1)]
+    # The images after the first begin with what did for that.
+    assert n_tried == len(each) + 3
     assert {key: mean(one[key] for one in each) for key in SOME} == pytest.approx(plain, rel=1e-6)
 
 

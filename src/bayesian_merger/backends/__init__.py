@@ -50,6 +50,9 @@ class Merge(Mapping[str, Tensor]):
             target.copy_(self[name].reshape(target.shape))
         return len(targets)
 
+    def spare_memory(self) -> None:
+        """Keep nothing on the device from now on that can be read again."""
+
 
 class Backend(Protocol):
     """What the loop needs of a back end."""

@@ -49,6 +49,9 @@ _CONFIGS = Path(__file__).parent / "configs"
 # Bytes for each pixel of an image whose graph is kept whole, or where parts of it are made again; the
 # VAE has the most of it.
 _GRAPH, _SPARE_GRAPH = 24_000, 7_500
+# In float32, for each pixel and channel of the widest level: the graph of one call of the U-Net. On a
+# CPU so many bytes of all calls are kept.
+_CALL, _KEPT = 48, 2 * 10**9
 # Gradients of a score are too small for half precision; the largest factor that is tried.
 _ENLARGED = 2.0**16
 
@@ -82,10 +85,11 @@ class Diffusers:
         self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
         if config is not None:
             _require_files(config)
-        # Of a followed image a GPU keeps the graph of one call of the U-Net at a time. Where that is too
-        # much, parts of the call and of the VAE are made again too.
+        # Of a followed image the graph of one call of the U-Net is kept at a time, or of all that are
+        # small, on a CPU. Where that is too much, parts of the call and of the VAE are made again too,
+        # and the models that are merged no longer lie on the GPU.
         self._makes_calls_again = self._device.type != "cpu"
-        self._makes_parts_again = False
+        self._makes_parts_again = self._keeps_no_models = False
         self._enlarged = _ENLARGED if self._dtype == torch.float16 else 1.0
         self._lib = _import_diffusers()
         self._pipe: Any = None
@@ -145,6 +149,10 @@ class Diffusers:
     def close(self) -> None:
         """Free the live model."""
         self._pipe, self._live, self._tables, self._held = None, {}, {}, None
+        self._makes_parts_again = self._keeps_no_models = False
+        self._empty_cache()
+
+    def _empty_cache(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -152,32 +160,35 @@ class Diffusers:
         self, prompts: Sequence[Prompt], judge: Judge, wanted: Set[Key], last: int | None
     ) -> Iterator[Followed]:
         """Images with slopes, one by one: images differ much in these."""
+        factor = self._enlarged
         for prompt in prompts:
-            self._spare_memory(prompt)
-            yield self._followed(prompt, judge, wanted, last)
+            self._spare_memory(prompt, prompt.steps if last is None else min(last, prompt.steps))
+            found, factor = self._followed(prompt, judge, wanted, last, factor)
+            yield found
 
     def _followed(
-        self, prompt: Prompt, judge: Judge, wanted: Set[Key], last: int | None
-    ) -> Followed:
-        """In half precision with the score enlarged as far as the gradient stays finite."""
-        factor = self._enlarged
+        self, prompt: Prompt, judge: Judge, wanted: Set[Key], last: int | None, factor: float
+    ) -> tuple[Followed, float]:
+        """In half precision the score is enlarged, up to `factor`, as far as the gradient stays finite.
+
+        Also returns by how much it was; the next image of a merge begins with that.
+        """
         while True:
             # In a function of its own, so that what it held is free before the next try.
             try:
-                return self._backward(prompt, judge, wanted, last, factor)
+                return self._backward(prompt, judge, wanted, last, factor), factor
             except GradientError:
                 if factor <= 1:
                     raise
                 factor /= 16
             except _OutOfMemory as error:
-                if self._makes_parts_again:
+                if not self._needs_less():
                     needed = prompt.width * prompt.height * _SPARE_GRAPH / 1e9
                     raise TrialError(
                         f"out of GPU memory: an image of {prompt.width} x {prompt.height} pixels takes "
                         f"about {needed:.1f} GB with its gradient, beside the models; "
                         f"lower the size in payload {prompt.payload}, or set search.optimiser = 'bayes'"
                     ) from error
-                self._make_parts_again()
 
     def _backward(
         self,
@@ -199,15 +210,46 @@ class Diffusers:
             [Sample(image, prompt)], {key: slope / factor for key, slope in slopes.items()}
         )
 
-    def _spare_memory(self, prompt: Prompt) -> None:
-        """Where a graph would not fit; not every driver says so, that of Windows goes on at a crawl."""
-        if self._makes_calls_again and not self._makes_parts_again:
-            free = devices.free(self._device)
-            if free is None or prompt.width * prompt.height * _GRAPH > free:
+    def _spare_memory(self, prompt: Prompt, n_steps: int) -> None:
+        """Where a graph would not fit.
+
+        Not every driver says so, that of Windows goes on at a crawl; a CPU's system ends the process.
+        """
+        pixels = prompt.width * prompt.height
+        if not self._makes_calls_again:
+            width = max(self._pipe.unet.config.block_out_channels)
+            if n_steps * pixels * width * _CALL > _KEPT:
+                self._makes_calls_again = True
                 self._make_parts_again()
+            return
+        free = devices.free(self._device)
+        if free is None or pixels * _GRAPH > free:
+            self._make_parts_again()
+        if free is not None and pixels * _SPARE_GRAPH > free:
+            self._keep_no_models()
+
+    def _needs_less(self) -> bool:
+        """From now on less memory, for more time; False if nothing more can be spared."""
+        if not self._makes_parts_again:
+            self._make_parts_again()
+        elif not self._keeps_no_models:
+            self._keep_no_models()
+        else:
+            return False
+        return True
+
+    def _keep_no_models(self) -> None:
+        """Read the models that are merged anew for each image's slopes."""
+        assert self._held is not None, "nothing is loaded"
+        if not self._keeps_no_models:
+            self._keeps_no_models = True
+            self._held.spare_memory()
+            self._empty_cache()
 
     def _make_parts_again(self) -> None:
-        """From now on need less memory for a graph, and up to half as much time again."""
+        """Up to half as much time again for a graph."""
+        if self._makes_parts_again:
+            return
         self._makes_parts_again = True
         for module in (self._pipe.unet, self._pipe.vae):
             module.enable_gradient_checkpointing()

@@ -17,7 +17,7 @@ from rich.table import Table
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
 from bayesian_merger import run, warm
-from bayesian_merger.cli.screen import out
+from bayesian_merger.cli.screen import out, plain
 from bayesian_merger.data import RIVALS, Outcome, Result
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.report import duration
@@ -144,6 +144,8 @@ def check_command(
     table.add_row("whole run", f"{tried.images} images, about {duration(tried.run_s)}")
     table.add_row("run folder", str(folder))
     out.print(table)
+    for note in tried.notes:
+        out.print(f"note: {plain(note)}", soft_wrap=True)
 
 
 @click.command()

@@ -33,6 +33,7 @@ from bayesian_merger.errors import ConfigError, RunError, first_line
 from bayesian_merger.study.proposals import (
     FOLLOWS,
     FOREIGN,
+    GIVEN_UP,
     OBSERVED,
     SCORE,
     SLOPE,
@@ -404,6 +405,12 @@ class Study:
         """Store what is recommended as it stands now, and what value is expected of it."""
         self._search.set_user_attr("leader", {"recipe": recipe.to_dict(), "value": asdict(value)})
         self._search.set_user_attr(f"expected:{self.n_finished}", asdict(value))
+
+    @property
+    def given_up(self) -> str | None:
+        """Why the search follows the gradient no more, if it did and does not."""
+        found: str | None = self._search.user_attrs.get(GIVEN_UP)
+        return found
 
     @property
     def leader(self) -> Result | None:

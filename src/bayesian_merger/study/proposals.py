@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -28,6 +29,7 @@ from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.gp import PARTIAL, WHOLE, Array
 from bayesian_merger.registry import nearest
 from bayesian_merger.slopes import Slope
+from bayesian_merger.values import weighted_mean
 
 Init = Literal["sobol", "lhs", "uniform"]
 Params: TypeAlias = Mapping[str, Any]
@@ -69,7 +71,8 @@ FRESH = 1 << 20
 _FEWEST_LED, _MISLED = 4, 2.5
 # And when so many merges in a row told no slope: of memory too small, or a score that does not change.
 _SILENT = 2
-_GIVEN_UP = "gradient given up"
+# Attribute of a search that does so, with the reason.
+GIVEN_UP = "gradient given up"
 
 
 class Objective(NamedTuple):
@@ -170,7 +173,9 @@ class Plan:
             return [f"optimiser {self.optimiser} has no option {strange[0]!r}{hint}"]
         is_number = self.last is None or (type(self.last) is int and self.last >= 1)
         if self.optimiser == "gradient" and not is_number:
-            return [f"last is {self.last!r}; give a number of steps, or leave it out for all"]
+            return [
+                f"last is {self.last!r}; give a number of steps from 1 on, or leave it out for all"
+            ]
         return []
 
     @property
@@ -320,14 +325,14 @@ class Plan:
     ) -> list[int]:
         """The images for trial number `place`, when trials before it were given `shown`; at most `left`.
 
-        Those of gradient are new, but where it no longer `follows`.
+        Those of gradient are new, of each payload by its share, but where it no longer `follows`.
 
         Bayes takes few images in turn, so that few offsets have to be learnt and each payload has its
         share. Other optimisers hear of means only, hence the same images for all.
         """
         if self.optimiser == "gradient" and follows:
             n = self.per_trial or max(_FOLLOWED, shown // _OF_SHOWN * 3)
-            return [FRESH + i for i in range(shown, shown + n)][:left]
+            return self._turn(None, shown, n)[:left]
         if self.optimiser not in _OURS:
             return self._turn(len(self.panel), 0, self.per_trial or _N_MEAN)[:left]
         explores = len(self.start) <= place < self.n_first
@@ -335,37 +340,44 @@ class Plan:
         fewest = _FEWEST
         while shown >= 2 * _SHOWN * fewest:
             fewest *= 2
-        n_shown = len({p for p in self.panel if self.shares.get(p, 1.0) > 0})
+        n_shown = len({payload for payload in self.panel if self._share(payload) > 0})
         return self._turn(math.ceil(max(fewest, n) / n_shown), shown, n)[:left]
 
     def left(self, judged: int) -> int | None:
         """How many more images may be spent; None where their number is no limit."""
         return None if self.images is None else max(1, self.images - judged)
 
-    def _turn(self, rounds: int, first: int, n: int) -> list[int]:
+    def _turn(self, rounds: int | None, first: int, n: int) -> list[int]:
         """`n` of the images that `_turns` gives from number `first` on, each once."""
         taken, further = self._taken.setdefault(rounds, ([], self._turns(rounds)))
         taken.extend(islice(further, max(0, first + n - len(taken))))
         return list(dict.fromkeys(taken[first : first + n]))
 
     @cached_property
-    def _taken(self) -> dict[int, tuple[list[int], Iterator[int]]]:
+    def _taken(self) -> dict[int | None, tuple[list[int], Iterator[int]]]:
         return {}
 
-    def _turns(self, rounds: int) -> Iterator[int]:
-        """Images of the first so many rounds of the payloads for ever, each payload by its share."""
+    def _turns(self, rounds: int | None) -> Iterator[int]:
+        """Images of the first so many rounds of the payloads for ever, each payload by its share.
+
+        None for new ones, which the payloads that count have in the order of the panel.
+        """
+        counted = [(item, name) for item, name in enumerate(self.panel) if self._share(name) > 0]
         of_payload: dict[str, list[int]] = {}
-        for item, payload in enumerate(self.panel):
-            of_payload.setdefault(payload, []).append(item)
-        share = {p: s for p in of_payload if (s := self.shares.get(p, 1.0)) > 0}
-        total = sum(share.values())
+        for place, (item, payload) in enumerate(counted):
+            of_payload.setdefault(payload, []).append(place if rounds is None else item)
+        total = sum(map(self._share, of_payload))
         taken = dict.fromkeys(of_payload, 0)
         for n in count(1):
             # The payload that lags behind its share most; the first of equals.
-            payload = max(share, key=lambda p: n * share[p] / total - taken[p])
+            payload = max(of_payload, key=lambda p: n * self._share(p) / total - taken[p])
             few = of_payload[payload][:rounds]
-            yield few[taken[payload] % len(few)]
+            turn, place = divmod(taken[payload], len(few))
+            yield FRESH + turn * len(counted) + few[place] if rounds is None else few[place]
             taken[payload] += 1
+
+    def _share(self, payload: str) -> float:
+        return self.shares.get(payload, 1.0)
 
     def sampler(self, place: int) -> BaseSampler:
         """Optuna's optimiser for trial number `place`, from which all its chance comes."""
@@ -463,7 +475,7 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         judged = self._judged(study, self._plan.objectives[turn - 1] if turn else None)
         judged = judged or self._judged(study)
         # Slopes lead to a better merge from where they are; they know little of what is far away.
-        if self._plan.optimiser == "gradient" and _GIVEN_UP not in study.user_attrs:
+        if self._plan.optimiser == "gradient" and GIVEN_UP not in study.user_attrs:
             return self._plan.params(self._of[turn].best(judged).point)
         return self._plan.params(self._of[turn].propose(judged, place, spent))
 
@@ -498,15 +510,18 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
             return None
         return self._bayes.few([one._replace(slopes=()) for one in found], 1)[0]
 
-    def values(self, trials: Sequence[FrozenTrial]) -> list[float]:
-        """The values of all images that the trials were shown, of payloads that count."""
+    def mean(self, trials: Sequence[FrozenTrial]) -> Estimate | None:
+        """The mean value of what the trials were shown, each payload by its share."""
         own, shares = self._bayes.panel, self._plan.shares
-        return [
-            value
+        seen = [
+            (own[item], value)
             for trial in trials
             for item, value in self._values(trial, None).items()
             if shares.get(own[item], 1.0) > 0
         ]
+        n_of = Counter(payload for payload, _ in seen)
+        weights = [shares.get(payload, 1.0) / n_of[payload] for payload, _ in seen]
+        return weighted_mean([value for _, value in seen], weights) if seen else None
 
     def front(self, study: Study, n: int) -> list[tuple[Array, list[tuple[float, float]]]]:
         """Points of the Pareto front, each with mean and standard error of every objective."""
@@ -519,7 +534,7 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
 
     def _judged(self, study: Study, objective: Objective | None = None) -> list[Judged]:
         found = []
-        follows = self._plan.optimiser == "gradient" and _GIVEN_UP not in study.user_attrs
+        follows = self._plan.optimiser == "gradient" and GIVEN_UP not in study.user_attrs
         for trial in valid(study):
             # A parent that scores well would hold a search that goes uphill from the even merge.
             is_parent = trial.user_attrs.get("stage") == "baseline" and (
@@ -620,13 +635,13 @@ class Proposer:
     def _gives_up(self) -> bool:
         """Whether the gradient is followed no more, which is stored with its reason."""
         if self.given_up is None and (reason := self._fault()):
-            self.study.set_user_attr(_GIVEN_UP, reason)
+            self.study.set_user_attr(GIVEN_UP, reason)
         return self.given_up is not None
 
     @property
     def given_up(self) -> str | None:
         """Why the gradient was given up, if it was."""
-        found: str | None = self.study.user_attrs.get(_GIVEN_UP)
+        found: str | None = self.study.user_attrs.get(GIVEN_UP)
         return found
 
     def _fault(self) -> str | None:
@@ -638,12 +653,11 @@ class Proposer:
             return f"{_SILENT} merges in a row told no slope"
         led = [trial for trial in followed if trial.user_attrs["stage"] == "exploit"]
         few = led[-max(_FEWEST_LED, len(led) // 3) :]
-        start = [t for t in valid(self.study) if t.params == self.plan.middle]
-        at_start, at_few = (np.array(self._bayes.values(trials)) for trials in (start, few))
-        if len(few) < _FEWEST_LED or len(at_start) < 2:
+        start = [t for t in valid(self.study) if t.params == self.plan.middle] or followed[:1]
+        at_start, at_few = (self._bayes.mean(trials) for trials in (start, few))
+        if len(few) < _FEWEST_LED or not at_start or not at_few or at_start.n < 2:
             return None
-        error = math.sqrt(at_start.var(ddof=1) / len(at_start) + at_few.var(ddof=1) / len(at_few))
-        if at_few.mean() < at_start.mean() - _MISLED * error:
+        if at_few.mean < at_start.mean - _MISLED * math.hypot(at_start.se, at_few.se):
             return "the merges that the gradient led to score worse than the one it began at"
         return None
 
