@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bayesian_merger.bayes import Bayes, Judged, _log_gain
-from bayesian_merger.gp import Array
+from bayesian_merger.gp import WHOLE, Array
 from bayesian_merger.slopes import Slope
 
 D = 6
@@ -102,3 +102,16 @@ def test_slopes_do_not_lead_to_where_little_is_known() -> None:
     assert found.point[1] < 0.4
     assert found.mean < mean
     assert found.se < 0.9 * se
+
+
+@pytest.mark.parametrize(("of_scores", "of_slopes"), [(1e-6, 1e-6), (1.0, 0.0)])
+def test_slopes_without_errors_are_no_error(of_scores: float, of_slopes: float) -> None:
+    """Those that tell the same again and again have no covariance of full rank."""
+    chance = np.random.default_rng(0)
+    bayes, seen, x = Bayes(1, PANEL * 16, 0, gain=WHOLE), [], np.array([0.5])
+    for n in range(0, 96, 6):
+        scores = {n + i: -float((x[0] - 0.7) ** 2) + of_scores * chance.normal() for i in range(6)}
+        slopes = [Slope(1, -2 * (x - 0.7) + of_slopes * chance.normal(size=1)) for _ in range(6)]
+        seen.append(Judged(x, scores, slopes))
+        x = bayes.best(seen).point
+    assert x == pytest.approx(0.7, abs=0.02)

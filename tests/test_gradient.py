@@ -222,7 +222,10 @@ def test_slopes_that_are_no_numbers_count_as_none(
     painter = type(chosen.backend)
     followed = painter.follow  # type: ignore[attr-defined]
     monkeypatch.setattr(painter, "follow", follow)
-    assert run.run(chosen, folder / "run", observer).finished
+    outcome = run.run(chosen, folder / "run", observer)
+    assert outcome.finished
+    assert not any(result.slopes for result in outcome.results)
+    assert "(the slope by" in str(outcome.given_up)
     assert any("without its gradient: the slope by" in line for line in observer.lines)
 
 
@@ -323,9 +326,13 @@ def test_check_tells_what_an_image_costs_with_its_gradient(folder: Path) -> None
 @pytest.mark.parametrize(
     ("differentiable", "said"),
     [
+        ("raise torch.OutOfMemoryError('CUDA out of memory')", "out of memory"),
         ("return -pixels.mean((1, 2, 3))", "gives an image 0.4"),
-        ("return pixels.mean()", r"differentiable gave the shape \(\), not \(1,\)"),
-        ("return pixels.mean((1, 2, 3)) * float('nan')", r"differentiable gave \[nan\]"),
+        ("return pixels.mean()", r"differentiable gave the shape \(\), not \(4,\)"),
+        (
+            "return pixels.mean((1, 2, 3)) * float('nan')",
+            r"differentiable gave \[nan, nan, nan, nan\]",
+        ),
         ("return pixels.detach().mean((1, 2, 3))", "does not depend on the pixels"),
         ("raise ValueError('no face')", "scorer brightness: ValueError: no face"),
     ],
@@ -336,10 +343,13 @@ def test_check_tells_what_is_wrong_with_a_scorers_gradient(
     (folder / "brightness.py").write_text(
         f"""
 import numpy as np
+import torch
 from bayesian_merger.scorers import scorer
 
 @scorer
 class Brightness:
+    'The mean of all pixels.'
+
     def __call__(self, samples):
         return [float(np.asarray(s.image).mean()) / 255 for s in samples]
 

@@ -430,7 +430,7 @@ def test_page_of_a_search_by_the_gradient_shows_the_ways_of_the_weights(tmp_path
 def test_page_and_result_say_why_the_gradient_was_given_up(tmp_path: Path) -> None:
     outcome = an_outcome(tmp_path, results=followed(), given_up=f"no memory {EVIL}")
     html = report.html(outcome)
-    assert "given up: no memory" in html
+    assert "given up, and the search went on by the scores alone: no memory" in html
     assert EVIL not in html
     assert report.result_json(outcome)["gradient_given_up"] == f"no memory {EVIL}"
     assert report.result_json(an_outcome(tmp_path))["gradient_given_up"] is None

@@ -257,10 +257,11 @@ class _Aligned:
             self._kept[name] = tensor
         return tensor
 
-    def keep_nothing(self) -> None:
-        """From now on."""
-        self._keeps = False
+    def keep_nothing(self) -> bool:
+        """From now on; whether that is anything new."""
+        did, self._keeps = self._keeps, False
         self._kept.clear()
+        return did
 
     def _has_room(self) -> bool:
         if self._device.type == "cuda":
@@ -370,11 +371,10 @@ class Merged(Merge):
             raise TrialError(self._not_finite(summed[place]))
         return len(todo)
 
-    def spare_memory(self) -> None:
+    def spare_memory(self) -> bool:
         """Keep no model's tensors on the device, in this merge and in all others of its merger."""
-        for model in self._merger.aligned:
-            if isinstance(model, _Aligned):
-                model.keep_nothing()
+        models = [model for model in self._merger.aligned if isinstance(model, _Aligned)]
+        return any([model.keep_nothing() for model in models])
 
     def save(self, path: Path, told: Callable[[int], object] = lambda _: None) -> None:
         """Write the merge as a checkpoint with the recipe in its metadata, and check what was written.

@@ -33,6 +33,7 @@ _REFRESH_S = 30
 def html(outcome: Outcome) -> str:
     """The run as one page, finished or not, that takes nothing from the network."""
     shown = outcome.best or outcome.leader
+    start, slopes = first_slopes(outcome)
     template = _environment().get_template("report.html")
     return template.render(
         outcome=outcome,
@@ -47,9 +48,9 @@ def html(outcome: Outcome) -> str:
         n_panel=len(_shown_panel(outcome)),
         convergence=_drawn(partial(plots.convergence, outcome)),
         convergence_alt=_convergence_alt(outcome),
-        path=_path(outcome),
-        path_alt=_path_alt(outcome),
-        path_start=first_slopes(outcome)[0],
+        path=_drawn(partial(plots.path, outcome, slopes, start)) if slopes else None,
+        path_alt=_path_alt(outcome, start),
+        path_start=start,
         front=_drawn(partial(plots.front, outcome)) if outcome.front else None,
         front_alt=_front_alt(outcome),
         shown=shown,
@@ -172,31 +173,25 @@ def _drawn(draw: Callable[..., Any]) -> dict[str, Any]:
     return {**uris, "width": width, "height": height}
 
 
-def _path(outcome: Outcome) -> dict[str, Any] | None:
-    """The figure of the weights' ways, where a gradient is known."""
-    where, slopes = first_slopes(outcome)
-    if not slopes or not outcome.followed:
-        return None
-    return _drawn(partial(plots.path, outcome, slopes, where))
-
-
 def first_slopes(outcome: Outcome) -> tuple[str, dict[str, Estimate]]:
     """Where a search by the gradient began, and how much the value rises with each parameter there.
 
     By all images that tell; the even merge, or what is nearest to it in ranges that are without it.
+    None for a search that followed no gradient.
     """
+    if not outcome.followed:
+        return "", {}
     even = {r.recipe.digest() for r in outcome.results if r.name == "even"}
-    found = mean_slopes([r for r in outcome.results if r.recipe.digest() in even])
-    if found or not outcome.followed:
+    if found := mean_slopes([r for r in outcome.results if r.recipe.digest() in even]):
         return "the even merge", found
     first = outcome.followed[0]
     return first.name, mean_slopes([first])
 
 
-def _path_alt(outcome: Outcome) -> str:
+def _path_alt(outcome: Outcome, start: str) -> str:
     """What the figure of the weights' ways shows, in words."""
-    n, where = len(outcome.followed), first_slopes(outcome)[0]
-    return f"Each block's weight over {n} trials, and the slope of the score by it at {where}."
+    n = len(outcome.followed)
+    return f"Each block's weight over {n} trials, and the slope of the score by it at {start}."
 
 
 def _convergence_alt(outcome: Outcome) -> str:

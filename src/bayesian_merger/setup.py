@@ -78,8 +78,8 @@ class Setup:
         Several scores have no common measure before the baselines, and the panel has as many images of
         a payload that counts little as of others.
         """
-        is_even = len({prompt.weight for prompt in self.panel if prompt.weight > 0}) == 1
-        return self.plan.optimiser == "gradient" and len(self.weights) == 1 and is_even
+        n_weights = len({prompt.weight for prompt in self.panel if prompt.weight > 0})
+        return self.plan.optimiser == "gradient" and len(self.weights) == n_weights == 1
 
     def prompt(self, item: int) -> Prompt:
         """An image of the panel, or from FRESH on one beside it."""

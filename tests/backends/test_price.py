@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from bayesian_merger.backends.diffusers import _GRAPH, _SPARE_GRAPH, Diffusers
+from bayesian_merger.backends.diffusers import _CALL, _GRAPH, _SPARE_GRAPH, Diffusers
 
 GB = 10**9
 
@@ -136,6 +136,17 @@ def test_what_a_graph_needs_is_known_beforehand(back_end: Diffusers) -> None:
     assert most(back_end, 512) == pytest.approx(_GRAPH * 512**2, rel=0.05)
     back_end._make_parts_again()
     assert most(back_end, 512) == pytest.approx(_SPARE_GRAPH * 512**2, rel=0.05)
+
+
+def test_what_the_graph_of_a_call_needs_on_a_cpu_is_known_beforehand(back_end: Diffusers) -> None:
+    back_end._makes_calls_again = False
+    call, _ = works(back_end, 512)
+    with Counting(weights(back_end)) as counting:
+        noise = call()
+        kept = counting.now
+    assert noise.requires_grad
+    # In half precision here, so half of it.
+    assert kept == pytest.approx(_CALL * 320 * 512**2 / 2, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,9 @@ class Merge(Mapping[str, Tensor]):
             target.copy_(self[name].reshape(target.shape))
         return len(targets)
 
-    def spare_memory(self) -> None:
-        """Keep nothing on the device from now on that can be read again."""
+    def spare_memory(self) -> bool:
+        """Keep nothing on the device from now on that can be read again; False if nothing was kept."""
+        return False
 
 
 class Backend(Protocol):

@@ -49,9 +49,9 @@ _CONFIGS = Path(__file__).parent / "configs"
 # Bytes for each pixel of an image whose graph is kept whole, or where parts of it are made again; the
 # VAE has the most of it.
 _GRAPH, _SPARE_GRAPH = 24_000, 7_500
-# In float32, for each pixel and channel of the widest level: the graph of one call of the U-Net. On a
-# CPU so many bytes of all calls are kept.
-_CALL, _KEPT = 48, 2 * 10**9
+# In float32, for each pixel and channel of the first level: the graph of one call of the U-Net. Of all
+# calls a CPU keeps so many bytes.
+_CALL, _KEPT = 45, 2 * 10**9
 # Gradients of a score are too small for half precision; the largest factor that is tried.
 _ENLARGED = 2.0**16
 
@@ -89,7 +89,7 @@ class Diffusers:
         # small, on a CPU. Where that is too much, parts of the call and of the VAE are made again too,
         # and the models that are merged no longer lie on the GPU.
         self._makes_calls_again = self._device.type != "cpu"
-        self._makes_parts_again = self._keeps_no_models = False
+        self._makes_parts_again = False
         self._enlarged = _ENLARGED if self._dtype == torch.float16 else 1.0
         self._lib = _import_diffusers()
         self._pipe: Any = None
@@ -149,10 +149,7 @@ class Diffusers:
     def close(self) -> None:
         """Free the live model."""
         self._pipe, self._live, self._tables, self._held = None, {}, {}, None
-        self._makes_parts_again = self._keeps_no_models = False
-        self._empty_cache()
-
-    def _empty_cache(self) -> None:
+        self._makes_parts_again = False
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -217,7 +214,7 @@ class Diffusers:
         """
         pixels = prompt.width * prompt.height
         if not self._makes_calls_again:
-            width = max(self._pipe.unet.config.block_out_channels)
+            width = self._pipe.unet.config.block_out_channels[0]
             if n_steps * pixels * width * _CALL > _KEPT:
                 self._makes_calls_again = True
                 self._make_parts_again()
@@ -232,19 +229,16 @@ class Diffusers:
         """From now on less memory, for more time; False if nothing more can be spared."""
         if not self._makes_parts_again:
             self._make_parts_again()
-        elif not self._keeps_no_models:
-            self._keep_no_models()
-        else:
-            return False
-        return True
+            return True
+        return self._keep_no_models()
 
-    def _keep_no_models(self) -> None:
-        """Read the models that are merged anew for each image's slopes."""
+    def _keep_no_models(self) -> bool:
+        """Read the models that are merged anew for each image's slopes; False if that is so already."""
         assert self._held is not None, "nothing is loaded"
-        if not self._keeps_no_models:
-            self._keeps_no_models = True
-            self._held.spare_memory()
-            self._empty_cache()
+        had_some = self._held.spare_memory()
+        if had_some and self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return had_some
 
     def _make_parts_again(self) -> None:
         """Up to half as much time again for a graph."""

@@ -38,6 +38,7 @@ from bayesian_merger.study.proposals import (
     SCORE,
     SLOPE,
     STARTS,
+    UNFOLLOWED,
     Params,
     Plan,
     Proposer,
@@ -206,6 +207,10 @@ class Trial:
         """Store the derivative of the images' mean value by each parameter; none if it told nothing."""
         self._slopes.append(Slopes(tuple(items), dict(slopes)))
         self._trial.set_user_attr(*_of_slopes(self._slopes[-1]))
+
+    def unfollowed(self, reason: str) -> None:
+        """Store why the slopes of some images were not to be had."""
+        self._trial.set_user_attr(UNFOLLOWED, reason)
 
     @property
     def followed(self) -> set[int]:

@@ -38,8 +38,9 @@ Params: TypeAlias = Mapping[str, Any]
 Value = Callable[[Mapping[str, float]], float]
 """The scores of one image -> its value."""
 
-# Attributes of a trial: the scores of its images and their slopes, and whether these are wanted.
-SCORE, SLOPE, FOLLOWS = "score:", "slope:", "follows"
+# Attributes of a trial: the scores of its images and their slopes, whether these are wanted, and why
+# they were not to be had.
+SCORE, SLOPE, FOLLOWS, UNFOLLOWED = "score:", "slope:", "follows", "unfollowed"
 # Attributes of a study that goes on from another: points to try first, the payloads of images beside
 # the panel's; and of a trial that was judged elsewhere, its name.
 STARTS, FOREIGN, OBSERVED = "starts", "foreign", "observed"
@@ -340,7 +341,7 @@ class Plan:
         fewest = _FEWEST
         while shown >= 2 * _SHOWN * fewest:
             fewest *= 2
-        n_shown = len({payload for payload in self.panel if self._share(payload) > 0})
+        n_shown = len({payload for payload in self.panel if self.share(payload) > 0})
         return self._turn(math.ceil(max(fewest, n) / n_shown), shown, n)[:left]
 
     def left(self, judged: int) -> int | None:
@@ -362,21 +363,22 @@ class Plan:
 
         None for new ones, which the payloads that count have in the order of the panel.
         """
-        counted = [(item, name) for item, name in enumerate(self.panel) if self._share(name) > 0]
+        counted = [(item, name) for item, name in enumerate(self.panel) if self.share(name) > 0]
         of_payload: dict[str, list[int]] = {}
         for place, (item, payload) in enumerate(counted):
             of_payload.setdefault(payload, []).append(place if rounds is None else item)
-        total = sum(map(self._share, of_payload))
+        total = sum(map(self.share, of_payload))
         taken = dict.fromkeys(of_payload, 0)
         for n in count(1):
             # The payload that lags behind its share most; the first of equals.
-            payload = max(of_payload, key=lambda p: n * self._share(p) / total - taken[p])
+            payload = max(of_payload, key=lambda p: n * self.share(p) / total - taken[p])
             few = of_payload[payload][:rounds]
             turn, place = divmod(taken[payload], len(few))
             yield FRESH + turn * len(counted) + few[place] if rounds is None else few[place]
             taken[payload] += 1
 
-    def _share(self, payload: str) -> float:
+    def share(self, payload: str) -> float:
+        """How much a payload counts beside others."""
         return self.shares.get(payload, 1.0)
 
     def sampler(self, place: int) -> BaseSampler:
@@ -475,7 +477,7 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         judged = self._judged(study, self._plan.objectives[turn - 1] if turn else None)
         judged = judged or self._judged(study)
         # Slopes lead to a better merge from where they are; they know little of what is far away.
-        if self._plan.optimiser == "gradient" and GIVEN_UP not in study.user_attrs:
+        if self._follows(study):
             return self._plan.params(self._of[turn].best(judged).point)
         return self._plan.params(self._of[turn].propose(judged, place, spent))
 
@@ -512,15 +514,15 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
 
     def mean(self, trials: Sequence[FrozenTrial]) -> Estimate | None:
         """The mean value of what the trials were shown, each payload by its share."""
-        own, shares = self._bayes.panel, self._plan.shares
+        own, share = self._bayes.panel, self._plan.share
         seen = [
             (own[item], value)
             for trial in trials
             for item, value in self._values(trial, None).items()
-            if shares.get(own[item], 1.0) > 0
+            if share(own[item]) > 0
         ]
         n_of = Counter(payload for payload, _ in seen)
-        weights = [shares.get(payload, 1.0) / n_of[payload] for payload, _ in seen]
+        weights = [share(payload) / n_of[payload] for payload, _ in seen]
         return weighted_mean([value for _, value in seen], weights) if seen else None
 
     def front(self, study: Study, n: int) -> list[tuple[Array, list[tuple[float, float]]]]:
@@ -534,7 +536,7 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
 
     def _judged(self, study: Study, objective: Objective | None = None) -> list[Judged]:
         found = []
-        follows = self._plan.optimiser == "gradient" and GIVEN_UP not in study.user_attrs
+        follows = self._follows(study)
         for trial in valid(study):
             # A parent that scores well would hold a search that goes uphill from the even merge.
             is_parent = trial.user_attrs.get("stage") == "baseline" and (
@@ -546,6 +548,9 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
                 slopes = self._slopes(trial) if follows and objective is None else []
                 found.append(Judged(self._plan.scaled(trial.params), values, slopes))
         return found
+
+    def _follows(self, study: Study) -> bool:
+        return self._plan.optimiser == "gradient" and GIVEN_UP not in study.user_attrs
 
     def _slopes(self, trial: FrozenTrial) -> list[Slope]:
         """What is stored of them, by the coordinates of a point; not a number where there is none."""
@@ -634,15 +639,12 @@ class Proposer:
 
     def _gives_up(self) -> bool:
         """Whether the gradient is followed no more, which is stored with its reason."""
-        if self.given_up is None and (reason := self._fault()):
+        if GIVEN_UP in self.study.user_attrs:
+            return True
+        reason = self._fault()
+        if reason:
             self.study.set_user_attr(GIVEN_UP, reason)
-        return self.given_up is not None
-
-    @property
-    def given_up(self) -> str | None:
-        """Why the gradient was given up, if it was."""
-        found: str | None = self.study.user_attrs.get(GIVEN_UP)
-        return found
+        return bool(reason)
 
     def _fault(self) -> str | None:
         """What speaks against following the gradient any further."""
@@ -650,7 +652,8 @@ class Proposer:
         followed = [trial for trial in complete if trial.user_attrs[FOLLOWS]]
         last = followed[-_SILENT:]
         if len(last) == _SILENT and not any(s.by for trial in last for s in slopes_of(trial)):
-            return f"{_SILENT} merges in a row told no slope"
+            why = last[-1].user_attrs.get(UNFOLLOWED)
+            return f"{_SILENT} merges in a row told no slope" + (f" ({why})" if why else "")
         led = [trial for trial in followed if trial.user_attrs["stage"] == "exploit"]
         few = led[-max(_FEWEST_LED, len(led) // 3) :]
         start = [t for t in valid(self.study) if t.params == self.plan.middle] or followed[:1]
