@@ -145,12 +145,12 @@ def test_no_imports_go_in_a_circle() -> None:
 def test_plugin_knows_neither_the_config_nor_the_study_nor_another_plugin(module: str) -> None:
     if top(module) not in PLUGINS:
         return
-    allowed = {"data", "errors", "registry", "checkpoint", "devices", "toml", top(module)}
+    allowed = {"data", "errors", "registry", "checkpoint", "devices", "names", "toml", top(module)}
     allowed |= (
         {"methods.mecha"} if module == "methods" else set()
     )  # which get() asks, by the prefix
     if top(module) != "backends":
-        allowed -= {"checkpoint", "toml"}
+        allowed -= {"checkpoint", "names", "toml"}
     assert ours(module) <= allowed
 
 

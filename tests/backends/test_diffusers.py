@@ -17,6 +17,7 @@ from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.data import Prompt, Recipe
 from bayesian_merger.errors import ConfigError, TrialError
 from bayesian_merger.merge import Merged, Merger, even_weights
+from bayesian_merger.names import COMPONENTS
 
 DEMO = Path(bayesian_merger.__file__).parent / "demo"
 CAPTIONS = [
@@ -243,11 +244,11 @@ def test_checkpoint_of_another_shape_is_refused_before_it_is_loaded(live: Diffus
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path: Path, merger: Merger) -> None:
     with pytest.raises(ConfigError, match=r"lacks .*tokenizer/vocab\.json"):
-        Diffusers(device="cpu", config=tmp_path)
+        check(Diffusers(device="cpu", config=tmp_path), prompts())
 
 
 def test_bundled_configuration_is_that_of_sd15() -> None:
-    pipe = module._pipeline(module._import_diffusers(), module._CONFIGS / "sd1")
+    pipe = module._pipeline(module._import_diffusers(), module._CONFIGS / "sd1", COMPONENTS["sd1"])
     sizes = [
         sum(p.numel() for p in m.parameters()) for m in (pipe.unet, pipe.vae, pipe.text_encoder)
     ]

@@ -119,7 +119,7 @@ def test_slopes_through_the_last_step_take_the_earlier_ones_as_given(
     given: list[Tensor] = []
     inner = live._noise
 
-    def kept(latents: Tensor, time: Tensor, texts: Tensor) -> Tensor:
+    def kept(latents: Tensor, time: Tensor, texts: diffusers._Texts) -> Tensor:
         given.append(inner(latents, time, texts))
         return given[-1]
 
@@ -127,7 +127,7 @@ def test_slopes_through_the_last_step_take_the_earlier_ones_as_given(
     mean_score(live, scorer)
     n_calls = 0
 
-    def last_anew(latents: Tensor, time: Tensor, texts: Tensor) -> Tensor:
+    def last_anew(latents: Tensor, time: Tensor, texts: diffusers._Texts) -> Tensor:
         nonlocal n_calls
         n_calls += 1
         is_last = n_calls % N_STEPS == 0

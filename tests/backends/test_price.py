@@ -1,8 +1,8 @@
 """The memory and the arithmetic that an image with its gradient needs on a GPU, counted without one.
 
-The modules of Stable Diffusion 1.5 compute on tensors that have a size and no numbers; every storage
-counts from its first tensor to its last. A GPU's attention never holds the scores of all pairs of
-positions, so the operation of such a device stands in for the CPU's.
+The modules of Stable Diffusion 1.5 and SDXL compute on tensors that have a size and no numbers, and
+every storage counts from its first tensor to its last. A GPU's attention never holds the scores of all
+pairs of positions, so the operation of such a device stands in for the CPU's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from bayesian_merger.backends.diffusers import _CALL, _GRAPH, _SPARE_GRAPH, Diffusers
+from bayesian_merger.backends.diffusers import (
+    _CALL,
+    _GRAPH,
+    _SPARE_GRAPH,
+    Diffusers,
+    _Texts,
+)
 
 GB = 10**9
 
@@ -57,6 +63,15 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.fixture
 def back_end(monkeypatch: pytest.MonkeyPatch) -> Diffusers:
+    return back_end_of("sd1", "sd1-ldm", monkeypatch)
+
+
+@pytest.fixture
+def xl(monkeypatch: pytest.MonkeyPatch) -> Diffusers:
+    return back_end_of("sdxl", "sdxl-sgm", monkeypatch)
+
+
+def back_end_of(architecture: str, file: str, monkeypatch: pytest.MonkeyPatch) -> Diffusers:
     def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
         return found
@@ -65,9 +80,9 @@ def back_end(monkeypatch: pytest.MonkeyPatch) -> Diffusers:
     found = Diffusers(device="cpu")
     found._device, found._dtype = torch.device("meta"), torch.float16
     found._makes_calls_again = True
-    shapes = known_layout("sd1-ldm")
+    shapes = known_layout(file)
     found._build(
-        "sd1", {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        architecture, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     )
     return found
 
@@ -91,7 +106,12 @@ def works(back_end: Diffusers, size: int) -> tuple[Callable[[], Tensor], Callabl
         torch.empty(n, 4, side, side, dtype=dtype, device="meta", requires_grad=True)
         for n, dtype in ((2, torch.float16), (1, torch.float32))
     )
-    texts = torch.empty(2, 77, 768, dtype=torch.float16, device="meta")
+    width, summary = pipe.unet.config.cross_attention_dim, 1280
+    states, summaries = (
+        torch.empty(2, *shape, dtype=torch.float16, device="meta")
+        for shape in ((77, width), (summary,))
+    )
+    texts = _Texts(states, summaries)
     time = torch.empty((), dtype=torch.long, device="meta")
     return lambda: back_end._noise(latents, time, texts), lambda: pipe.vae.decode(one).sample
 
@@ -130,6 +150,14 @@ def test_image_with_its_gradient_fits_into_a_small_gpu(
     assert 2.1 * GB < held < 2.5 * GB
     whole = held + most(back_end, size)
     assert 0.9 * limit * GB < whole < limit * GB
+
+
+def test_image_of_sdxl_with_its_gradient_fits_into_a_gpu_of_16_gb(xl: Diffusers) -> None:
+    xl._make_parts_again()
+    held = sum(tensor.nbytes for tensor in weights(xl))
+    assert 7.0 * GB < held < 7.2 * GB
+    assert held + most(xl, 1024) < 15 * GB
+    assert most(xl, 1024) == pytest.approx(_SPARE_GRAPH * 1024**2, rel=0.05)
 
 
 def test_what_a_graph_needs_is_known_beforehand(back_end: Diffusers) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -21,6 +21,7 @@ from bayesian_merger import devices
 from bayesian_merger.backends import Followed, Judge, Key, Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.errors import ConfigError, GradientError, TrialError
+from bayesian_merger.names import COMPONENTS, Component, Target
 from bayesian_merger.registry import nearest
 
 # The samplers of stable-diffusion-webui by their diffusers names and settings, after the table in
@@ -45,6 +46,8 @@ _SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     "Beta": {"use_beta_sigmas": True},
     "SGM Uniform": {"timestep_spacing": "trailing"},
 }
+# What a model predicts, by the scheduler's name for it.
+_PREDICTIONS = {"auto": "", "epsilon": "epsilon", "v": "v_prediction"}
 _CONFIGS = Path(__file__).parent / "configs"
 # Bytes for each pixel of an image whose graph is kept whole, or where parts of it are made again; the
 # VAE has the most of it.
@@ -52,6 +55,8 @@ _GRAPH, _SPARE_GRAPH = 24_000, 7_500
 # In float32, for each pixel and channel of the first level: the graph of one call of the U-Net. Of all
 # calls a CPU keeps so many bytes.
 _CALL, _KEPT = 45, 2 * 10**9
+# Pixels of an image; SDXL's training has few that are smaller.
+_SMALLEST_XL = 768**2
 # Gradients of a score are too small for half precision; the largest factor that is tried.
 _ENLARGED = 2.0**16
 
@@ -62,8 +67,10 @@ class Diffusers:
 
     `device` is "auto" (CUDA, else Apple's MPS, else CPU) or a torch device. `batch` images are made
     at once. `clip_skip` counts as in stable-diffusion-webui: 1 uses the text encoder's last layer,
-    2 the one before. `config` is a folder in diffusers layout (model_index.json and so on, no
-    weights) for models of another size than the architecture's; by default the one in this package.
+    2 the one before, from which on SDXL counts. `prediction` is what the models predict, "epsilon" or
+    "v"; "auto" goes by the tensors v_pred and ztsnr, as ComfyUI and the webuis do. `config` is a folder
+    in diffusers layout (model_index.json and so on, no weights) for models of another size than the
+    architecture's; by default the one in this package.
     """
 
     def __init__(
@@ -71,20 +78,25 @@ class Diffusers:
         device: str = "auto",
         batch: int = 4,
         clip_skip: int = 1,
+        prediction: str = "auto",
         config: Path | None = None,
     ) -> None:
         """ConfigError if diffusers is not installed or an option is out of range."""
         if batch < 1 or clip_skip < 1:
             raise ConfigError("backend.batch and backend.clip_skip must be 1 or more")
+        if prediction not in _PREDICTIONS:
+            raise ConfigError(
+                f"backend.prediction: unknown {prediction!r}{nearest(prediction, _PREDICTIONS)} "
+                f"(known: {', '.join(_PREDICTIONS)})"
+            )
         self.batch = batch
         self._clip_skip = clip_skip
+        self._prediction = prediction
         self._config = config
         self._auto = device == "auto"
         self._device = devices.device(device, "backend.device")
         # Half precision is for GPUs: on a CPU it is slower and less exact.
         self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
-        if config is not None:
-            _require_files(config)
         # Of a followed image the graph of one call of the U-Net is kept at a time, or of all that are
         # small, on a CPU. Where that is too much, parts of the call and of the VAE are made again too,
         # and the models that are merged no longer lie on the GPU.
@@ -96,8 +108,8 @@ class Diffusers:
         self._schedule: Any = None  # the model's own noise schedule, whatever sampler is in use
         self._live: dict[str, Tensor] = {}  # the checkpoint's name -> tensor of the pipeline
         self._held: Merge | None = None  # what the live tensors are
-        # For each part of the pipeline, its own name of each tensor -> the checkpoint's.
-        self._tables: dict[str, dict[str, str]] = {}
+        # For each part of the pipeline, its own name of each tensor -> what of the checkpoint it is.
+        self._tables: dict[str, dict[str, Target]] = {}
 
     def check(
         self,
@@ -106,9 +118,9 @@ class Diffusers:
         shapes: Mapping[str, tuple[int, ...]],
     ) -> list[str]:
         """Warnings for what diffusers reads otherwise; ConfigError for unknown samplers and tensors."""
+        self._plan(architecture, shapes)
         for prompt in prompts:
             self._scheduler_class(prompt)
-        self._plan(architecture, shapes)
         said = []
         if self._device.type == "cpu" and self._auto:
             said.append(
@@ -120,6 +132,11 @@ class Diffusers:
         ):
             said.append(
                 "a prompt uses (word:1.2) weights or <lora:...>, which this back end reads as plain text"
+            )
+        if small := [p for p in prompts if self._is_xl and p.width * p.height < _SMALLEST_XL]:
+            said.append(
+                f"SDXL is trained on about 1024 x 1024 pixels, and makes poor images of "
+                f"{small[0].width} x {small[0].height} (payload {small[0].payload})"
             )
         extra = sorted({key for prompt in prompts for key in prompt.extra})
         if extra:
@@ -260,16 +277,17 @@ class Diffusers:
         hooks: list[Any] = []
         chosen: list[Tensor] = []
 
-        def fold(name: str, parameter: Tensor) -> None:
+        def fold(target: Target, parameter: Tensor) -> None:
             assert held is not None
             assert parameter.grad is not None
-            for key, slope in held.slopes(name, parameter.grad).items():
+            gradient = _whole(target, parameter.grad)
+            for key, slope in held.slopes(target.tensor, gradient).items():
                 slopes[key] = slopes.get(key, 0.0) + slope
             parameter.grad = None
 
         for part, table in self._tables.items():
             for own, parameter in getattr(self._pipe, part).named_parameters():
-                if wanted & set(held.moved_by(table[own])):
+                if wanted & set(held.moved_by(table[own].tensor)):
                     chosen.append(parameter.requires_grad_(True))
                     hooks.append(
                         parameter.register_post_accumulate_grad_hook(partial(fold, table[own]))
@@ -312,14 +330,15 @@ class Diffusers:
         with torch.set_grad_enabled(last != 0):
             texts = self._embedded([prompt.prompt for prompt in prompts])
             if is_guided:
-                texts = torch.cat([self._embedded([p.negative_prompt for p in prompts]), texts])
+                without = self._embedded([p.negative_prompt for p in prompts], is_negative=True)
+                texts = _Texts(*(torch.cat(both) for both in zip(without, texts, strict=True)))
         scheduler.set_timesteps(first.steps, device=self._device)
         latents: Tensor = pipe.prepare_latents(
             len(prompts),
             pipe.unet.config.in_channels,
             first.height,
             first.width,
-            texts.dtype,
+            texts.states.dtype,
             self._device,
             seeds,
         )
@@ -333,82 +352,129 @@ class Diffusers:
                 if is_followed:
                     # GroupNorm's backward pass crashes on a CPU where its input needs no gradient.
                     both.requires_grad_(True)
-                found = self._noise(both, time, texts if is_followed else texts.detach())
+                given = texts if is_followed else _Texts(*(text.detach() for text in texts))
+                found = self._noise(both, time, given)
                 if is_guided:
-                    without, told = found.chunk(2)
-                    found = without + first.cfg_scale * (told - without)
+                    free, told = found.chunk(2)
+                    found = free + first.cfg_scale * (told - free)
                 latents = scheduler.step(found, time, latents, **extra, return_dict=False)[0]
         return latents
 
-    def _noise(self, latents: Tensor, time: Tensor, texts: Tensor) -> Tensor:
+    def _noise(self, latents: Tensor, time: Tensor, texts: _Texts) -> Tensor:
         """What the U-Net finds; on a GPU its graph is not kept, but made again."""
 
-        def found(latents: Tensor, texts: Tensor) -> Tensor:
-            noise: Tensor = self._pipe.unet(latents, time, texts, return_dict=False)[0]
+        def found(latents: Tensor, states: Tensor, summaries: Tensor) -> Tensor:
+            more = {}
+            if self._is_xl:
+                # Of an image that was neither shrunk nor cropped: height and width.
+                size = [n * self._pipe.vae_scale_factor for n in latents.shape[-2:]]
+                sizes = torch.tensor([[*size, 0, 0, *size]], dtype=states.dtype)
+                sizes = sizes.to(self._device).expand(len(latents), -1)
+                more = {"added_cond_kwargs": {"text_embeds": summaries, "time_ids": sizes}}
+            noise: Tensor = self._pipe.unet(latents, time, states, return_dict=False, **more)[0]
             return noise
 
         if not (self._makes_calls_again and torch.is_grad_enabled()):
-            return found(latents, texts)
+            return found(latents, *texts)
         # Reentrant: each call frees its own gradients of the parameters, rather than all at the end.
-        again: Tensor = checkpoint(found, latents, texts, use_reentrant=True)
+        again: Tensor = checkpoint(found, latents, *texts, use_reentrant=True)
         return again
 
-    def _embedded(self, texts: Sequence[str]) -> Tensor:
-        """The texts' token states from the layer that `clip_skip` chooses, after the final norm."""
-        tokens = self._pipe.tokenizer(
+    def _embedded(self, texts: Sequence[str], is_negative: bool = False) -> _Texts:
+        """The texts' token states from the layer that `clip_skip` chooses, and of SDXL its summaries."""
+        pipe = self._pipe
+        if not self._is_xl:
+            found = self._encoded(pipe.tokenizer, pipe.text_encoder, texts)
+            if self._clip_skip == 1:
+                return _Texts(found.last_hidden_state, found.last_hidden_state[:, 0])
+            # transformers 5.6 dropped the level "text_model".
+            norm = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).final_layer_norm
+            skipped: Tensor = norm(found.hidden_states[-self._clip_skip])
+            return _Texts(skipped, skipped[:, 0])
+        both = [
+            self._encoded(pipe.tokenizer, pipe.text_encoder, texts),
+            self._encoded(pipe.tokenizer_2, pipe.text_encoder_2, texts),
+        ]
+        # SDXL was trained on the layer before the last, without the norm.
+        layer = -max(2, self._clip_skip)
+        states = torch.cat([found.hidden_states[layer] for found in both], -1)
+        summaries: Tensor = both[1].text_embeds
+        if is_negative:
+            # And on zeros instead of no text.
+            is_text = torch.tensor([bool(text) for text in texts], device=states.device)
+            states = states * is_text[:, None, None]
+            summaries = summaries * is_text[:, None]
+        return _Texts(states, summaries)
+
+    def _encoded(self, tokenizer: Any, encoder: Any, texts: Sequence[str]) -> Any:
+        tokens = tokenizer(
             list(texts),
             padding="max_length",
-            max_length=self._pipe.tokenizer.model_max_length,
+            max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        encoder = self._pipe.text_encoder
-        found = encoder(tokens.input_ids.to(self._device), output_hidden_states=True)
-        if self._clip_skip == 1:
-            states: Tensor = found.last_hidden_state
-            return states
-        # transformers 5.6 dropped the level "text_model".
-        norm = getattr(encoder, "text_model", encoder).final_layer_norm
-        skipped: Tensor = norm(found.hidden_states[-self._clip_skip])
-        return skipped
+        return encoder(tokens.input_ids.to(self._device), output_hidden_states=True)
+
+    @property
+    def _is_xl(self) -> bool:
+        return "text_encoder_2" in self._tables
 
     def _plan(self, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """An empty pipeline and the tables of names; ConfigError if the checkpoint does not fill it."""
         folder = self._config or _CONFIGS / architecture
-        if not folder.is_dir():
+        parts = COMPONENTS[architecture]
+        has_config = self._config is not None or folder.is_dir()
+        if not has_config or not any(part.name == "unet" for part in parts):
             known = ", ".join(sorted(path.name for path in _CONFIGS.iterdir()))
             raise ConfigError(
                 f"the back end 'diffusers' makes images with {known} only, not yet with "
                 f"{architecture}; bayesian-merger merge merges it without a search"
             )
-        self._pipe = _pipeline(self._lib, folder)
-        self._schedule = self._pipe.scheduler.config
+        if self._config is not None:
+            _require_files(folder, parts)
+        self._pipe = _pipeline(self._lib, folder, parts)
+        self._schedule = {**self._pipe.scheduler.config, **self._predicted(shapes)}
         self._live, self._held = {}, None
-        n_layers = self._pipe.text_encoder.config.num_hidden_layers
+        encoders = [part.name for part in parts if part.name.startswith("text_encoder")]
+        n_layers = min(getattr(self._pipe, name).config.num_hidden_layers for name in encoders)
         if self._clip_skip > n_layers:
             raise ConfigError(
                 f"backend.clip_skip: {self._clip_skip} is more than the {n_layers} layers of the "
                 f"text encoder"
             )
-        self._tables = {
-            "unet": _unet_names(self._pipe.unet, shapes),
-            "vae": _vae_names(self._pipe.vae, shapes),
-            "text_encoder": _text_encoder_names(self._pipe.text_encoder, shapes),
-        }
-        for part, table in self._tables.items():
-            own = getattr(self._pipe, part).state_dict()
-            if missing := sorted(set(own) - set(table)):
+        self._tables = {part.name: self._table(part, shapes) for part in parts}
+
+    def _table(self, part: Component, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Target]:
+        """Each tensor of a part of the pipeline -> what of the checkpoint it is."""
+        own = getattr(self._pipe, part.name).state_dict()
+        if part.name == "vae":
+            spelt = _vae_targets(self._pipe.vae, shapes)
+        else:
+            spelt = {name: target for tensor in shapes for name, target in part.spellings(tensor)}
+        if missing := sorted(set(own) - set(spelt)):
+            raise ConfigError(
+                f"the checkpoint lacks {len(missing)} tensors of the {part.name} (first: "
+                f"{missing[0]!r}); choose a whole checkpoint, or set backend.config to its folder"
+            )
+        for name, tensor in own.items():
+            target = spelt[name]
+            found, expected = shapes[target.tensor], _whole(target, tensor).shape
+            if math.prod(found) != expected.numel() or found[:1] != tuple(expected[:1]):
                 raise ConfigError(
-                    f"the checkpoint lacks {len(missing)} tensors of the {part} (first: "
-                    f"{missing[0]!r}); choose a whole checkpoint, or set backend.config to its folder"
+                    f"tensor {target.tensor!r} has shape {list(found)}, not {list(expected)}; "
+                    f"is it an inpainting model, or another size (see backend.config)?"
                 )
-            for name, tensor in own.items():
-                found = shapes[table[name]]
-                if math.prod(found) != tensor.numel() or found[:1] != tuple(tensor.shape[:1]):
-                    raise ConfigError(
-                        f"tensor {table[name]!r} has shape {list(found)}, not {list(tensor.shape)}; "
-                        f"is it an inpainting model, or another size (see backend.config)?"
-                    )
+        return {name: spelt[name] for name in own}
+
+    def _predicted(self, names: Iterable[str]) -> dict[str, Any]:
+        """What the models' noise schedule is, beside the usual."""
+        markers = {"v_pred", "ztsnr"} & set(names)
+        told = _PREDICTIONS[self._prediction] or ("v_prediction" if markers else "")
+        found: dict[str, Any] = {"prediction_type": told} if told else {}
+        if "ztsnr" in markers:
+            found["rescale_betas_zero_snr"] = True
+        return found
 
     def _build(self, architecture: str, merged: Mapping[str, Tensor]) -> None:
         """Memory on the device for the pipeline's tensors."""
@@ -424,8 +490,14 @@ class Diffusers:
             for name, buffer in module.named_buffers():
                 if name.endswith("position_ids"):
                     buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
-            for own, tensor in module.state_dict().items():
-                self._live[table[own]] = tensor
+            for own, tensor in module.state_dict(keep_vars=True).items():
+                target = table[own]
+                if target.of > 1:
+                    # Neighbours in the checkpoint share their memory, so that they are written at once.
+                    whole = self._live.setdefault(target.tensor, _whole(target, tensor.data))
+                    tensor.data = _part(target, whole).view(tensor.shape)
+                else:
+                    self._live[target.tensor] = target.arrange(tensor.detach())
         if self._makes_parts_again:
             self._make_parts_again()
 
@@ -434,10 +506,11 @@ class Diffusers:
         for part, table in self._tables.items():
             state = getattr(self._pipe, part).state_dict()
             for own in list(state)[:: max(1, len(state) // 8)]:
-                name, held = table[own], state[own].cpu()
-                if not torch.equal(held, merged[name].to(held.dtype).cpu().reshape(held.shape)):
+                target, held = table[own], state[own].cpu()
+                found = _part(target, merged[target.tensor].to(held.dtype).cpu())
+                if not torch.equal(held, found.reshape(held.shape)):
                     raise TrialError(
-                        f"the live model does not hold the merge: tensor {name!r} differs"
+                        f"the live model does not hold the merge: tensor {target.tensor!r} differs"
                     )
 
     def _scheduler(self, prompt: Prompt) -> Any:
@@ -468,6 +541,11 @@ class Diffusers:
             raise ConfigError(
                 f"{where}: sampler {sampler!r} has no scheduler {schedule!r} in diffusers"
             )
+        if self._schedule.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
+            raise ConfigError(
+                f"{where}: sampler {sampler!r} of diffusers cannot begin at pure noise, as models with "
+                f"the tensor ztsnr do; take 'Euler'"
+            )
         return name, {**settings, **_SCHEDULES[schedule]}
 
 
@@ -482,6 +560,16 @@ def _made_again(forward: Callable[..., Tensor], *inputs: Tensor, temb: None) -> 
         return forward(*inputs, temb=temb)
     found: Tensor = checkpoint(forward, *inputs, temb=temb, use_reentrant=False)
     return found
+
+
+class _Texts(NamedTuple):
+    """What texts [n] tell the U-Net: token states (n, 77, width), and to SDXL summaries (n, width).
+
+    For others the summaries are unused.
+    """
+
+    states: Tensor
+    summaries: Tensor
 
 
 class _OutOfMemory(TrialError):
@@ -520,9 +608,9 @@ def _import_diffusers() -> Any:
     return diffusers
 
 
-def _pipeline(diffusers: Any, folder: Path) -> Any:
+def _pipeline(diffusers: Any, folder: Path, parts: Sequence[Component]) -> Any:
     """The pipeline that the configuration in `folder` describes, without memory for its tensors."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(
@@ -532,46 +620,80 @@ def _pipeline(diffusers: Any, folder: Path) -> Any:
             diffusers.AutoencoderKL.load_config(folder / "vae")
         )
         text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
-    pipe = diffusers.StableDiffusionPipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        # Latents are not clipped; the library's default for a folder that does not say so is to clip.
-        scheduler=diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", clip_sample=False),
+        others: dict[str, Any] = {}
+        if any(part.name == "text_encoder_2" for part in parts):
+            config = CLIPTextConfig.from_pretrained(folder / "text_encoder_2")
+            others["text_encoder_2"] = CLIPTextModelWithProjection(config)
+    made = partial(
+        diffusers.StableDiffusionPipeline,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    if others:
+        others["tokenizer_2"] = _tokenizer(folder / "tokenizer_2", pad="!")
+        made = partial(diffusers.StableDiffusionXLPipeline, add_watermarker=False)
+    pipe = made(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=_tokenizer(folder / "tokenizer"),
+        # Latents are not clipped; the library's default for a folder that does not say so is to clip.
+        scheduler=diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", clip_sample=False),
+        **others,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _require_files(folder: Path) -> None:
-    needed = ["unet/config.json", "vae/config.json", "text_encoder/config.json"]
-    needed += ["scheduler/scheduler_config.json"]
+def _tokenizer(folder: Path, pad: str | None = None) -> Any:
+    """The tokenizer in `folder`, or where it has none, SD1's, which fills texts up with `pad`."""
+    from transformers import CLIPTokenizer
+
+    if folder.is_dir():
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    found = CLIPTokenizer.from_pretrained(_CONFIGS / "sd1" / "tokenizer", local_files_only=True)
+    if pad:
+        found.pad_token = pad
+    return found
+
+
+def _require_files(folder: Path, parts: Sequence[Component]) -> None:
+    needed = [f"{part.name}/config.json" for part in parts] + ["scheduler/scheduler_config.json"]
     # Without its files transformers makes an empty tokenizer and says nothing.
-    needed += [
-        f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json")
-    ]
+    encoders = [part.name for part in parts if part.name.startswith("text_encoder")]
+    for tokenizer in (name.replace("text_encoder", "tokenizer") for name in encoders):
+        needed.append(f"{tokenizer}/tokenizer_config.json")
+        if not (folder / tokenizer / "tokenizer.json").is_file():  # which has both
+            needed += [f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt"]
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise ConfigError(f"backend.config: {folder} lacks {', '.join(missing)}")
 
 
-def _unet_names(unet: Any, names: Iterable[str]) -> dict[str, str]:
-    """The pipeline's name of each tensor -> the checkpoint's.
+def _whole(target: Target, values: Tensor) -> Tensor:
+    """The checkpoint's tensor of which `values` are `target`, with zeros where they are but a part."""
+    arranged = target.arrange(values)
+    if target.of == 1:
+        return arranged
+    n_rows = len(arranged) * target.of // (target.last - target.first)
+    found = arranged.new_zeros((n_rows, *arranged.shape[1:]))
+    found[target.rows(n_rows)] = arranged
+    return found
 
-    diffusers' converter only moves values, so fed with names it returns the table.
+
+def _part(target: Target, whole: Tensor) -> Tensor:
+    """What `target` is of a checkpoint's tensor, as the pipeline has it but for axes of length 1."""
+    if target.of > 1:
+        whole = whole[target.rows(len(whole))]
+    return whole.transpose(0, 1) if target.form == "transposed" else whole
+
+
+def _vae_targets(vae: Any, names: Iterable[str]) -> dict[str, Target]:
+    """What of the checkpoint each tensor of the VAE is, which may have any number of levels.
+
+    diffusers' converter only moves values and drops axes, so fed with numbers it returns the table.
     """
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-    named = {n: n for n in names if n.startswith("model.diffusion_model.")}
-    return dict(convert_ldm_unet_checkpoint(named, dict(unet.config)))
-
-
-def _vae_names(vae: Any, names: Iterable[str]) -> dict[str, str]:
-    """The same for the VAE, whose converter also drops axes: numbered tensors stand for the names."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     ours = [n for n in names if n.startswith("first_stage_model.")]
@@ -579,16 +701,4 @@ def _vae_names(vae: Any, names: Iterable[str]) -> dict[str, str]:
     if not ours:
         return {}
     converted = convert_ldm_vae_checkpoint(numbered, dict(vae.config))
-    return {own: ours[int(tensor.item())] for own, tensor in converted.items()}
-
-
-def _text_encoder_names(text_encoder: Any, names: Iterable[str]) -> dict[str, str]:
-    prefix = "cond_stage_model.transformer."
-    # Names differ by "text_model.", which transformers 5.6 dropped and some old checkpoints lack.
-    short = {
-        n.removeprefix(prefix).removeprefix("text_model."): n
-        for n in names
-        if n.startswith(prefix)
-    }
-    own = text_encoder.state_dict()
-    return {n: short[s] for n in own if (s := n.removeprefix("text_model.")) in short}
+    return {own: Target(ours[int(tensor.item())]) for own, tensor in converted.items()}
