@@ -168,7 +168,8 @@ def test_slopes_are_those_of_the_mean_score(folder: Path) -> None:
     chosen = ready(folder, "backend.noise=0.0")
     chosen.backend.load(chosen.baseline("even"), chosen.merger.merge(chosen.baseline("even")))
     prompts = [chosen.prompt(FRESH + i) for i in range(2)]
-    ((_, slopes),) = run._followed(chosen, prompts, Yardstick(chosen.weights, {}))
+    ((_, slopes, _),) = run._followed(chosen, prompts, Yardstick(chosen.weights, {}))
+    assert slopes
     assert slopes["IN00_alpha"] == pytest.approx(10 * 2 * 0.3 / 26, rel=1e-5)
     assert slopes["base_alpha"] == pytest.approx(-10 * 2 * 0.3 / 26, rel=1e-5)
 
@@ -224,9 +225,27 @@ def test_slopes_that_are_no_numbers_count_as_none(
     monkeypatch.setattr(painter, "follow", follow)
     outcome = run.run(chosen, folder / "run", observer)
     assert outcome.finished
-    assert not any(result.slopes for result in outcome.results)
+    assert not any(piece.by for result in outcome.results for piece in result.slopes)
     assert "(the slope by" in str(outcome.given_up)
     assert any("without its gradient: the slope by" in line for line in observer.lines)
+
+
+def test_slopes_of_other_images_count_where_one_image_has_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def follow(self: object, *given: Any) -> Iterator[Followed]:
+        for number, piece in enumerate(followed(self, *given)):
+            yield Followed(piece.samples, {}, "too steep") if number == 0 else piece
+
+    chosen, observer = ready(folder), Silent()
+    painter = type(chosen.backend)
+    followed = painter.follow  # type: ignore[attr-defined]
+    monkeypatch.setattr(painter, "follow", follow)
+    outcome = run.run(chosen, folder / "run", observer)
+    assert outcome.given_up is None
+    told = [[bool(piece.by) for piece in r.slopes] for r in outcome.results if r.slopes]
+    assert all(not first and all(rest) for first, *rest in told)
+    assert "3 of 6 images of trial 1 told no gradient: too steep" in observer.lines
 
 
 def test_groups_freezes_and_ranges_hold(folder: Path) -> None:

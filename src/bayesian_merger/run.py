@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -93,6 +93,17 @@ class Observer(Protocol):
         ...
 
 
+class _Piece(NamedTuple):
+    """Images that were made at once, and their slopes by each parameter, if these are wanted.
+
+    Where they told none, `fault` is why, or else the score does not depend on the merge.
+    """
+
+    samples: Sequence[Sample]
+    slopes: Mapping[str, float] | None
+    fault: str = ""
+
+
 def judge(
     trial: Trial,
     panel: Sequence[Prompt],
@@ -116,8 +127,9 @@ def judge(
     _load(setup, trial.recipe)
     trial.spend(merge=time.monotonic() - start)
     pieces = _followed(setup, todo, yardstick) if yardstick else _plain(setup, panel, done)
+    faults: list[str] = []
     start = time.monotonic()
-    for samples, slopes in pieces:
+    for samples, slopes, fault in pieces:
         generated = time.monotonic()
         scores = score(setup.scorers, samples)
         scored = time.monotonic()
@@ -131,9 +143,17 @@ def judge(
         if slopes is not None:
             # Last: what has slopes has all.
             trial.follow([sample.prompt.index for sample in samples], slopes)
+        if fault:
+            trial.unfollowed(fault)
+            faults += [fault] * len(samples)
         trial.spend(generate=generated - start, score=scored - generated)
         observer.judged(fresh, made=True)
         start = time.monotonic()
+    if faults:
+        what = f"{trial.name} was judged without its gradient"
+        if len(faults) < len(todo):
+            what = f"{len(faults)} of {len(todo)} images of {trial.name} told no gradient"
+        observer.noted(f"{what}: {faults[-1]}")
 
 
 def _judge_and_follow(
@@ -156,21 +176,17 @@ def _judge_and_follow(
     observer.noted(f"{trial.name} was judged without its gradient: {reason}")
 
 
-def _plain(
-    setup: Setup, panel: Sequence[Prompt], done: Set[int]
-) -> Iterator[tuple[Sequence[Sample], None]]:
+def _plain(setup: Setup, panel: Sequence[Prompt], done: Set[int]) -> Iterator[_Piece]:
     """Images in batches, without those batches that are done.
 
     The panel is cut at the same places whatever is missing, so that each image repeats exactly.
     """
     for batch in list(_batches(panel, setup.backend.batch)):
         if any(prompt.index not in done for prompt in batch):
-            yield _generate(setup, batch), None
+            yield _Piece(_generate(setup, batch), None)
 
 
-def _followed(
-    setup: Setup, prompts: Sequence[Prompt], yardstick: Yardstick
-) -> Iterator[tuple[Sequence[Sample], dict[str, float]]]:
+def _followed(setup: Setup, prompts: Sequence[Prompt], yardstick: Yardstick) -> Iterator[_Piece]:
     """Images in pieces, with the derivative of their mean value by each parameter."""
     engine, scorers = setup.backend, setup.scorers
     assert isinstance(engine, Differentiable)
@@ -190,12 +206,12 @@ def _followed(
             piece = next(pieces, None)
         if piece is None:
             return
-        slopes = setup.space.slopes(piece.slopes)
+        slopes, fault = setup.space.slopes(piece.slopes), piece.fault
         for name, slope in slopes.items():
             if not abs(slope) < MOST_SCORE:
-                raise TrialError(f"the slope by {name} is {slope}")
+                fault = f"the slope by {name} is {slope}"
         # Of a score that does not depend on the merge there is nothing to follow.
-        yield piece.samples, slopes if any(slopes.values()) else {}
+        yield _Piece(piece.samples, slopes if any(slopes.values()) and not fault else {}, fault)
 
 
 def _differentiable(judge_of: Scorer, pixels: Tensor, some: Sequence[Prompt]) -> Tensor:

@@ -23,10 +23,11 @@ Key = tuple[str, str]
 
 
 class Followed(NamedTuple):
-    """Images, and the derivative of their mean score by each weight."""
+    """Images, and the derivative of their mean score by each weight; `fault` is why there is none."""
 
     samples: Sequence[Sample]
     slopes: Mapping[Key, float]
+    fault: str = ""
 
 
 class Merge(Mapping[str, Tensor]):
@@ -96,7 +97,7 @@ class Differentiable(Protocol):
         """The images that `generate` makes, in pieces, each with the slopes of its mean score.
 
         Slopes are by the weights `wanted`, through the `last` calls of the denoising network, None
-        for all; what is before these counts as given. TrialError where a slope cannot be had.
+        for all; what is before these counts as given. TrialError where no image's slopes can be had.
         """
         ...
 

@@ -185,15 +185,17 @@ class Diffusers:
     ) -> tuple[Followed, float]:
         """In half precision the score is enlarged, up to `factor`, as far as the gradient stays finite.
 
-        Also returns by how much it was; the next image of a merge begins with that.
+        Also returns by how much it was; the next image of a merge begins with that. An image whose
+        gradient is never finite has no slopes.
         """
+        first = factor
         while True:
             # In a function of its own, so that what it held is free before the next try.
             try:
                 return self._backward(prompt, judge, wanted, last, factor), factor
-            except GradientError:
+            except GradientError as error:
                 if factor <= 1:
-                    raise
+                    return Followed(list(self.generate([prompt])), {}, str(error)), first
                 factor /= 16
             except _OutOfMemory as error:
                 if not self._needs_less():
