@@ -167,6 +167,34 @@ def test_each_text_encoder_of_sdxl_follows_its_own_weight(tmp_path: Path) -> Non
         assert slopes == {("alpha", block): pytest.approx(expected, rel=1e-5)}
 
 
+def test_slope_of_a_loras_strength_is_the_product_with_what_it_adds(tmp_path: Path) -> None:
+    name = f"{toy.UNET}.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    text = f"{toy.TEXT}.encoder.layers.11.self_attn.out_proj.weight"
+    base = toy.write_toy(tmp_path / "a.safetensors", changes={name: torch.zeros(4, 4)})
+    chance = torch.Generator().manual_seed(1)
+    pieces = {}
+    for module, n_out, n_in in (
+        ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", 4, 4),
+        ("lora_te_text_model_encoder_layers_11_self_attn_out_proj", 2, 3),
+    ):
+        pieces[f"{module}.lora_up.weight"] = torch.randn(n_out, 2, generator=chance)
+        pieces[f"{module}.lora_down.weight"] = torch.randn(2, n_in, generator=chance)
+    save_file(pieces, tmp_path / "lora.safetensors")
+    merger = Merger([Checkpoint(base), Checkpoint(tmp_path / "lora.safetensors")])
+    found = merged(merger, "weighted_sum", {"alpha": 0.6})
+    for tensor, block, start in ((name, "M00", "lora_unet"), (text, "base", "lora_te")):
+        up, down = (
+            next(t for n, t in pieces.items() if n.startswith(start) and way in n)
+            for way in ("up", "down")
+        )
+        gradient = torch.randn(up.shape[0], down.shape[1], generator=chance)
+        expected = float((up @ down * gradient).sum())
+        slopes = found.slopes(tensor, gradient)
+        assert slopes == {("alpha", block): pytest.approx(expected, rel=1e-4)}
+    # Of a tensor that the LoRA leaves as it is, nothing.
+    assert found.slopes(UNET, torch.ones(2, 3)) == {}
+
+
 def test_slope_of_a_group_is_the_sum_of_its_members(merger: Merger) -> None:
     found = space.build(
         ["alpha"], SD1, freeze={"base": 0.1}, ranges={}, groups=[["IN00", "IN01"], ["OUT1*"]]
