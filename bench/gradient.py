@@ -4,7 +4,8 @@
 
 runs the program's own searches on the embedded example and on the pairs of tools/make_pairs.py, and
 judges what each would recommend after so many images (those of A, B and the even merge, which all
-searches make, not counted) on the same fresh prompts and seeds. A search by bayes, which explores less
+searches make, not counted) on the same fresh prompts and seeds. Adam is what follows the same slopes
+without a model of them. A search by bayes, which explores less
 when it may spend less, is begun anew for each number of images. Prints the mean score of the recommended
 merges with its standard error over the searches, and how far gradient is ahead of each search with the
 same seed. What was measured is kept in --results, so that the same command goes on with what is missing.
@@ -20,22 +21,26 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from functools import partial
+from itertools import count, product
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 from demo import DEMO, Silent, judged
 
 from bayesian_merger import config as configuration
 from bayesian_merger import run
-from bayesian_merger.data import Recipe
+from bayesian_merger.backends import Differentiable
+from bayesian_merger.data import Prompt, Recipe
 from bayesian_merger.outcome import mean
+from bayesian_merger.scorers import DifferentiableScorer
 from bayesian_merger.setup import Setup, prepare
 from bayesian_merger.study import Study
-from bayesian_merger.study.proposals import Proposer
+from bayesian_merger.study.proposals import FRESH, Proposer
 
 RESULTS = Path(__file__).with_name("results") / "gradient.jsonl"
 MARKS = (32, 64, 96, 128, 256, 512, 1024)
@@ -45,6 +50,7 @@ SEARCHES: Mapping[str, tuple[Sequence[int], Sequence[str]]] = {
     "gradient, last 4": ((256,), ("search.options={last=4}",)),
     "gradient, last 2": ((256,), ("search.options={last=2}",)),
     "gradient, last 1": ((256,), ("search.options={last=1}",)),
+    "adam": ((128,), ()),
     "bayes": ((64, 128, 256, 512, 1024), ("search.optimiser=bayes",)),
     "tpe": ((1024,), ("search.optimiser=tpe",)),
     "tpe, best seen": ((1024,), ("search.optimiser=tpe",)),
@@ -52,6 +58,9 @@ SEARCHES: Mapping[str, tuple[Sequence[int], Sequence[str]]] = {
 }
 # These recommend what has scored best, as they do elsewhere, and not what our process expects most of.
 BEST_SEEN = ("tpe, best seen", "random, best seen")
+# Of Adam: images of a step, its length, the decay of the two means, and the share of the steps, the last
+# ones, whose mean is recommended.
+N_EACH, RATE, DECAY, TAIL = 6, 0.15, (0.8, 0.95), 0.5
 
 
 class Task(NamedTuple):
@@ -119,7 +128,7 @@ def searched(task: Task, at: Sequence[int], folder: Path, n_fresh: int) -> Itera
     """One search, and the scores of what it recommends at each mark; first that of the even merge."""
     setup = setup_of(task, folder)
     judge = task._replace(search="bayes", seed=10_000)
-    fresh = setup_of(judge, folder, f"heldout.images={n_fresh}")
+    fresh = setup_of(judge, folder, f"heldout.images={n_fresh}", "backend.batch=48")
     with tempfile.TemporaryDirectory() as place:
         study = Study(Path(place) / "study.db")
         judging = 0.0
@@ -127,15 +136,51 @@ def searched(task: Task, at: Sequence[int], folder: Path, n_fresh: int) -> Itera
         proposer = study.searching(setup.plan, yardstick.value)
         yield Point(0, 0.0, fresh_score(fresh, study, setup.baseline("even")))
         start = time.monotonic()
+        steps = adam(setup)
         for mark in at:
-            while study.n_judged < mark:
-                if error := run.attempt(study, proposer, setup, yardstick, Path(place), Silent()):
-                    raise error
-            recipe = recommended(task, study, proposer, setup)
+            if task.search == "adam":
+                recipe = next(found for n, found in steps if n >= mark)
+            else:
+                while study.n_judged < mark:
+                    error = run.attempt(study, proposer, setup, yardstick, Path(place), Silent())
+                    if error:
+                        raise error
+                recipe = recommended(task, study, proposer, setup)
             reached = time.monotonic()
             score = fresh_score(fresh, study, recipe)
             yield Point(mark, reached - start - judging, score)
             judging += time.monotonic() - reached
+
+
+def adam(setup: Setup) -> Iterator[tuple[int, Recipe]]:
+    """How many images were spent, and what Adam would recommend then, of steps inside the ranges."""
+    engine, (scorer,) = setup.backend, setup.scorers.values()
+    assert isinstance(engine, Differentiable)
+    assert isinstance(scorer, DifferentiableScorer)
+    judge = partial(by_texts, scorer)
+    names, bounds = list(setup.plan.bounds), np.array(list(setup.plan.bounds.values()))
+    low, span = bounds[:, 0], np.diff(bounds)[:, 0]
+    here, mean_of, square_of, visited = np.full(len(names), 0.5), 0.0, 0.0, []
+    for step in count(1):
+        recipe = setup.recipe(dict(zip(names, low + span * here, strict=True)))
+        engine.load(recipe, setup.merger.merge(recipe))
+        prompts = [setup.prompt(FRESH + i) for i in range((step - 1) * N_EACH, step * N_EACH)]
+        pieces = list(engine.follow(prompts, judge, setup.space.searched, None))
+        found = [setup.space.slopes(piece.slopes) for piece in pieces]
+        slope = span * np.mean([[each[name] for name in names] for each in found], 0)
+        mean_of = DECAY[0] * mean_of + (1 - DECAY[0]) * slope
+        square_of = DECAY[1] * square_of + (1 - DECAY[1]) * slope**2
+        size = np.sqrt(square_of / (1 - DECAY[1] ** step)) + 1e-3 * np.abs(slope).max()
+        here = np.clip(here + RATE * mean_of / (1 - DECAY[0] ** step) / size, 0.0, 1.0)
+        visited.append(here)
+        last = np.mean(visited[-math.ceil(TAIL * step) :], 0)
+        yield step * N_EACH, setup.recipe(dict(zip(names, low + span * last, strict=True)))
+
+
+def by_texts(
+    scorer: DifferentiableScorer, pixels: torch.Tensor, some: Sequence[Prompt]
+) -> torch.Tensor:
+    return scorer.differentiable(pixels, [prompt.prompt for prompt in some])
 
 
 def recommended(task: Task, study: Study, proposer: Proposer, setup: Setup) -> Recipe:

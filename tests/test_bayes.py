@@ -104,6 +104,23 @@ def test_slopes_do_not_lead_to_where_little_is_known() -> None:
     assert found.se < 0.9 * se
 
 
+def test_several_processes_are_misled_by_noisy_slopes_less_than_one() -> None:
+    found: dict[str, list[float]] = {"several": [], "one": []}
+    for seed in range(6):
+        chance, bayes = np.random.default_rng(seed), Bayes(D, ["p"] * 60, 0)
+        seen, point = [], np.full(D, 0.5)
+        for n in range(0, 60, 6):
+            scores = {n + i: value(point) + 3 * chance.normal() for i in range(6)}
+            slopes = [Slope(1, -8 * (point - 0.3) + 4 * chance.normal(size=D)) for _ in range(6)]
+            seen.append(Judged(point, scores, slopes))
+            point = np.clip(0.3 + 0.15 * chance.normal(size=D), 0, 1)
+        points = torch.from_numpy(np.array([one.point for one in seen]))
+        found["several"].append(value(bayes.few(seen, 1)[0].point))
+        found["one"].append(value(bayes._climbed([bayes.learnt(seen)], points, 5).numpy()))
+    assert np.mean(found["several"]) > 0.8 * np.mean(found["one"])
+    assert min(found["several"]) > min(found["one"])
+
+
 @pytest.mark.parametrize(("of_scores", "of_slopes"), [(1e-6, 1e-6), (1.0, 0.0)])
 def test_slopes_without_errors_are_no_error(of_scores: float, of_slopes: float) -> None:
     """Those that tell the same again and again have no covariance of full rank."""

@@ -3,7 +3,8 @@
 Three rules propose in turn, as no one of them is best everywhere: the upper confidence bound, which
 looks where little is known; Thompson sampling, which varies some weights of the best merge so far; and
 the expected improvement over that merge. What is recommended is the maximum of the expected score over
-all merges, not the merge that was luckiest; where slopes are known, that of the score's lower bound.
+all merges, not the merge that was luckiest; where slopes are known, that of the score's lower bound, by
+several processes of which each lacks some of the merges (Breiman 1996, Bagging predictors).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from bayesian_merger.slopes import Slope, pooled
 _KAPPA = 2.0
 # Downwards, where slopes lead.
 _CAUTION = 1.0
+# Processes that recommend a merge together, where slopes lead.
+_N_BAGS = 5
 _N_SAMPLED = 400
 _N_VARIED = 20
 _STEP = 0.3
@@ -107,7 +110,12 @@ class Bayes:
         wrong in the same way.
         """
         posterior = self.learnt(judged)
-        found = [self._best(posterior)]
+        middle = torch.full((1, self.d), 0.5, dtype=torch.float64)
+        learnt = [posterior]
+        if len(posterior.data.sloped):
+            learnt = [self.learnt(some) for some in _bags(judged)]
+        best = self._climbed(learnt, posterior.data.points, 5, self._box.of_each_choice(middle))
+        found = [Recommended(best.numpy(), *posterior.expected(best))]
         for i in posterior.at_points.argsort()[::-1]:
             point = judged[i].point
             if len(found) < n and all(_apart(point, one.point) > _NEAR for one in found):
@@ -148,18 +156,21 @@ class Bayes:
         expected = np.array([posterior.mean(points).numpy() for posterior in learnt]).T
         return [points[i].numpy() for i in _spread(expected, n)]
 
-    def _best(self, posterior: Posterior) -> Recommended:
-        middle = torch.full((1, self.d), 0.5, dtype=torch.float64)
-        best = self._climbed(posterior, 5, self._box.of_each_choice(middle))
-        return Recommended(best.numpy(), *posterior.expected(best))
-
-    def _climbed(self, posterior: Posterior, n: int, *others: Tensor) -> Tensor:
-        """The merge of the highest expected score, climbing from the best `n` and from others.
+    def _climbed(
+        self, learnt: Sequence[Posterior], points: Tensor, n: int, *others: Tensor
+    ) -> Tensor:
+        """The merge of the highest expected score, climbing from the best `n` points and from others.
 
         Slopes lead on to merges of which little is known, so with them it is the highest lower bound.
+        Of several processes it is that of their mean.
         """
-        value = _bounds(posterior, -_CAUTION) if len(posterior.data.sloped) else posterior.mean
-        points = posterior.data.points
+        each = [_bounds(p, -_CAUTION) if len(p.data.sloped) else p.mean for p in learnt]
+        scales = [p.data.scale / learnt[0].data.scale for p in learnt]
+
+        def value(x: Tensor) -> Tensor:
+            told = [scale * of_one(x) for scale, of_one in zip(scales, each, strict=True)]
+            return torch.stack(told).mean(0)
+
         with torch.no_grad():
             few = value(points).argsort(descending=True)[:n]
         return self._box.climb(value, torch.cat([points[few], *others]))
@@ -169,7 +180,7 @@ class Bayes:
         # A resumed search fits to the same merges as one that never stopped.
         step = max(_EVERY, len(judged) // 20)
         posterior = self._posterior(judged, max(1, len(judged) // step * step))
-        return posterior, self._climbed(posterior, 1)
+        return posterior, self._climbed([posterior], posterior.data.points, 1)
 
     def _posterior(self, judged: Sequence[Judged], n_fitted: int) -> Posterior:
         data = self._data(judged)
@@ -191,6 +202,14 @@ class Bayes:
         return Data(
             points, point, image, payloads, y, self.shares, pooled([one.slopes for one in judged])
         )
+
+
+def _bags(judged: Sequence[Judged]) -> list[list[Judged]]:
+    """The merges without every fifth of them, in all ways, but always with the first of all."""
+    return [
+        [one for n, one in enumerate(judged) if n == 0 or n % _N_BAGS != bag]
+        for bag in range(_N_BAGS)
+    ]
 
 
 def _spread(values: Array, n: int) -> list[int]:
