@@ -44,6 +44,8 @@ from bayesian_merger.study.proposals import FRESH, Proposer
 
 RESULTS = Path(__file__).with_name("results") / "gradient.jsonl"
 MARKS = (32, 64, 96, 128, 256, 512, 1024)
+# Of the way from the even merge to the best that is found.
+SHARES = (0.5, 0.75, 0.9, 0.95, 1.0)
 # How many images searches by each may spend, and its settings.
 SEARCHES: Mapping[str, tuple[Sequence[int], Sequence[str]]] = {
     "gradient": ((256,), ()),
@@ -99,13 +101,19 @@ def main() -> None:
         budgets = {min(n, options.most) for n in SEARCHES[search][0]}
         for task in [Task(pair, search, seed, n) for n in sorted(budgets)]:
             if task not in found:
-                found[task] = list(searched(task, marks(task), options.folder, options.images))
+                even = next(
+                    (points[0].score for known, points in found.items() if known.pair == pair),
+                    None,
+                )
+                points = searched(task, marks(task), options.folder, options.images, even)
+                found[task] = list(points)
                 with options.results.open("a") as file:
                     file.write(json.dumps({"task": task, "points": found[task]}) + "\n")
                 told = " ".join(f"{p.images}: {p.score:.3f}" for p in found[task])
                 print(*task, told, flush=True)
     for pair in options.pairs:
         table(pair, found, options.searches)
+        until(pair, found, options.searches)
     if options.figure:
         draw(found, options.pairs, options.searches, options.figure)
 
@@ -124,7 +132,9 @@ def read(path: Path) -> dict[Task, list[Point]]:
     return {Task(*entry["task"]): [Point(*p) for p in entry["points"]] for entry in entries}
 
 
-def searched(task: Task, at: Sequence[int], folder: Path, n_fresh: int) -> Iterator[Point]:
+def searched(
+    task: Task, at: Sequence[int], folder: Path, n_fresh: int, even: float | None
+) -> Iterator[Point]:
     """One search, and the scores of what it recommends at each mark; first that of the even merge."""
     setup = setup_of(task, folder)
     judge = task._replace(search="bayes", seed=10_000)
@@ -134,7 +144,7 @@ def searched(task: Task, at: Sequence[int], folder: Path, n_fresh: int) -> Itera
         judging = 0.0
         yardstick = run.baselines(study, setup, Path(place), Silent())
         proposer = study.searching(setup.plan, yardstick.value)
-        yield Point(0, 0.0, fresh_score(fresh, study, setup.baseline("even")))
+        yield Point(0, 0.0, even or fresh_score(fresh, study, setup.baseline("even")))
         start = time.monotonic()
         steps = adam(setup)
         for mark in at:
@@ -245,6 +255,37 @@ def table(pair: str, found: Mapping[Task, Sequence[Point]], searches: Sequence[s
                 [first[s, n] - scores[s, n] for s in seeds if (s, n) in both] for n in columns
             ]
             print(f"{'  ahead of it by':20}" + "".join(f"{shown(gain):>16}" for gain in gains))
+
+
+def until(pair: str, found: Mapping[Task, Sequence[Point]], searches: Sequence[str]) -> None:
+    """Print how many images and seconds the median search needs for given scores.
+
+    These are shares of the way from the even merge to the best mean score of any search.
+    """
+    points = points_of(pair, found)
+    even = next((point.score for (_, _, images), point in points.items() if not images), 0.0)
+    of_search: dict[str, dict[int, list[Point]]] = {}
+    for (name, seed, _), point in sorted(points.items(), key=lambda entry: entry[1].images):
+        of_search.setdefault(name, {}).setdefault(seed, []).append(point)
+    means = [
+        statistics.mean(by[seed][i].score for seed in by)
+        for name, by in of_search.items()
+        if name in searches
+        for i in range(min(map(len, by.values())))
+    ]
+    targets = [even + share * (max(means, default=even) - even) for share in SHARES]
+    print(f"\n{pair}: images (seconds) until the median search has a merge that scores")
+    print(f"{'':20}" + "".join(f"{target:>16.2f}" for target in targets))
+    for name in (name for name in searches if name in of_search):
+        cells = []
+        for target in targets:
+            first = [
+                next(((p.images, p.seconds) for p in some if p.score >= target), (math.inf, 0.0))
+                for some in of_search[name].values()
+            ]
+            images, seconds = sorted(first)[len(first) // 2]
+            cells.append(f"{images} ({seconds:.0f})" if images < math.inf else "-")
+        print(f"{name:20}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 def draw(
