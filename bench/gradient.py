@@ -89,7 +89,13 @@ def main() -> None:
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=SEARCHES)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--most", type=int, default=max(MARKS), help="images of a search")
-    parser.add_argument("--images", type=int, default=192, help="fresh ones, to judge a merge")
+    parser.add_argument("--marks", type=int, nargs="+", default=MARKS, help="where it is judged")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=192,
+        help="fresh ones, to judge a merge, the same for all in a file of results",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="read, then added to")
     parser.add_argument("--figure", type=Path)
@@ -105,7 +111,8 @@ def main() -> None:
                     (points[0].score for known, points in found.items() if known.pair == pair),
                     None,
                 )
-                points = searched(task, marks(task), options.folder, options.images, even)
+                at = marks(task, options.marks)
+                points = searched(task, at, options.folder, options.images, even)
                 found[task] = list(points)
                 with options.results.open("a") as file:
                     file.write(json.dumps({"task": task, "points": found[task]}) + "\n")
@@ -118,11 +125,11 @@ def main() -> None:
         draw(found, options.pairs, options.searches, options.figure)
 
 
-def marks(task: Task) -> list[int]:
+def marks(task: Task, known: Sequence[int]) -> list[int]:
     """After how many images a search is judged; after all that it may spend, if others spend less."""
     if len(SEARCHES[task.search][0]) > 1:
         return [task.images]
-    return [mark for mark in MARKS if mark <= task.images]
+    return [mark for mark in known if mark <= task.images]
 
 
 def read(path: Path) -> dict[Task, list[Point]]:
@@ -144,7 +151,9 @@ def searched(
         judging = 0.0
         yardstick = run.baselines(study, setup, Path(place), Silent())
         proposer = study.searching(setup.plan, yardstick.value)
-        yield Point(0, 0.0, even or fresh_score(fresh, study, setup.baseline("even")))
+        yield Point(
+            0, 0.0, fresh_score(fresh, study, setup.baseline("even")) if even is None else even
+        )
         start = time.monotonic()
         steps = adam(setup)
         for mark in at:
@@ -176,7 +185,7 @@ def adam(setup: Setup) -> Iterator[tuple[int, Recipe]]:
         engine.load(recipe, setup.merger.merge(recipe))
         prompts = [setup.prompt(FRESH + i) for i in range((step - 1) * N_EACH, step * N_EACH)]
         pieces = list(engine.follow(prompts, judge, setup.space.searched, None))
-        found = [setup.space.slopes(piece.slopes) for piece in pieces]
+        found = [setup.space.slopes(piece.slopes) for piece in pieces if not piece.fault]
         slope = span * np.mean([[each[name] for name in names] for each in found], 0)
         mean_of = DECAY[0] * mean_of + (1 - DECAY[0]) * slope
         square_of = DECAY[1] * square_of + (1 - DECAY[1]) * slope**2

@@ -24,8 +24,9 @@ from bayesian_merger.slopes import Slope, pooled
 _KAPPA = 2.0
 # Downwards, where slopes lead.
 _CAUTION = 1.0
-# Processes that recommend a merge together, where slopes lead.
-_N_BAGS = 5
+# Processes that recommend a merge together, where slopes lead, and steps of the fit of each from the
+# hyperparameters of one with all merges.
+_N_BAGS, _N_FITTED = 5, 15
 _N_SAMPLED = 400
 _N_VARIED = 20
 _STEP = 0.3
@@ -109,11 +110,11 @@ class Bayes:
         The first need not have been tried. They are apart from each other, so that they are not all
         wrong in the same way.
         """
-        posterior = self.learnt(judged)
+        model, posterior = self._fitted_to(judged)
         middle = torch.full((1, self.d), 0.5, dtype=torch.float64)
         learnt = [posterior]
         if len(posterior.data.sloped):
-            learnt = [self.learnt(some) for some in _bags(judged)]
+            learnt = [self._refitted(model, some) for some in _bags(judged)]
         best = self._climbed(learnt, posterior.data.points, 5, self._box.of_each_choice(middle))
         found = [Recommended(best.numpy(), *posterior.expected(best))]
         for i in posterior.at_points.argsort()[::-1]:
@@ -124,10 +125,22 @@ class Bayes:
 
     def learnt(self, judged: Sequence[Judged]) -> Posterior:
         """What the scores say of every merge, by hyperparameters of their own."""
+        return self._fitted_to(judged)[1]
+
+    def _fitted_to(self, judged: Sequence[Judged]) -> tuple[Model, Posterior]:
         data = self._data(judged)
         model = self._model(data)  # of its own: who asks in between changes no proposal
         model.fit(data, n_steps=60)
-        return model.posterior(data)
+        return model, model.posterior(data)
+
+    def _refitted(self, model: Model, judged: Sequence[Judged]) -> Posterior:
+        """What fewer merges say, by hyperparameters near those of the `model` of all."""
+        data = self._data(judged)
+        own = self._model(data)
+        if len(own.theta) == len(model.theta):  # else none of these has slopes
+            own.theta = model.theta.copy()
+        own.fit(data, n_steps=_N_FITTED)
+        return own.posterior(data)
 
     def compromises(self, learnt: Sequence[Posterior], n: int) -> list[Array]:
         """Merges of which none is expected to be better than another in every one of several scores.
@@ -164,7 +177,8 @@ class Bayes:
         Slopes lead on to merges of which little is known, so with them it is the highest lower bound.
         Of several processes it is that of their mean.
         """
-        each = [_bounds(p, -_CAUTION) if len(p.data.sloped) else p.mean for p in learnt]
+        is_sloped = any(len(p.data.sloped) for p in learnt)
+        each = [_bounds(p, -_CAUTION) if is_sloped else p.mean for p in learnt]
         scales = [p.data.scale / learnt[0].data.scale for p in learnt]
 
         def value(x: Tensor) -> Tensor:
