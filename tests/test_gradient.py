@@ -384,6 +384,22 @@ class Brightness:
     assert "brightness" in note
 
 
+def test_check_tells_of_images_without_a_gradient(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def follow(self: object, *given: Any) -> Iterator[Followed]:
+        for piece in followed(self, *given):
+            yield Followed(piece.samples, {}, "too steep")
+
+    chosen = ready(folder)
+    painter = type(chosen.backend)
+    followed = painter.follow  # type: ignore[attr-defined]
+    monkeypatch.setattr(painter, "follow", follow)
+    (note,) = run.try_out(chosen).notes
+    assert note.startswith("not every image of ")
+    assert note.endswith("told its gradient: too steep")
+
+
 def test_last_where_auto_takes_bayes_is_refused_with_the_reason(folder: Path) -> None:
     said = "'last' is of the gradient, which does not fit, as scorer likeness cannot be differentiated"
     with pytest.raises(ConfigError, match=said):

@@ -199,6 +199,8 @@ def _clip() -> Iterator[_Rule]:
 def _open_clip() -> Iterator[_Rule]:
     """A text encoder that a checkpoint names as OpenCLIP does: SD2's and the second of SDXL."""
     yield _Rule("text_projection.weight", "text_projection", form="transposed")
+    # As a script of diffusers' writes it.
+    yield _Rule("text_projection.weight", "text_projection.weight")
     for top in ("text_model.", ""):
         yield _Rule(f"{top}embeddings.token_embedding.", "token_embedding.")
         yield _Rule(f"{top}embeddings.position_embedding.weight", "positional_embedding")

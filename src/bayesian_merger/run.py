@@ -116,7 +116,7 @@ def judge(
 
     Images go to the folder `keep`, if given, before their scores are stored. With a `yardstick` the
     slopes of the value by each parameter are measured too, a few images at once. TrialError if the
-    merge, an image, a score or a slope is not to be had.
+    merge, an image, a score or any slope is not to be had.
     """
     done = trial.scores.keys() if yardstick is None else trial.followed
     todo = [prompt for prompt in panel if prompt.index not in done]
@@ -151,7 +151,7 @@ def judge(
         start = time.monotonic()
     if faults:
         what = f"{trial.name} was judged without its gradient"
-        if len(faults) < len(todo):
+        if any(piece.by for piece in trial.result().slopes):
             what = f"{len(faults)} of {len(todo)} images of {trial.name} told no gradient"
         observer.noted(f"{what}: {faults[-1]}")
 
@@ -618,8 +618,10 @@ def try_out(setup: Setup) -> TryOut:
             notes = _disagreements(setup.scorers, samples, scores)
             list(_followed(setup, batch[:1], one))  # the same here
             start = time.monotonic()
-            list(_followed(setup, batch, one))
+            faults = [piece.fault for piece in _followed(setup, batch, one) if piece.fault]
             per_followed = (time.monotonic() - start) / len(batch)
+            if faults:
+                notes.append(f"not every image of {len(batch)} told its gradient: {faults[0]}")
             n_followed = setup.plan.n_images + len(setup.panel) * setup.follows_even
         except TrialError as error:
             notes.append(f"a run would go on by the scores alone, without the gradient: {error}")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from bayesian_merger import config as configuration
-from bayesian_merger import curves, devices, methods, prompts, space
+from bayesian_merger import curves, devices, metadata, methods, prompts, space
 from bayesian_merger import guide as guides
 from bayesian_merger.backends import Backend, Differentiable, backend
 from bayesian_merger.blocks import Architecture
@@ -259,8 +259,16 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
 
 
 def _check_backend(engine: Backend, merger: Merger, panel: Sequence[Prompt]) -> list[str]:
-    shapes = {name: entry.shape for name, entry in merger.models[0].layout.items()}
-    return [*merger.notes, *engine.check(panel, merger.architecture.name, shapes)]
+    first = merger.models[0]
+    shapes = {name: entry.shape for name, entry in first.layout.items()}
+    notes = list(merger.notes)
+    said, marked = (metadata.prediction(first.layout, m) for m in (first.metadata, {}))
+    if said == "v" != marked:
+        notes.append(
+            f"model A, {first.name}, says that it predicts v, but has no tensor v_pred, by which "
+            f"programs know that; if its images are mere noise, set backend.prediction = 'v'"
+        )
+    return [*notes, *engine.check(panel, merger.architecture.name, shapes)]
 
 
 def _open_models(config: Config) -> Merger:

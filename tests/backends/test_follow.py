@@ -301,21 +301,38 @@ def test_gradient_that_overflows_is_tried_again_with_a_smaller_factor(
     assert {key: mean(one[key] for one in each) for key in SOME} == pytest.approx(plain, rel=1e-6)
 
 
-def test_image_whose_gradient_is_no_number_has_no_slopes_and_the_next_one_has(
+def test_merge_whose_first_images_tell_no_gradient_is_not_followed_further(
+    live: Diffusers, merger: Merger, scorer: Demo
+) -> None:
+    load(live, merger)
+    tried = []
+
+    def broken(pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
+        tried.append(some[0].index)
+        return judge_by(scorer)(pixels, some) * float("nan")
+
+    made = live.follow(prompts(4), broken, SOME, 1)
+    assert next(made).slopes == {}
+    with pytest.raises(TrialError, match=r"the gradient of tensor '.*' is not finite"):
+        next(made)
+    assert tried == [0, 1]
+
+
+def test_image_whose_gradient_is_no_number_has_no_slopes_and_others_have(
     live: Diffusers, merger: Merger, scorer: Demo
 ) -> None:
     load(live, merger)
     expected = [one.slopes for one in live.follow(prompts(), judge_by(scorer), SOME, 1)]
 
     def broken(pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
-        return judge_by(scorer)(pixels, some) * (float("nan") if some[0].index == 0 else 1.0)
+        return judge_by(scorer)(pixels, some) * (float("nan") if some[0].index == 1 else 1.0)
 
-    bad, good = live.follow(prompts(), broken, SOME, 1)
+    good, bad = live.follow(prompts(), broken, SOME, 1)
     assert bad.slopes == {}
     assert re.search("the gradient of tensor '.*' is not finite", bad.fault)
-    assert good.slopes == expected[1]
+    assert good.slopes == expected[0]
     assert good.fault == ""
-    (picture,) = live.generate(prompts()[:1])
-    assert bad.samples[0].prompt == prompts()[0]
+    (picture,) = live.generate(prompts()[1:])
+    assert bad.samples[0].prompt == prompts()[1]
     assert (np.asarray(bad.samples[0].image) == np.asarray(picture.image)).all()
     assert not any(p.requires_grad for p in live._pipe.unet.parameters())

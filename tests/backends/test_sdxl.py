@@ -6,6 +6,7 @@ diffusers writes the models' folders and makes the images that ours are compared
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_names import known_layout
 from torch import Tensor
 
 from bayesian_merger.backends import Key
@@ -167,35 +169,120 @@ def test_clip_skip_counts_from_the_layer_before_the_last(
         assert (pictures(other, prompts()) == expected).all() == is_same
 
 
-def test_models_that_predict_v_are_known_by_their_markers(
-    folders: list[Path], merger: Merger
+def shapes_with(*markers: str) -> dict[str, tuple[int, ...]]:
+    """Those of a whole SDXL, with these markers alone of all that its files may have."""
+    whole = known_layout("sdxl-sgm")
+    return {n: shape for n, shape in whole.items() if "." in n and not n.startswith("edm_")} | (
+        dict.fromkeys(markers, ())
+    )
+
+
+@pytest.mark.parametrize(
+    ("markers", "prediction", "found"),
+    [
+        ((), "auto", ("epsilon", False, "linspace")),
+        (("v_pred",), "auto", ("v_prediction", False, "linspace")),
+        (("v_pred", "ztsnr"), "auto", ("v_prediction", True, "trailing")),
+        ((), "v", ("v_prediction", False, "linspace")),
+        (("v_pred", "ztsnr"), "epsilon", ("epsilon", False, "linspace")),
+    ],
+)
+def test_noise_schedule_is_that_of_what_the_models_predict(
+    markers: tuple[str, ...], prediction: str, found: tuple[str, bool, str]
 ) -> None:
+    back_end = Diffusers(device="cpu", prediction=prediction)
+    wanted = prompts(sampler="Euler")
+    back_end.check(wanted, "sdxl", shapes_with(*markers))
+    scheduler = back_end._scheduler(wanted[0])
+    told = scheduler.config
+    assert (told.prediction_type, told.rescale_betas_zero_snr, told.timestep_spacing) == found
+    # Nearly pure noise, or as much of it as SDXL has been trained on.
+    assert (float(scheduler.sigmas[0]) > 1000) == found[1]
+
+
+def test_prediction_holds_for_a_folder_that_says_nothing_of_it(
+    folders: list[Path], merger: Merger, tmp_path: Path
+) -> None:
+    config = tmp_path / "config"
+    shutil.copytree(folders[0], config)
+    path = config / "scheduler" / "scheduler_config.json"
+    told = json.loads(path.read_text())
+    del told["prediction_type"]
+    path.write_text(json.dumps(told))
     shapes = {name: entry.shape for name, entry in merger.models[0].layout.items()}
-    found = {}
-    for marker in ("", "v_pred", "ztsnr"):
-        back_end = Diffusers(device="cpu", config=folders[0])
-        back_end.check(prompts(sampler="Euler"), "sdxl", shapes | ({marker: ()} if marker else {}))
-        config = back_end._scheduler(prompts(sampler="Euler")[0]).config
-        found[marker] = (config.prediction_type, config.rescale_betas_zero_snr)
-    assert found == {
-        "": ("epsilon", False),
-        "v_pred": ("v_prediction", False),
-        "ztsnr": ("v_prediction", True),
-    }
-    told = Diffusers(device="cpu", prediction="v", config=folders[0])
-    told.check(prompts(), "sdxl", shapes)
-    assert told._scheduler(prompts()[0]).config.prediction_type == "v_prediction"
+    back_end = Diffusers(device="cpu", prediction="v", config=config)
+    back_end.check(prompts(), "sdxl", shapes)
+    assert back_end._scheduler(prompts()[0]).config.prediction_type == "v_prediction"
+
+
+def test_files_that_a_script_of_diffusers_has_written_are_read() -> None:
+    shapes = shapes_with()
+    usual = "conditioner.embedders.1.model.text_projection"
+    shapes[f"{usual}.weight"] = shapes.pop(usual)
+    back_end = Diffusers(device="cpu")
+    back_end.check(prompts(), "sdxl", shapes)
+    target = back_end._tables["text_encoder_2"]["text_projection.weight"]
+    assert (target.tensor, target.form) == (f"{usual}.weight", "same")
+
+
+def test_models_whose_images_would_be_noise_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'edm_mean', so their noise schedule is that of EDM"):
+        Diffusers(device="cpu").check(prompts(), "sdxl", shapes_with("edm_mean", "edm_std"))
+    with pytest.raises(ConfigError, match=r"sampler 'Heun' .*ztsnr"):
+        Diffusers(device="cpu").check(
+            prompts(sampler="Heun"), "sdxl", shapes_with("v_pred", "ztsnr")
+        )
     with pytest.raises(ConfigError, match="did you mean 'epsilon'"):
         Diffusers(device="cpu", prediction="epsilo")
 
 
-def test_sampler_that_cannot_begin_at_pure_noise_is_refused(
-    folders: list[Path], merger: Merger
+@pytest.mark.parametrize("unusual", [False, True])
+@pytest.mark.parametrize("sampler", module._SAMPLERS)
+def test_every_sampler_ends_on_every_schedule(
+    merger: Merger,
+    live: Diffusers,
+    sampler: str,
+    unusual: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shapes = {name: entry.shape for name, entry in merger.models[0].layout.items()}
-    back_end = Diffusers(device="cpu", config=folders[0])
-    with pytest.raises(ConfigError, match=r"sampler 'Heun' .*ztsnr"):
-        back_end.check(prompts(sampler="Heun"), "sdxl", shapes | {"ztsnr": ()})
+    live.load(*merge(merger, 0.0, {}))
+    if unusual:
+        live._unusual = live._predicted(["v_pred", "ztsnr"])
+    monkeypatch.setattr(live, "_noise", lambda latents, time, texts: 0.1 * latents)
+    ended = 0
+    for scheduler in module._SCHEDULES:
+        for steps in (4, 20, 30, 50):
+            some = [
+                replace(p, sampler_name=sampler, scheduler=scheduler, steps=steps)
+                for p in prompts()
+            ]
+            try:
+                live._scheduler_class(some[0])
+            except ConfigError:
+                continue
+            with torch.no_grad():
+                assert torch.isfinite(live._denoised(some, 0)).all(), (scheduler, steps)
+            ended += 1
+    assert ended or unusual
+
+
+def test_half_precision_makes_the_same_pictures_and_slopes(
+    merger: Merger, live: Diffusers
+) -> None:
+    wanted = [replace(p, negative_prompt="blurry" if p.index else "") for p in prompts()]
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        live.close()
+        live._dtype = dtype
+        live.load(*merge(merger, 1.0, {"TE2": 1.0}))
+        live.load(*merge(merger, 0.5, {"TE2": 0.25}))  # only what changes is written
+        made = live.follow(wanted, lambda pixels, _: mean_score(pixels), SOME, None)
+        found[dtype] = pictures(live, wanted), [one.slopes for one in made]
+    whole, half = found.values()
+    assert np.abs(whole[0] - half[0]).mean() < 0.01
+    for one, other in zip(whole[1], half[1], strict=True):
+        size = np.linalg.norm(list(one.values()))
+        assert np.linalg.norm([other[key] - one[key] for key in SOME]) < 0.1 * size
 
 
 def mean_score(pixels: Tensor) -> Tensor:

@@ -67,9 +67,9 @@ class Diffusers:
 
     `device` is "auto" (CUDA, else Apple's MPS, else CPU) or a torch device. `batch` images are made
     at once. `clip_skip` counts as in stable-diffusion-webui: 1 uses the text encoder's last layer,
-    2 the one before, from which on SDXL counts. `prediction` is what the models predict, "epsilon" or
-    "v"; "auto" goes by the tensors v_pred and ztsnr, as ComfyUI and the webuis do. `config` is a folder
-    in diffusers layout (model_index.json and so on, no weights) for models of another size than the
+    2 the one before, which SDXL has in both cases. `prediction` is what the models predict, "epsilon"
+    or "v"; "auto" goes by the tensors v_pred and ztsnr, as ComfyUI does. `config` is a folder in
+    diffusers layout (model_index.json and so on, no weights) for models of another size than the
     architecture's; by default the one in this package.
     """
 
@@ -105,7 +105,9 @@ class Diffusers:
         self._enlarged = _ENLARGED if self._dtype == torch.float16 else 1.0
         self._lib = _import_diffusers()
         self._pipe: Any = None
-        self._schedule: Any = None  # the model's own noise schedule, whatever sampler is in use
+        # The model's own noise schedule, whatever sampler is in use, and how it is another than usual.
+        self._schedule: Any = None
+        self._unusual: Mapping[str, Any] = {}
         self._live: dict[str, Tensor] = {}  # the checkpoint's name -> tensor of the pipeline
         self._held: Merge | None = None  # what the live tensors are
         # For each part of the pipeline, its own name of each tensor -> what of the checkpoint it is.
@@ -175,9 +177,13 @@ class Diffusers:
     ) -> Iterator[Followed]:
         """Images with slopes, one by one: images differ much in these."""
         factor = self._enlarged
-        for prompt in prompts:
+        n_good = 0
+        for number, prompt in enumerate(prompts):
             self._spare_memory(prompt, prompt.steps if last is None else min(last, prompt.steps))
             found, factor = self._followed(prompt, judge, wanted, last, factor)
+            n_good += not found.fault
+            if number and not n_good:  # a fault of each would cost many tries
+                raise TrialError(found.fault)
             yield found
 
     def _followed(
@@ -192,10 +198,11 @@ class Diffusers:
         while True:
             # In a function of its own, so that what it held is free before the next try.
             try:
-                return self._backward(prompt, judge, wanted, last, factor), factor
-            except GradientError as error:
+                found = self._backward(prompt, judge, wanted, last, factor)
+                if not found.fault:
+                    return found, factor
                 if factor <= 1:
-                    return Followed(list(self.generate([prompt])), {}, str(error)), first
+                    return found, first
                 factor /= 16
             except _OutOfMemory as error:
                 if not self._needs_less():
@@ -214,14 +221,20 @@ class Diffusers:
         last: int | None,
         factor: float,
     ) -> Followed:
-        """One image, and the slopes of `factor` times its score, divided by that."""
+        """One image, and the slopes of `factor` times its score, divided by that, if they are finite."""
         slopes: dict[Key, float] = {}
+        fault = ""
         with self._folding(wanted, slopes):
             pixels = self._pixels([prompt], last)
             with _enough_memory("for the gradient"):
                 scores = judge((pixels / 2 + 0.5).clamp(0, 1), [prompt])
-                torch.autograd.backward(scores.sum() * factor)
+                try:
+                    torch.autograd.backward(scores.sum() * factor)
+                except GradientError as error:
+                    fault = str(error)
         (image,) = _as_images(pixels.detach())
+        if fault:
+            return Followed([Sample(image, prompt)], {}, fault)
         return Followed(
             [Sample(image, prompt)], {key: slope / factor for key, slope in slopes.items()}
         )
@@ -335,6 +348,9 @@ class Diffusers:
                 without = self._embedded([p.negative_prompt for p in prompts], is_negative=True)
                 texts = _Texts(*(torch.cat(both) for both in zip(without, texts, strict=True)))
         scheduler.set_timesteps(first.steps, device=self._device)
+        # Where rounding makes its first times equal, diffusers would begin at the second and run out.
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
         latents: Tensor = pipe.prepare_latents(
             len(prompts),
             pipe.unet.config.in_channels,
@@ -402,7 +418,7 @@ class Diffusers:
         states = torch.cat([found.hidden_states[layer] for found in both], -1)
         summaries: Tensor = both[1].text_embeds
         if is_negative:
-            # And on zeros instead of no text.
+            # And on zeros instead of no text, which stable-diffusion-webui gives it too.
             is_text = torch.tensor([bool(text) for text in texts], device=states.device)
             states = states * is_text[:, None, None]
             summaries = summaries * is_text[:, None]
@@ -436,7 +452,7 @@ class Diffusers:
         if self._config is not None:
             _require_files(folder, parts)
         self._pipe = _pipeline(self._lib, folder, parts)
-        self._schedule = {**self._pipe.scheduler.config, **self._predicted(shapes)}
+        self._schedule, self._unusual = self._pipe.scheduler.config, self._predicted(shapes)
         self._live, self._held = {}, None
         encoders = [part.name for part in parts if part.name.startswith("text_encoder")]
         n_layers = min(getattr(self._pipe, name).config.num_hidden_layers for name in encoders)
@@ -470,12 +486,22 @@ class Diffusers:
         return {name: spelt[name] for name in own}
 
     def _predicted(self, names: Iterable[str]) -> dict[str, Any]:
-        """What the models' noise schedule is, beside the usual."""
-        markers = {"v_pred", "ztsnr"} & set(names)
-        told = _PREDICTIONS[self._prediction] or ("v_prediction" if markers else "")
+        """How the models' noise schedule is another than the configuration's.
+
+        By what they predict; those of v may also begin at pure noise, at a signal-to-noise ratio of zero
+        (Lin et al. 2023, arXiv:2305.08891).
+        """
+        known = set(names)
+        if edm := sorted(name for name in known if name.startswith("edm_")):
+            raise ConfigError(
+                f"the models have the tensor {edm[0]!r}, so their noise schedule is that of EDM, which "
+                f"the back end 'diffusers' does not make; bayesian-merger merge merges them without a "
+                f"search"
+            )
+        told = _PREDICTIONS[self._prediction] or ("v_prediction" if "v_pred" in known else "")
         found: dict[str, Any] = {"prediction_type": told} if told else {}
-        if "ztsnr" in markers:
-            found["rescale_betas_zero_snr"] = True
+        if told == "v_prediction" and "ztsnr" in known:
+            found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return found
 
     def _build(self, architecture: str, merged: Mapping[str, Tensor]) -> None:
@@ -517,7 +543,10 @@ class Diffusers:
 
     def _scheduler(self, prompt: Prompt) -> Any:
         name, settings = self._scheduler_class(prompt)
-        return getattr(self._lib, name).from_config(self._schedule, **settings)
+        # Not as part of the schedule, of which diffusers drops what it believes to be defaults.
+        return getattr(self._lib, name).from_config(
+            self._schedule, **{**self._unusual, **settings}
+        )
 
     def _scheduler_class(self, prompt: Prompt) -> tuple[str, dict[str, Any]]:
         sampler, schedule = prompt.sampler_name, prompt.scheduler
@@ -543,7 +572,7 @@ class Diffusers:
             raise ConfigError(
                 f"{where}: sampler {sampler!r} has no scheduler {schedule!r} in diffusers"
             )
-        if self._schedule.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
+        if not self._unusual.keys() <= known.keys():
             raise ConfigError(
                 f"{where}: sampler {sampler!r} of diffusers cannot begin at pure noise, as models with "
                 f"the tensor ztsnr do; take 'Euler'"
@@ -565,9 +594,9 @@ def _made_again(forward: Callable[..., Tensor], *inputs: Tensor, temb: None) -> 
 
 
 class _Texts(NamedTuple):
-    """What texts [n] tell the U-Net: token states (n, 77, width), and to SDXL summaries (n, width).
+    """What n texts tell the U-Net: token states (n, 77, width), and to SDXL summaries (n, width).
 
-    For others the summaries are unused.
+    Others do not read the summaries, which are then states of the first token.
     """
 
     states: Tensor
@@ -686,6 +715,7 @@ def _whole(target: Target, values: Tensor) -> Tensor:
 
 def _part(target: Target, whole: Tensor) -> Tensor:
     """What `target` is of a checkpoint's tensor, as the pipeline has it but for axes of length 1."""
+    assert target.form != "swapped", "no tensor of these pipelines is"
     if target.of > 1:
         whole = whole[target.rows(len(whole))]
     return whole.transpose(0, 1) if target.form == "transposed" else whole
