@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +382,34 @@ class Brightness:
     (note,) = run.try_out(ready(folder)).notes
     assert re.search(said, note)
     assert "brightness" in note
+
+
+@pytest.mark.parametrize("at", [0, 8, 30])
+def test_merge_whose_first_images_tell_no_gradient_is_followed_no_further(
+    folder: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def follow(self: object, prompts: Sequence[Prompt], *given: Any) -> Iterator[Followed]:
+        for prompt in prompts:
+            for piece in followed(self, [prompt], *given):
+                is_new = prompt.index >= FRESH
+                yield Followed(piece.samples, {}, "too steep") if is_new else piece
+
+    def steep(*options: str) -> Setup:
+        chosen = ready(folder, *options)
+        monkeypatch.setattr(type(chosen.backend), "follow", follow)
+        return chosen
+
+    followed = type(ready(folder).backend).follow  # type: ignore[attr-defined]
+    options = ("backend.fault=stop", f"backend.at={at}") if at else ()
+    if at:
+        with pytest.raises(KeyboardInterrupt):
+            run.run(steep(*options), folder / "run", Silent())
+    chosen = steep(*options)
+    chosen.backend._at = -1  # type: ignore[attr-defined]
+    outcome = run.run(chosen, folder / "run", Silent())
+    told = [[bool(piece.by) for piece in r.slopes] for r in outcome.results if r.slopes]
+    assert told == [[True] * 6, [False] * 2, [False] * 2]
+    assert "too steep" in str(outcome.given_up)
 
 
 def test_check_tells_of_images_without_a_gradient(

@@ -120,6 +120,8 @@ def judge(
     """
     done = trial.scores.keys() if yardstick is None else trial.followed
     todo = [prompt for prompt in panel if prompt.index not in done]
+    if yardstick and trial.fault:
+        raise TrialError(trial.fault)
     observer.judged(len(panel) - len(todo), made=False)
     if not todo:
         return
@@ -148,6 +150,8 @@ def judge(
             faults += [fault] * len(samples)
         trial.spend(generate=generated - start, score=scored - generated)
         observer.judged(fresh, made=True)
+        if yardstick and trial.fault:
+            raise TrialError(trial.fault)
         start = time.monotonic()
     if faults:
         what = f"{trial.name} was judged without its gradient"

@@ -301,23 +301,6 @@ def test_gradient_that_overflows_is_tried_again_with_a_smaller_factor(
     assert {key: mean(one[key] for one in each) for key in SOME} == pytest.approx(plain, rel=1e-6)
 
 
-def test_merge_whose_first_images_tell_no_gradient_is_not_followed_further(
-    live: Diffusers, merger: Merger, scorer: Demo
-) -> None:
-    load(live, merger)
-    tried = []
-
-    def broken(pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
-        tried.append(some[0].index)
-        return judge_by(scorer)(pixels, some) * float("nan")
-
-    made = live.follow(prompts(4), broken, SOME, 1)
-    assert next(made).slopes == {}
-    with pytest.raises(TrialError, match=r"the gradient of tensor '.*' is not finite"):
-        next(made)
-    assert tried == [0, 1]
-
-
 def test_image_whose_gradient_is_no_number_has_no_slopes_and_others_have(
     live: Diffusers, merger: Merger, scorer: Demo
 ) -> None:

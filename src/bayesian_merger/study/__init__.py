@@ -175,6 +175,7 @@ class Trial:
         self.scores: dict[int, Mapping[str, float]] = dict(self._result.scores)
         self._images: dict[int, str] = dict(self._result.images)
         self._slopes = list(self._result.slopes)
+        self._unfollowed: str = frozen.user_attrs.get(UNFOLLOWED, "")
         self._seconds: dict[str, float] = dict(self._result.seconds)
         self._value = self._result.value
         self._state = self._result.state
@@ -211,6 +212,13 @@ class Trial:
     def unfollowed(self, reason: str) -> None:
         """Store why the slopes of some images were not to be had."""
         self._trial.set_user_attr(UNFOLLOWED, reason)
+        self._unfollowed = reason
+
+    @property
+    def fault(self) -> str:
+        """Why it is not to be followed further: so far, twice or more, its images told no slope."""
+        is_mute = len(self._slopes) > 1 and not any(slopes.by for slopes in self._slopes)
+        return self._unfollowed if is_mute else ""
 
     @property
     def followed(self) -> set[int]:
