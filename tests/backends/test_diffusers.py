@@ -243,7 +243,7 @@ def test_checkpoint_of_another_shape_is_refused_before_it_is_loaded(live: Diffus
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path: Path, merger: Merger) -> None:
-    with pytest.raises(ConfigError, match=r"lacks .*tokenizer/vocab\.json"):
+    with pytest.raises(ConfigError, match=r"lacks .*tokenizer/tokenizer\.json"):
         check(Diffusers(device="cpu", config=tmp_path), prompts())
 
 

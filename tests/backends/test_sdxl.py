@@ -328,7 +328,7 @@ def test_slopes_through_both_text_encoders_are_the_derivatives(
 def test_small_pictures_are_told(merger: Merger, live: Diffusers) -> None:
     shapes = {name: entry.shape for name, entry in merger.models[0].layout.items()}
     (said,) = live.check(prompts(), "sdxl", shapes)
-    assert "poor images of 64 x 96 (payload p)" in said
+    assert "poor images of 64 x 96 and the like (payloads: p)" in said
     large = [replace(prompt, width=1024, height=832) for prompt in prompts()]
     assert live.check(large, "sdxl", shapes) == []
 

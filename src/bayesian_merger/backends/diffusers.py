@@ -136,9 +136,10 @@ class Diffusers:
                 "a prompt uses (word:1.2) weights or <lora:...>, which this back end reads as plain text"
             )
         if small := [p for p in prompts if self._is_xl and p.width * p.height < _SMALLEST_XL]:
+            names = ", ".join(dict.fromkeys(prompt.payload for prompt in small))
             said.append(
                 f"SDXL is trained on about 1024 x 1024 pixels, and makes poor images of "
-                f"{small[0].width} x {small[0].height} (payload {small[0].payload})"
+                f"{small[0].width} x {small[0].height} and the like (payloads: {names})"
             )
         extra = sorted({key for prompt in prompts for key in prompt.extra})
         if extra:
@@ -454,8 +455,8 @@ class Diffusers:
         n_layers = min(getattr(self._pipe, name).config.num_hidden_layers for name in encoders)
         if self._clip_skip > n_layers:
             raise ConfigError(
-                f"backend.clip_skip: {self._clip_skip} is more than the {n_layers} layers of the "
-                f"text encoder"
+                f"backend.clip_skip: {self._clip_skip} is more than the {n_layers} layers of "
+                f"{' or '.join(encoders)}"
             )
         self._tables = {part.name: self._table(part, shapes) for part in parts}
 
@@ -469,7 +470,8 @@ class Diffusers:
         if missing := sorted(set(own) - set(spelt)):
             raise ConfigError(
                 f"the checkpoint lacks {len(missing)} tensors of the {part.name} (first: "
-                f"{missing[0]!r}); choose a whole checkpoint, or set backend.config to its folder"
+                f"{missing[0]!r}); choose a whole checkpoint, or for one of another size than "
+                f"{part.name}/config.json says set backend.config to the folder of its configuration"
             )
         for name, tensor in own.items():
             target = spelt[name]
@@ -691,9 +693,12 @@ def _require_files(folder: Path, parts: Sequence[Component]) -> None:
     encoders = [part.name for part in parts if part.name.startswith("text_encoder")]
     for tokenizer in (name.replace("text_encoder", "tokenizer") for name in encoders):
         needed.append(f"{tokenizer}/tokenizer_config.json")
-        if not (folder / tokenizer / "tokenizer.json").is_file():  # which has both
-            needed += [f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt"]
+        pair = [f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt"]
+        if not all((folder / name).is_file() for name in pair):
+            needed.append(f"{tokenizer}/tokenizer.json")
     missing = [name for name in needed if not (folder / name).is_file()]
+    if not folder.is_dir():
+        raise ConfigError(f"backend.config: there is no folder {folder}")
     if missing:
         raise ConfigError(f"backend.config: {folder} lacks {', '.join(missing)}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from importlib import import_module
 from typing import NoReturn
 
@@ -62,23 +63,29 @@ COMMANDS = {
 }
 
 
+# So long after it was stopped the program takes no further signal.
+_PATIENCE_S = 5.0
+
+
 def main() -> NoReturn:
     """Run the command line; every error the user can act on is one line and an exit code."""
     # Cut pipes and old consoles cannot show every character; a "?" is better than a stack trace.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    stopped: list[int] = []
+    stopped: list[float] = []
 
-    def stop(number: int, _: object) -> NoReturn:
-        stopped.append(number)
-        raise KeyboardInterrupt
+    def stop(*_: object) -> None:
+        # Who presses Ctrl-C again and again does not mean to cut the cleaning up.
+        if not stopped or time.monotonic() - stopped[-1] > _PATIENCE_S:
+            stopped.append(time.monotonic())
+            raise KeyboardInterrupt
 
     # A closed terminal or a shutdown stops the program as Ctrl-C does, which cleans up.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, stop)
+    known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    heard = [n for n in known if n is not None and signal.getsignal(n) is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, stop)
     try:
         commands.main(standalone_mode=False)
         sys.exit(0)
@@ -103,6 +110,10 @@ def main() -> NoReturn:
         if stopped:
             _interrupted()
         raise
+    finally:
+        # What is left is Python's own way out, of which it makes tracebacks.
+        for number in heard:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _complain(error: object, code: int) -> NoReturn:
