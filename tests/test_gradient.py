@@ -384,7 +384,7 @@ class Brightness:
     assert "brightness" in note
 
 
-@pytest.mark.parametrize("at", [0, 8, 30])
+@pytest.mark.parametrize("at", [0, 30])
 def test_merge_whose_first_images_tell_no_gradient_is_followed_no_further(
     folder: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

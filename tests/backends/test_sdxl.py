@@ -251,7 +251,7 @@ def test_every_sampler_ends_on_every_schedule(
     monkeypatch.setattr(live, "_noise", lambda latents, time, texts: 0.1 * latents)
     ended = 0
     for scheduler in module._SCHEDULES:
-        for steps in (4, 20, 30, 50):
+        for steps in (4, 30):
             some = [
                 replace(p, sampler_name=sampler, scheduler=scheduler, steps=steps)
                 for p in prompts()
