@@ -4,11 +4,11 @@
 
 runs the program's own searches on the embedded example and on the pairs of tools/make_pairs.py, and
 judges what each would recommend after so many images (those of A, B and the even merge, which all
-searches make, not counted) on the same fresh prompts and seeds. Adam is what follows the same slopes
-without a model of them. A search by bayes, which explores less
-when it may spend less, is begun anew for each number of images. Prints the mean score of the recommended
-merges with its standard error over the searches, and how far gradient is ahead of each search with the
-same seed. What was measured is kept in --results, so that the same command goes on with what is missing.
+searches make, not counted) on the same fresh prompts and seeds. Adam follows the same slopes without a
+model of them. A search by bayes, which explores less when it may spend less, is begun anew for each
+number of images. Prints the mean score of the recommended merges with its standard error over the
+searches, how far gradient is ahead of each search with the same seed, and what each needs until given
+scores. What was measured is kept in --results, so that the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -159,9 +159,9 @@ def searched(
         judging = 0.0
         yardstick = run.baselines(study, setup, Path(place), Silent())
         proposer = study.searching(setup.plan, yardstick.value)
-        yield Point(
-            0, 0.0, fresh_score(fresh, study, setup.baseline("even")) if even is None else even
-        )
+        if even is None:
+            even = fresh_score(fresh, study, setup.baseline("even"))
+        yield Point(0, 0.0, even)
         start = time.monotonic()
         steps = adam(setup)
         for mark in at:
@@ -358,12 +358,8 @@ def draw(
             is_first = name == searches[0]
             bold = {"lw": 2.6, "zorder": 3, "color": "#00786b"} if is_first else {"lw": 1.2}
             axes.errorbar(marks, means, errors, label=name, marker="o", ms=4, capsize=2, **bold)
-        if (
-            min(
-                (gain for by in gains.values() for some in by.values() for gain in some), default=0
-            )
-            < 1
-        ):
+        each = [gain for by in gains.values() for some in by.values() for gain in some]
+        if min(each, default=0.0) < max(each, default=0.0) / 2:  # else it is far below all of them
             axes.axhline(0.0, color="#888888", lw=0.8)
         axes.set(title=TITLES.get(pair, pair), xlabel="images", xscale="log")
         axes.set_xticks(MARKS, MARKS, rotation=60)

@@ -5,7 +5,7 @@ MergerError
 ├── CheckpointError    a model file cannot be read, merged or written
 ├── RunError           the run cannot go on; what was measured is kept
 └── TrialError         one trial has no value; it is recorded as failed and the study goes on
-    ├── GradientError          a score's gradient is not finite; the trial is judged without it
+    ├── GradientError          a score's gradient is not finite; the image counts by its score
     └── NothingChangedError    different weights made the same images; the run stops as well
 """
 

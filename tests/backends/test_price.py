@@ -153,11 +153,26 @@ def test_image_with_its_gradient_fits_into_a_small_gpu(
 
 
 def test_image_of_sdxl_with_its_gradient_fits_into_a_gpu_of_16_gb(xl: Diffusers) -> None:
-    xl._make_parts_again()
     held = sum(tensor.nbytes for tensor in weights(xl))
     assert 7.0 * GB < held < 7.2 * GB
+    assert held + most(xl, 1024) == pytest.approx(31.5 * GB, rel=0.01)
+    xl._make_parts_again()
     assert held + most(xl, 1024) < 15 * GB
     assert most(xl, 1024) == pytest.approx(_SPARE_GRAPH * 1024**2, rel=0.05)
+
+
+def test_arithmetic_of_an_image_of_sdxl_where_parts_are_made_again(xl: Diffusers) -> None:
+    xl._make_parts_again()
+    step, decode = works(xl, 1024)
+    with torch.no_grad():
+        plain_step, plain_decode = operations(step), operations(decode)
+    with_step, with_decode = (operations(partial(followed, work)) for work in (step, decode))
+    prices = [
+        ((20 - last) * plain_step + last * with_step + with_decode)
+        / (20 * plain_step + plain_decode)
+        for last in (1, 4, 20)
+    ]
+    assert prices == pytest.approx([1.3, 1.8, 4.8], abs=0.05)
 
 
 def test_what_a_graph_needs_is_known_beforehand(back_end: Diffusers) -> None:
