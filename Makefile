@@ -13,7 +13,7 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 peers: .venv/installed-dev .venv-peers/installed
 	BAYESIAN_MERGER_PEERS=.venv-peers/bin/python $(BIN)/python -m pytest -m peers
