@@ -223,12 +223,15 @@ def test_difference_of_b_is_not_told_as_the_score_of_b(folder: Path) -> None:
 
 
 def test_parents_keep_their_own_vae(folder: Path) -> None:
-    ready = begin(folder)
-    assert {name: ready.baseline(name).vae for name in setup.BASELINES} == {
-        "a": "a",
-        "even": "a",
-        "b": "b",
-    }
+    for value, vae_of_b in ((1.0, "b"), (0.0, "a")):
+        for model, own in {"zero": 0.0, "one": value}.items():
+            path = folder / f"{model}.safetensors"
+            vae = {"first_stage_model.encoder.conv_in.weight": torch.full((2,), own)}
+            save_file({**load_file(path), **vae}, path)
+        ready = begin(folder)
+        # One that both have is known as that of the search's merges.
+        vaes = {name: ready.baseline(name).vae for name in setup.BASELINES}
+        assert vaes == {"a": "a", "even": "a", "b": vae_of_b}
 
 
 def test_changed_plugin_is_another_configuration(folder: Path) -> None:

@@ -251,11 +251,21 @@ def test_method_whose_weights_are_not_called_alpha_is_searched(folder: Path) -> 
 def test_optimiser_is_told_only_baselines_that_the_search_could_have_proposed(
     folder: Path,
 ) -> None:
-    for vae, known in {"a": {"a", "even"}, "b": {"even", "b"}}.items():
-        start(folder, f"merge.vae={vae}", "search.n_iters=0", into=vae)
-        url = study.url_of(folder / vae / "study.db")
+    def known(vae: str) -> set[str]:
+        into = f"{vae}-{other}"
+        start(folder, f"merge.vae={vae}", "search.n_iters=0", into=into)
+        url = study.url_of(folder / into / "study.db")
         trials = optuna.load_study(study_name="search", storage=url).trials
-        assert {t.user_attrs.get("observed") for t in trials} - {None} == known
+        return {t.user_attrs.get("observed") for t in trials} - {None}
+
+    for other in (1.0, 2.0):
+        for model, value in {"zero": 1.0, "one": other}.items():
+            path = folder / f"{model}.safetensors"
+            vae = {"first_stage_model.encoder.conv_in.weight": torch.full((2,), value)}
+            save_file({**load_file(path), **vae}, path)
+        is_same = other == 1.0
+        assert known("a") == {"a", "even", *("b" * is_same)}
+        assert known("b") == {"b", "even", *("a" * is_same)}
 
 
 def test_three_failures_in_a_row_stop_the_run_with_the_reason(folder: Path) -> None:
@@ -622,10 +632,9 @@ def test_method_is_chosen_beside_the_weights(folder: Path) -> None:
         "half": {"beta"},
     }
     found = outcomes.open_study(folder / "run")._search.get_trials(deepcopy=False)
-    # A, the even merge and B, which keeps its own VAE and so is none of the search's merges.
-    assert [t.params["method"] for t in found[:2]] == ["weighted_sum"] * 2
+    assert [t.params["method"] for t in found[:3]] == ["weighted_sum"] * 3
     assert all(len(t.params) == 1 + 2 * 26 for t in found)
-    for trial, result in zip(found[2:], outcome.results[3:], strict=True):
+    for trial, result in zip(found[3:], outcome.results[3:], strict=True):
         assert trial.params["method"] == result.recipe.method
     assert measured(start(folder, *override)) == measured(outcome)
 
@@ -644,8 +653,8 @@ def test_weight_that_a_method_lacks_keeps_none_of_its_merges_out(folder: Path) -
     first = 'search.start=[{method = "part", "IN*_beta" = 0.2}]'
     start(folder, *override, "search.n_iters=0", first)
     trials = outcomes.open_study(folder / "run")._search.get_trials(deepcopy=False)
-    assert [t.user_attrs.get("observed") for t in trials][:2] == ["a", "even"]
-    assert (trials[2].params["method"], trials[2].params["IN00_beta"]) == ("part", 0.2)
+    assert [t.user_attrs.get("observed") for t in trials][:3] == ["a", "even", "b"]
+    assert (trials[3].params["method"], trials[3].params["IN00_beta"]) == ("part", 0.2)
 
 
 def test_start_may_name_what_the_models_share(folder: Path) -> None:

@@ -92,8 +92,20 @@ class Merger:
     @property
     def has_vae_of_b(self) -> bool:
         """Whether there is a B that holds every tensor of A's VAE."""
-        vae = [name for name, place in self.places.items() if place.component == "vae"]
-        return all(name in other.layout for other in self.aligned[1:2] for name in vae)
+        return all(name in other.layout for other in self.aligned[1:2] for name in self._vae)
+
+    @cached_property
+    def has_other_vae_in_b(self) -> bool:
+        """Whether there is a B that holds every tensor of A's VAE, but not all as they are in A."""
+        return self.has_vae_of_b and any(
+            not torch.equal(self._first.read(name).float(), other.read(name).float())
+            for other in self.aligned[1:2]
+            for name in self._vae
+        )
+
+    @property
+    def _vae(self) -> list[str]:
+        return [name for name, place in self.places.items() if place.component == "vae"]
 
     def require_different(self, *, by_content: bool = True) -> None:
         """ConfigError if two of the models are the same file, by its content or only by its place."""

@@ -110,8 +110,10 @@ class Setup:
         method, vae = merge.method, str(merge.vae)
         if name != "even":
             # A VAE that is searched has a weight, by which a parent's is merged too.
-            is_copied = "VAE" not in self.space.blocks and self.merger.has_vae_of_b
-            method, vae = "weighted_sum", name if is_copied else "a"
+            if "VAE" in self.space.blocks:
+                vae = "a"
+            elif self.merger.has_other_vae_in_b:
+                vae = name
         # Two of three models may share blocks that all three do not.
         blocks = dict.fromkeys((*self.merger.architecture.blocks, *self.space.blocks))
         weights = even_weights(method, blocks, BASELINES[name])
