@@ -158,7 +158,7 @@ def searched(
         study = Study(Path(place) / "study.db")
         judging = 0.0
         yardstick = run.baselines(study, setup, Path(place), Silent())
-        proposer = study.searching(setup.plan, yardstick.value)
+        proposer = run.searching(study, setup, yardstick)
         if even is None:
             even = fresh_score(fresh, study, setup.baseline("even"))
         yield Point(0, 0.0, even)

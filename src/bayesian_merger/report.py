@@ -176,14 +176,15 @@ def _drawn(draw: Callable[..., Any]) -> dict[str, Any]:
 def first_slopes(outcome: Outcome) -> tuple[str, dict[str, Estimate]]:
     """Where a search by the gradient began, and how much the value rises with each parameter there.
 
-    By all images that tell; the even merge, or what is nearest to it in ranges that are without it.
-    None for a search that followed no gradient.
+    By all images that tell: those of the even merge, if it began there, or of its first trial. None
+    for a search that followed no gradient.
     """
     if not outcome.followed:
         return "", {}
     even = {r.recipe.digest() for r in outcome.results if r.name == "even"}
-    if found := mean_slopes([r for r in outcome.results if r.recipe.digest() in even]):
-        return "the even merge", found
+    if even & {trial.recipe.digest() for trial in outcome.followed}:
+        at_even = [r for r in outcome.results if r.recipe.digest() in even]
+        return "the even merge", mean_slopes(at_even)
     first = outcome.followed[0]
     return first.name, mean_slopes([first])
 

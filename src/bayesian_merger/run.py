@@ -385,7 +385,7 @@ def _search(
     # What an earlier, shorter run of this folder has confirmed is not replaced by a mere leader.
     is_confirmed = any(r.name not in BASELINES for r in study.judged("heldout"))
     models = () if is_confirmed else setup.merger.references()
-    proposer = study.searching(setup.plan, yardstick.value)
+    proposer = searching(study, setup, yardstick)
     if not proposer.is_over():
         study.compromise()  # that of a shorter run holds no more
 
@@ -437,6 +437,21 @@ def _search(
         study.choose(recommended)
         if recommended and (expected := recommended[0].value):
             study.expect(recommended[0].recipe, expected)
+
+
+def searching(study: Study, setup: Setup, yardstick: Yardstick) -> Proposer:
+    """What proposes the trials; by the gradient it begins beside a parent that beats the even merge.
+
+    That is, if it does so beyond doubt on the images of the baselines.
+    """
+    judged = {r.name: r for r in study.judged("baseline") if r.state == "complete"}
+    leads = {
+        name: yardstick.difference(judged[name], judged["even"], setup.panel)
+        for name in ("a", "b")
+    }
+    best = max(leads, key=lambda name: leads[name].mean)
+    origin = setup.beside(best) if leads[best].low > 0 else None
+    return study.searching(replace(setup.plan, origin=origin), yardstick.value)
 
 
 def attempt(

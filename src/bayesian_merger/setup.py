@@ -33,6 +33,8 @@ BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
 _MAY_CHANGE = ("device", "batch")
 _MOST_IMAGES = 10_000
 _USUAL_IMAGES = 500
+# How much of the other a merge beside A or B has.
+_BESIDE = 0.1
 _FOLLOWS = (
     "the score can be differentiated, so the search follows its gradient; "
     "search.optimiser = 'bayes' does without"
@@ -109,6 +111,7 @@ class Setup:
         merge = self.config.merge
         method, vae = merge.method, str(merge.vae)
         if name != "even":
+            method = "weighted_sum"
             # A VAE that is searched has a weight, by which a parent's is merged too.
             if "VAE" in self.space.blocks:
                 vae = "a"
@@ -118,6 +121,14 @@ class Setup:
         blocks = dict.fromkeys((*self.merger.architecture.blocks, *self.space.blocks))
         weights = even_weights(method, blocks, BASELINES[name])
         return replace(_recipe(merge, self.merger, method, weights), vae=vae)
+
+    def beside(self, parent: str) -> dict[str, Any] | None:
+        """The parameters of model A, or B, with a little of the other; None if the search has none."""
+        if self.config.merge.method != "weighted_sum" or self.plan.choices:
+            return None
+        even, share = self.baseline("even"), abs(BASELINES[parent] - _BESIDE)
+        weights = even_weights("weighted_sum", even.weights["alpha"], share)
+        return self.params(replace(even, weights=weights))
 
     def n_images(self) -> int:
         """Images of the whole run."""

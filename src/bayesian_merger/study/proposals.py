@@ -72,7 +72,9 @@ FRESH = 1 << 20
 _FEWEST_LED, _MISLED = 4, 2.5
 # And when so many merges in a row told no slope: of memory too small, or a score that does not change.
 _SILENT = 2
-# Attribute of a search that does so, with the reason.
+# A search begins beside a parent if their weights differ by less on average; A and B differ by 1.
+_BESIDE = 0.25
+# Attribute of a search that gives it up, with the reason.
 GIVEN_UP = "gradient given up"
 
 
@@ -104,7 +106,8 @@ class Plan:
     ends when `images` are spent or, if that is given, after `n_iters` more trials, or as `stop` says. A
     trial is shown `per_trial` images; for None, bayes shows one to merges that explore and two to
     others, gradient six new ones and later more, and other optimisers ten. With `objectives` bayes looks
-    in turn for what is good on average and at each of them.
+    in turn for what is good on average and at each of them. Gradient begins at `origin`; for None, in
+    the middle of the ranges.
     """
 
     bounds: Mapping[str, tuple[float, float]]
@@ -122,6 +125,7 @@ class Plan:
     seed: int = 0
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     objectives: Sequence[Objective] = ()
+    origin: Params | None = None
 
     def check(self) -> None:
         """ConfigError with every mistake, one on a line."""
@@ -291,7 +295,7 @@ class Plan:
             flat = {name: float(given[name]) for name in self.bounds}
             return {**flat, **{name: given[name] for name in self.choices}}
         if self.optimiser == "gradient" and place == len(self.start):
-            return self.middle
+            return self.beginning
         point = self._design(place - len(self.start))
         # Towards the faces: the ends of a range tell more of a weight than its middle.
         weights = point[: len(self.bounds)]
@@ -303,8 +307,10 @@ class Plan:
         return self.params(np.concatenate([weights, *chosen]))
 
     @property
-    def middle(self) -> dict[str, Any]:
-        """The parameters in the middle of their ranges, what is chosen first."""
+    def beginning(self) -> dict[str, Any]:
+        """Where gradient begins."""
+        if self.origin is not None:
+            return dict(self.origin)
         flat = {name: (low + high) / 2 for name, (low, high) in self.bounds.items()}
         return {**flat, **{name: known[0] for name, known in self.choices.items()}}
 
@@ -538,16 +544,22 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         found = []
         follows = self._follows(study)
         for trial in valid(study):
-            # A parent that scores well would hold a search that goes uphill from the even merge.
-            is_parent = trial.user_attrs.get("stage") == "baseline" and (
-                trial.params != self._plan.middle
-            )
             values = self._values(trial, objective)
             is_known = trial.params.keys() == set(self._plan.names)
-            if values and is_known and not (follows and is_parent):
+            if values and is_known and not (follows and self._is_far(trial)):
                 slopes = self._slopes(trial) if follows and objective is None else []
                 found.append(Judged(self._plan.scaled(trial.params), values, slopes))
         return found
+
+    def _is_far(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is a parent beside which the search has not begun.
+
+        One that scores well would hold a search that goes uphill from the even merge.
+        """
+        if trial.user_attrs.get("stage") != "baseline" or trial.user_attrs[OBSERVED] == "even":
+            return False
+        begun_at = self._plan.scaled(self._plan.beginning)
+        return float(np.abs(self._plan.scaled(trial.params) - begun_at).mean()) > _BESIDE
 
     def _follows(self, study: Study) -> bool:
         return self._plan.optimiser == "gradient" and GIVEN_UP not in study.user_attrs
@@ -656,7 +668,7 @@ class Proposer:
             return f"{_SILENT} merges in a row told no slope" + (f" ({why})" if why else "")
         led = [trial for trial in followed if trial.user_attrs["stage"] == "exploit"]
         few = led[-max(_FEWEST_LED, len(led) // 3) :]
-        start = [t for t in valid(self.study) if t.params == self.plan.middle] or followed[:1]
+        start = [t for t in valid(self.study) if t.params == self.plan.beginning] or followed[:1]
         at_start, at_few = (self._bayes.mean(trials) for trials in (start, few))
         if len(few) < _FEWEST_LED or not at_start or not at_few or at_start.n < 2:
             return None
