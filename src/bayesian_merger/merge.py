@@ -394,6 +394,13 @@ class Merged(Merge):
         `told` is called with the number of bytes of each piece that is made. CheckpointError if the
         disk is too small or a tensor is not finite; nothing is left then.
         """
+        try:
+            self.write_file(path, told)
+        except TrialError as error:
+            raise CheckpointError(f"{path.name} was not written: {error}") from error
+
+    def write_file(self, path: Path, told: Callable[[int], object] = lambda _: None) -> None:
+        """`save`, but that a tensor which is not finite is a TrialError."""
         buffers = _Buffers(self._dtype, self._merger.device)
 
         def pieces(name: str) -> Iterator[Tensor]:
@@ -401,10 +408,7 @@ class Merged(Merge):
                 told(piece.nbytes)
                 yield piece
 
-        try:
-            write(path, self.layout, pieces, self._metadata())
-        except TrialError as error:
-            raise CheckpointError(f"{path.name} was not written: {error}") from error
+        write(path, self.layout, pieces, self._metadata())
         if Checkpoint(path).layout != self.layout:
             raise CheckpointError(
                 f"{path}: the file on the disk is not what was written; save again"

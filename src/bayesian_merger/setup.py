@@ -30,7 +30,16 @@ from bayesian_merger.values import shares
 METHOD = "method"
 BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
 # Options that a resumed run may have otherwise: where and how many at once, not what is made.
-_MAY_CHANGE = ("device", "batch")
+_MAY_CHANGE = (
+    "device",
+    "batch",
+    "url",
+    "models_dir",
+    "timeout_s",
+    "wait_for_server",
+    "auth_env",
+    "verify",
+)
 _MOST_IMAGES = 10_000
 _USUAL_IMAGES = 500
 # How much of the other a merge beside A or B has.
@@ -248,6 +257,8 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
         blocks = ", ".join(dict.fromkeys(found.names[name][1] for name in sorted(found.inert)))
         warnings.append(f"the models are the same in {blocks}, which the search leaves out")
     if mistakes or not (merger and found and plan and panels and engine):
+        if engine:
+            engine.close()
         raise ConfigError("\n".join(mistakes))
     built = {name: judge for name, judge in scorers.items() if judge is not None}
     setup = Setup(

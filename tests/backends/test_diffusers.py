@@ -123,6 +123,9 @@ class Plain(Merge):
     def __len__(self) -> int:
         return len(self._merged)
 
+    def write_file(self, path: Path) -> None:
+        raise NotImplementedError
+
     def moved_by(self, name: str) -> Sequence[Key]:
         return []
 

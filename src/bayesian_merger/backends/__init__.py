@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -40,6 +41,13 @@ class Merge(Mapping[str, Tensor]):
     @abstractmethod
     def slopes(self, name: str, gradient: Tensor) -> Mapping[Key, float]:
         """The derivative of a score by each of them, from its gradient by the tensor."""
+
+    @abstractmethod
+    def write_file(self, path: Path) -> None:
+        """Write the merge as a checkpoint, which appears whole.
+
+        CheckpointError if the disk cannot hold it, TrialError if a tensor is not finite.
+        """
 
     def write(self, targets: Mapping[str, Tensor], since: Merge | None = None) -> int:
         """Write tensors into `targets` (by name; of any type and device); how many were written.

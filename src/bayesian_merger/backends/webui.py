@@ -1,0 +1,549 @@
+"""Images by a running webui: stable-diffusion-webui, Forge, reForge or SD.Next, by its HTTP API.
+
+Of these servers a success proves nothing: unknown samplers are replaced, unknown checkpoints ignored.
+So all names are looked up in the server's own lists before the run, and what an image was made with is
+read back from its answer.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path, PureWindowsPath
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from bayesian_merger.backends import Merge, backend
+from bayesian_merger.data import Prompt, Recipe, Sample
+from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
+from bayesian_merger.guard import Guard
+from bayesian_merger.registry import nearest
+from bayesian_merger.server import Refused, Server, Strange, seconds
+
+_API = "/sdapi/v1"
+_STEM = "bayesian-merger-"
+# What the server had before the run, beside the merge.
+_JOURNAL = "bayesian-merger.json"
+_AUTOMATIC = "Automatic"
+# Fields that would take another model than the merge, or give no image back.
+_REFUSED = {
+    "send_images": "the images are needed",
+    "force_task_id": "each image is a task of its own",
+}
+_OF_MODELS = ("sd_model_checkpoint", "sd_checkpoint_hash", "sd_unet", "forge_additional_modules")
+_SETTINGS = "override_settings"
+# How often an image is begun anew when the connection is lost.
+_ROUNDS = 5
+# An image larger than this is no image of a diffusion model.
+_MOST_PIXELS = 2**26
+
+
+class _OtherModelError(TrialError):
+    """The server has another checkpoint than the merge."""
+
+
+class _Sampler(NamedTuple):
+    """A sampler of the server: its name, and the schedule that it has by itself."""
+
+    name: str
+    schedule: str | None
+
+
+class _Scheduler(NamedTuple):
+    """A noise schedule of the server: as its answers name it, and as samplers do."""
+
+    label: str
+    name: str
+
+
+class _Lists(NamedTuple):
+    """What the server has, by every spelling that it takes."""
+
+    samplers: Mapping[str, _Sampler]
+    schedulers: Mapping[str, _Scheduler]
+    upscalers: Sequence[str]
+    styles: Sequence[str]
+    scripts: Sequence[str]
+    models: Sequence[Mapping[str, Any]]
+    fields: Sequence[str]
+
+
+@backend
+class WebUI:
+    """A running stable-diffusion-webui, Forge, reForge or SD.Next, started with --api.
+
+    Each merge goes as a file into `models_dir`, the server's folder of checkpoints as it is seen from
+    here (by default the one that the server names), and is removed after the next; at the end the server
+    has its former checkpoint again. `timeout_s` is the longest that an image or the loading of a
+    checkpoint may take, `wait_for_server` how long a server that has gone away is waited for ("10m").
+    The environment variable `auth_env` may hold "user:password" (--api-auth) or "Bearer TOKEN". `verify`
+    false takes any TLS certificate.
+    """
+
+    batch = 1
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:7860",
+        models_dir: Path | None = None,
+        timeout_s: float = 600.0,
+        wait_for_server: str = "10m",
+        auth_env: str = "BAYESIAN_MERGER_AUTH",
+        verify: bool = True,
+    ) -> None:
+        """ConfigError for options that cannot be."""
+        if not 1.0 <= timeout_s < math.inf:
+            raise ConfigError(f"backend.timeout_s is {timeout_s}; give a second at least")
+        wait_s = seconds(wait_for_server, "backend.wait_for_server")
+        self._server = Server(url, timeout_s, wait_s, auth_env, verify)
+        self._given_dir = models_dir
+        self._models_dir = models_dir
+        self._lists: _Lists | None = None
+        self._former: str | None = None  # the server's checkpoint before the run
+        self._held: Path | None = None  # the file of the merge that it has
+        self._n_lost = 0
+        self._guard_of = partial(Guard, auth_env=auth_env, verify=verify, wait_s=wait_s)
+        self._guard: Guard | None = None
+
+    def check(
+        self,
+        prompts: Sequence[Prompt],
+        architecture: str,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[str]:
+        """Look up all that the prompts name in the server's lists; ConfigError with every mistake."""
+        options = self._options()
+        self._lists = lists = self._read_lists()
+        mistakes: list[str] = []
+        for prompt in prompts:
+            try:
+                self._named(prompt)
+            except ConfigError as error:
+                mistakes.append(str(error))
+            mistakes += _mistaken_fields(prompt, lists, options)
+        try:
+            self._models_dir = self._folder(lists.models)
+        except ConfigError as error:
+            mistakes.append(str(error))
+        if mistakes:
+            raise ConfigError("\n".join(dict.fromkeys(mistakes)))
+        kind = "SD.Next" if self._is_next() else "Forge" if _is_forge(options) else "webui"
+        notes = [f"{kind} at {self._server.url}; each merge is a file in {self._models_dir}"]
+        vae = options.get("sd_vae")
+        if isinstance(vae, str) and vae not in ("Automatic", "None", "Default", ""):
+            notes.append(f"the server uses its own VAE, {vae}, and not that of the merge")
+        return notes
+
+    def load(self, recipe: Recipe, merged: Merge) -> None:
+        """Write the merge into the server's folder, have it chosen, and read back that it is."""
+        assert self._models_dir is not None
+        path = self._models_dir / f"{_STEM}{recipe.digest()}.safetensors"
+        if self._held != path:
+            self._remember(path)
+            merged.write_file(path)
+            try:
+                self._choose(path)
+            except BaseException:
+                _remove(path)
+                raise
+            before, self._held = self._held, path
+            _remove(before)
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
+        """Images one by one, each with what the server says it was made with read back."""
+        for prompt in prompts:
+            yield Sample(self._image(prompt), prompt)
+
+    def close(self) -> None:
+        """Give the server its former checkpoint back and remove the merge."""
+        try:
+            if self._former is not None:
+                self._restore()
+        except (RunError, Refused, Strange):
+            # Somebody else does it: the guard if the server is back soon, or the next run.
+            if self._guard:
+                self._guard.leave()
+        finally:
+            self._guard = None
+            self._server.close()
+
+    def _options(self) -> Mapping[str, Any]:
+        """The server's settings, which tell that it is a webui; ConfigError if it is none."""
+        url = self._server.url
+        try:
+            found = self._server.look(f"{_API}/options")
+        except Refused as error:
+            if error.status == 404:
+                raise ConfigError(
+                    f"backend.url: {url} has no API; start the webui with --api"
+                ) from error
+            if error.status in (401, 403):
+                raise ConfigError(
+                    f"backend.url: {url} asks for a user and a password; put user:password into the "
+                    f"environment variable {self._server.auth_env}"
+                ) from error
+            raise ConfigError(f"backend.url: {url}{_API}/options: {error}") from error
+        except Strange as error:
+            raise ConfigError(f"backend.url: {url} is no webui: {error}") from error
+        if not isinstance(found, dict) or "sd_model_checkpoint" not in found:
+            raise ConfigError(f"backend.url: {url} is no webui that is known")
+        return found
+
+    def _is_next(self) -> bool:
+        return isinstance(self._optional("version"), dict)
+
+    def _optional(self, name: str) -> Any:
+        """What only some servers have."""
+        try:
+            return self._server.look(f"{_API}/{name}")
+        except (Refused, Strange):
+            return None
+
+    def _read_lists(self) -> _Lists:
+        samplers: dict[str, _Sampler] = {}
+        for one in _tables(self._server.look(f"{_API}/samplers")):
+            options = one.get("options")
+            own = options.get("scheduler") if isinstance(options, dict) else None
+            found = _Sampler(str(one.get("name")), own)
+            for spelling in (found.name, *_texts(one.get("aliases"))):
+                samplers.setdefault(spelling, found)
+        schedulers: dict[str, _Scheduler] = {}
+        for one in _tables(self._optional("schedulers")):
+            schedule = _Scheduler(str(one.get("label", one.get("name"))), str(one.get("name")))
+            for spelling in (*schedule, *_texts(one.get("aliases"))):
+                schedulers.setdefault(spelling, schedule)
+        upscalers = [
+            str(one.get("name"))
+            for name in ("upscalers", "latent-upscale-modes")
+            for one in _tables(self._optional(name))
+        ]
+        styles = [str(one.get("name")) for one in _tables(self._optional("prompt-styles"))]
+        scripts = self._optional("scripts")
+        known = scripts.get("txt2img") if isinstance(scripts, dict) else None
+        models = _tables(self._server.look(f"{_API}/sd-models"))
+        return _Lists(
+            samplers, schedulers, upscalers, styles, _texts(known), models, self._fields()
+        )
+
+    def _fields(self) -> list[str]:
+        """The fields of a payload that the server knows, by its own description; none if unknown."""
+        try:
+            described = self._server.look("/openapi.json")
+            body = described["paths"][f"{_API}/txt2img"]["post"]["requestBody"]
+            name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            return list(described["components"]["schemas"][name]["properties"])
+        except (Refused, Strange, KeyError, TypeError, AttributeError):
+            return []
+
+    def _folder(self, models: Sequence[Mapping[str, Any]]) -> Path:
+        """The server's folder of checkpoints, as it is seen from here."""
+        files = [str(one.get("filename") or "") for one in models]
+        if self._given_dir is not None:
+            folder = self._given_dir
+            if not folder.is_dir():
+                raise ConfigError(f"backend.models_dir: {folder} is no folder")
+            names = {_name(file) for file in files}
+            here = {path.name for path in folder.rglob("*") if path.is_file()}
+            if names and not names & here:
+                raise ConfigError(
+                    f"backend.models_dir: {folder} has none of the {len(names)} checkpoints that the "
+                    f"server lists (first: {min(names)}); name the folder in which it finds them"
+                )
+            return folder
+        folders = [Path(file).parent for file in files if file and Path(file).is_file()]
+        if not folders:
+            first = f" (it has {files[0]})" if files else ""
+            raise ConfigError(
+                f"the server's folder of checkpoints cannot be seen from here{first}; name it as "
+                f"backend.models_dir, by the path that it has on this machine"
+            )
+        # The folder itself rather than one below it.
+        return min(folders, key=lambda folder: len(folder.parts))
+
+    def _named(self, prompt: Prompt) -> dict[str, str]:
+        """Sampler and schedule as this server calls them; ConfigError if it has none of the name."""
+        assert self._lists is not None
+        samplers, schedulers = self._lists.samplers, self._lists.schedulers
+        sampler, scheduler = prompt.sampler_name, prompt.scheduler
+        where = f"payload {prompt.payload}"
+        if sampler not in samplers:
+            # "DPM++ 2M Karras" is two names since 1.9 of stable-diffusion-webui.
+            ends = [end for end in schedulers if sampler.endswith(f" {end}")]
+            split = next(
+                (end for end in ends if sampler.removesuffix(f" {end}") in samplers), None
+            )
+            if split is not None and scheduler in (_AUTOMATIC, split):
+                sampler, scheduler = sampler.removesuffix(f" {split}"), split
+        if not schedulers and scheduler != _AUTOMATIC:
+            joined = f"{sampler} {scheduler}"
+            if joined not in samplers:
+                raise ConfigError(
+                    f"{where}: this server has no choice of schedulers, and no sampler {joined!r}"
+                    f"{nearest(joined, samplers)}"
+                )
+            return {"sampler_name": samplers[joined].name}
+        if sampler not in samplers:
+            labels = {known.label for known in schedulers.values()}
+            both = [f"{one} {label}" for one in samplers for label in sorted(labels)]
+            hint = nearest(sampler, [*samplers, *both], cutoff=0.8)
+            hint = hint or f"; it has: {', '.join(list(samplers)[:30])}"
+            raise ConfigError(f"{where}: the server has no sampler {sampler!r}{hint}")
+        if not schedulers:
+            return {"sampler_name": samplers[sampler].name}
+        if scheduler not in schedulers and scheduler != _AUTOMATIC:
+            labels = list(dict.fromkeys(known.label for known in schedulers.values()))
+            hint = nearest(scheduler, labels) or f"; it has: {', '.join(labels)}"
+            raise ConfigError(f"{where}: the server has no scheduler {scheduler!r}{hint}")
+        schedule = schedulers.get(scheduler)
+        return {
+            "sampler_name": samplers[sampler].name,
+            "scheduler": schedule.label if schedule else _AUTOMATIC,
+        }
+
+    def _remember(self, path: Path) -> None:
+        """Keep the server's checkpoint for when it has the file, as this process may be killed."""
+        assert self._models_dir is not None
+        journal = self._models_dir / _JOURNAL
+        if self._former is None:
+            now = str(self._asked("get", f"{_API}/options").get("sd_model_checkpoint") or "")
+            if _STEM in now:  # of a run that was killed, and so was its guard
+                now = _remembered(journal)
+            _remove(*self._models_dir.glob(f"{_STEM}*.safetensors"))
+            journal.write_text(json.dumps({"sd_model_checkpoint": now}), encoding="utf-8")
+            self._former = now
+            self._guard = self._guard_of(self._server.url)
+        assert self._guard
+        files = [path, journal, *([self._held] if self._held else [])]
+        self._guard.order(self._last_requests(), files)
+
+    def _last_requests(self) -> list[tuple[str, Any]]:
+        """What gives the server its former checkpoint back."""
+        former = {"sd_model_checkpoint": self._former}
+        return [(f"{_API}/options", former)] if self._former else []
+
+    def _restore(self) -> None:
+        assert self._models_dir is not None
+        assert self._guard
+        for path, body in self._last_requests():
+            self._server.post(path, body)
+        _remove(self._held, self._models_dir / _JOURNAL)
+        self._guard.dismiss()
+        self._held = self._former = None
+        self._server.post(f"{_API}/refresh-checkpoints")
+
+    def _choose(self, path: Path) -> None:
+        """Have the server load the file; RunError if it sees none, TrialError if it does not load."""
+        self._n_lost = self._server.n_lost
+        self._asked("post", f"{_API}/refresh-checkpoints")
+        models = _tables(self._asked("get", f"{_API}/sd-models"))
+        title = next(
+            (str(one.get("title")) for one in models if path.stem in str(one.get("title"))), None
+        )
+        if title is None:
+            raise RunError(
+                f"the server at {self._server.url} does not see {path}; name the folder in which it "
+                f"finds its checkpoints as backend.models_dir"
+            )
+        self._asked("post", f"{_API}/options", {"sd_model_checkpoint": title})
+        now = str(self._asked("get", f"{_API}/options").get("sd_model_checkpoint"))
+        if path.stem not in now:
+            raise TrialError(f"the server did not take the merge, it has {now}")
+
+    def _image(self, prompt: Prompt) -> Image.Image:
+        """The image of a prompt, made by the merge though the connection be lost in between."""
+        assert self._held is not None
+        was_swapped = False
+        for _ in range(_ROUNDS):
+            if self._server.n_lost > self._n_lost or was_swapped:
+                self._choose(self._held)  # the server may have been started anew
+            was_swapped = False
+            try:
+                image = self._made(prompt)
+            except _OtherModelError:
+                was_swapped = True  # somebody has chosen another in the webui
+            except TrialError:
+                if self._server.n_lost == self._n_lost:
+                    raise
+            else:
+                if self._server.n_lost == self._n_lost:
+                    return image
+        what = "its checkpoint is changed" if was_swapped else "the connection is lost"
+        raise TrialError(f"the server at {self._server.url}: {what} again and again")
+
+    def _made(self, prompt: Prompt) -> Image.Image:
+        wanted = {
+            "prompt": prompt.prompt,
+            "negative_prompt": prompt.negative_prompt,
+            "seed": prompt.seed,
+            "width": prompt.width,
+            "height": prompt.height,
+            "steps": prompt.steps,
+            "cfg_scale": prompt.cfg_scale,
+            **self._named(prompt),
+        }
+        always = {"batch_size": 1, "n_iter": 1, "save_images": False, "send_images": True}
+        answer = self._asked("post", f"{_API}/txt2img", {**always, **prompt.extra, **wanted})
+        images = answer.get("images")
+        if not isinstance(images, list) or not images:
+            raise TrialError("the server answered without an image")
+        self._read_back(wanted, answer.get("info"))
+        state = self._asked("get", f"{_API}/progress?skip_current_image=true").get("state")
+        if isinstance(state, dict) and (state.get("interrupted") or state.get("skipped")):
+            raise TrialError("the image was interrupted in the webui")
+        return _decoded(
+            images[0], None if _changes_size(prompt) else (prompt.width, prompt.height)
+        )
+
+    def _read_back(self, wanted: Mapping[str, Any], info: object) -> None:
+        """TrialError if the image was made with anything else."""
+        assert self._held is not None
+        assert self._lists is not None
+        try:
+            told = json.loads(info) if isinstance(info, str) else info
+        except (ValueError, RecursionError):
+            told = None
+        if not isinstance(told, dict):
+            raise TrialError("the server does not say what the image was made with")
+        texts = _texts(told.get("infotexts"))
+        line = texts[0].rpartition("\n")[2] if texts else ""
+        said = dict(re.findall(r"(?:^|, )([A-Z][A-Za-z ]*): ([^,]*)", line))
+        seeds = told.get("all_seeds")
+        made: dict[str, Any] = {
+            key: told.get(key) for key in ("width", "height", "steps", "cfg_scale", "sampler_name")
+        }
+        made["seed"] = seeds[0] if isinstance(seeds, list) and seeds else told.get("seed")
+        if "Schedule type" in said:
+            made["scheduler"] = said["Schedule type"]
+        for key, value in made.items():
+            if key in wanted and not self._is_alike(key, wanted, value):
+                raise TrialError(
+                    f"the image was asked for with {key} {wanted[key]}, and made with {value}"
+                )
+        model = str(told.get("sd_model_name") or said.get("Model") or "")
+        if model and self._held.stem not in model:
+            raise _OtherModelError(f"the image was made by {model[:80]}, not by the merge")
+
+    def _is_alike(self, key: str, wanted: Mapping[str, Any], made: object) -> bool:
+        assert self._lists is not None
+        asked = wanted[key]
+        if key == "scheduler" and made == _AUTOMATIC and asked != _AUTOMATIC:
+            # So it calls a sampler's own schedule.
+            own = self._lists.samplers[str(wanted["sampler_name"])].schedule
+            return own == self._lists.schedulers[str(asked)].name
+        if isinstance(asked, float) and isinstance(made, int | float):
+            return math.isclose(asked, made)
+        return bool(made == asked)
+
+    def _asked(self, verb: str, path: str, body: Any = None) -> Any:
+        """The answer, a table or a list; what the server refuses fails the trial."""
+        try:
+            found = self._server.get(path) if verb == "get" else self._server.post(path, body)
+        except (Refused, Strange) as error:
+            raise TrialError(f"the server: {error}") from error
+        return {} if found is None else found
+
+
+def _mistaken_fields(prompt: Prompt, lists: _Lists, options: Mapping[str, Any]) -> list[str]:
+    """What the server would ignore, replace or refuse of a prompt's further fields."""
+    where, found = f"payload {prompt.payload}", []
+    for name, value in prompt.extra.items():
+        if name in _REFUSED and value is not True:
+            found.append(f"{where}: leave out {name}, {_REFUSED[name]}")
+        elif lists.fields and name not in lists.fields:
+            found.append(
+                f"{where}: the server knows no field {name!r}{nearest(name, lists.fields)}"
+            )
+    settings = prompt.extra.get(_SETTINGS, {})
+    if not isinstance(settings, dict):
+        found.append(f"{where}: {_SETTINGS} is no table")
+        settings = {}
+    for name in settings:
+        if name in _OF_MODELS:
+            found.append(f"{where}: {_SETTINGS}.{name} would take another model than the merge")
+        elif name not in options:
+            found.append(f"{where}: the server has no setting {name!r}{nearest(name, options)}")
+    styles = prompt.extra.get("styles") or []
+    chosen: list[tuple[str, object, Iterable[str]]] = [
+        *(
+            ("style", style, lists.styles)
+            for style in (styles if isinstance(styles, list) else [])
+        ),
+        *(
+            ("script", script, lists.scripts)
+            for script in dict(prompt.extra.get("alwayson_scripts") or {})
+        ),
+    ]
+    if prompt.extra.get("enable_hr") and prompt.extra.get("hr_upscaler"):
+        chosen.append(("upscaler", prompt.extra["hr_upscaler"], lists.upscalers))
+    if prompt.extra.get("enable_hr") and prompt.extra.get("hr_sampler_name"):
+        chosen.append(("sampler", prompt.extra["hr_sampler_name"], lists.samplers))
+    for kind, wanted, known in chosen:
+        spellings = {spelling.casefold() for spelling in known}
+        if spellings and str(wanted).casefold() not in spellings:
+            hint = nearest(str(wanted), known)
+            found.append(f"{where}: the server has no {kind} {wanted!r}{hint}")
+    return found
+
+
+def _changes_size(prompt: Prompt) -> bool:
+    """Whether an image may have another size than its prompt: hires fix, scripts."""
+    return any(prompt.extra.get(k) for k in ("enable_hr", "script_name", "alwayson_scripts"))
+
+
+def _decoded(text: object, size: tuple[int, int] | None) -> Image.Image:
+    """An image of base64; TrialError if it is none, or of another size."""
+    try:
+        data = base64.b64decode(str(text).rpartition(",")[2], validate=True)
+        image = Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"])
+        if image.width * image.height > _MOST_PIXELS:
+            raise TrialError(f"the server made an image of {image.width} x {image.height}")
+        if size and image.size != size:
+            width, height = size
+            raise TrialError(
+                f"the server made an image of {image.width} x {image.height}, not {width} x {height}"
+            )
+        return image.convert("RGB")
+    except (binascii.Error, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise TrialError(f"the server's image cannot be read ({one_line(error)})") from error
+
+
+def _remove(*files: Path | None) -> None:
+    """As far as the system lets: on Windows a file that the server has open stays for the next run."""
+    for file in files:
+        if file:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+
+
+def _is_forge(options: Mapping[str, Any]) -> bool:
+    return any(name.startswith("forge_") for name in options)
+
+
+def _remembered(journal: Path) -> str:
+    """The checkpoint that a killed run found; nothing if that is not known."""
+    try:
+        found = json.loads(journal.read_text(encoding="utf-8"))["sd_model_checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return found if isinstance(found, str) else ""
+
+
+def _tables(value: object) -> list[Mapping[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _texts(value: object) -> list[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+
+
+def _name(file: str) -> str:
+    """The last part of a path of any system."""
+    return PureWindowsPath(file).name

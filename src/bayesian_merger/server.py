@@ -1,0 +1,168 @@
+"""An HTTP server that is asked again until it answers, and whose answers are not trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bayesian_merger.errors import ConfigError, RunError, one_line
+
+_CONNECT_S, _WRITE_S = 10.0, 120.0
+_MOST_BYTES = 512 * 2**20
+# How often an answer of 5xx is asked for again, and the first and longest pause between two tries.
+_AGAIN = 3
+_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+class Refused(Exception):
+    """An answer that is no success: its HTTP status, and what it says in one line."""
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(f"HTTP {status}: {said}" if said else f"HTTP {status}")
+        self.status, self.said = status, said
+
+
+class Strange(Exception):
+    """An answer that is not what such a server gives."""
+
+
+class _Lost(Exception):
+    """No connection, or one that broke."""
+
+
+def seconds(text: str | float, option: str) -> float:
+    """A time such as "90s", "10m", "2h" or a number of seconds; ConfigError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", str(text))
+    if not found:
+        raise ConfigError(f"{option} is {text!r}; write a time as '90s', '10m' or '2h'")
+    return float(found[1]) * _UNITS[found[2] or "s"]
+
+
+class Server:
+    """JSON in, JSON out.
+
+    A connection that is lost is tried again for `wait_s`, an answer of 5xx three times, one of 4xx
+    never. An answer takes `timeout_s` at most, from the first byte that is sent to the last that
+    comes. The environment variable `auth_env` may hold "user:password" or "Bearer TOKEN".
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float,
+        wait_s: float,
+        auth_env: str,
+        verify: bool = True,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """ConfigError for what is no http address, or has a password in it."""
+        import httpx
+
+        self._lib = httpx
+        try:
+            address = httpx.URL(url.strip().rstrip("/"))
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"backend.url: {url!r} is no address ({error})") from error
+        if address.scheme not in ("http", "https") or not address.host:
+            raise ConfigError(
+                f"backend.url: {url!r} is no address; write it as http://127.0.0.1:7860"
+            )
+        if address.userinfo:
+            raise ConfigError(
+                f"backend.url holds a password, which the run folder would keep; put it as "
+                f"user:password into the environment variable {auth_env}"
+            )
+        self.url, self.auth_env = str(address), auth_env
+        self.n_lost = 0
+        self._timeout_s, self._wait_s, self._sleep = timeout_s, wait_s, sleep
+        secret = os.environ.get(auth_env, "")
+        user, colon, password = secret.partition(":")
+        is_basic = colon and not secret.startswith("Bearer ")
+        self._client = httpx.Client(
+            base_url=address,
+            verify=verify,
+            auth=(user, password) if is_basic else None,
+            headers={"Authorization": secret} if secret and not is_basic else {},
+            timeout=httpx.Timeout(timeout_s, connect=_CONNECT_S, write=_WRITE_S),
+        )
+
+    def get(self, path: str) -> Any:
+        """What is at `path`; Refused, Strange or RunError."""
+        return self._call("GET", path, None, self._wait_s)
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """The answer to `body`; Refused, Strange, or RunError if the server does not come back."""
+        return self._call("POST", path, body if body is not None else {}, self._wait_s)
+
+    def look(self, path: str) -> Any:
+        """`get` of a server that should be there: ConfigError if nothing answers, without waiting."""
+        try:
+            return self._once("GET", path, None)
+        except _Lost as error:
+            raise ConfigError(f"backend.url: nothing answers at {self.url} ({error})") from error
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _call(self, method: str, path: str, body: Any, wait_s: float) -> Any:
+        pause, refusals, lost_at = _PAUSE_S, 0, None
+        while True:
+            try:
+                return self._once(method, path, body)
+            except _Lost as error:
+                self.n_lost += lost_at is None
+                lost_at = time.monotonic() if lost_at is None else lost_at
+                if time.monotonic() - lost_at + pause > wait_s:
+                    raise RunError(
+                        f"the server at {self.url} has gone away ({error}); start it, and give the same "
+                        f"command again"
+                    ) from error
+            except Refused as error:
+                refusals += 1
+                if error.status < 500 or refusals >= _AGAIN:
+                    raise
+            self._sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _once(self, method: str, path: str, body: Any) -> Any:
+        end = time.monotonic() + self._timeout_s
+        content = bytearray()
+        try:
+            with self._client.stream(method, path, json=body) as answer:
+                for piece in answer.iter_bytes():
+                    content += piece
+                    if len(content) > _MOST_BYTES:
+                        raise Strange(f"{path}: an answer of more than {_MOST_BYTES >> 20} MiB")
+                    # httpx limits the time between two pieces only.
+                    if time.monotonic() > end:
+                        raise _Lost(f"{path}: no whole answer in {self._timeout_s:g} s")
+        except self._lib.HTTPError as error:
+            raise _Lost(f"{path}: {one_line(error)}") from error
+        if not answer.is_success:
+            raise Refused(answer.status_code, _complaint(bytes(content)))
+        if not content:
+            return None
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError):
+            kind = answer.headers.get("content-type", "something").partition(";")[0]
+            raise Strange(f"{path}: the answer is {kind[:60]}, not JSON") from None
+
+
+def _complaint(content: bytes) -> str:
+    """What an error's answer says, in a line."""
+    text = content[:2000].decode("utf-8", "replace")
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        return "" if "<" in text[:20] else " ".join(text.split())[:300]
+    if isinstance(told, dict):
+        texts = [told[key] for key in ("errors", "message", "detail", "error") if told.get(key)]
+        return " ".join(str(texts[0]).split())[:300] if texts else ""
+    return " ".join(str(told).split())[:300]

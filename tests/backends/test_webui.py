@@ -1,0 +1,570 @@
+"""A webui as the back end, over HTTP, beside servers with all their habits."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_plugin
+from PIL import Image
+from test_run import Silent
+from webui_fake import A1111, FORGE, KINDS, NEXT, OLD, Answer, FakeWebUI
+
+from bayesian_merger import config as configuration
+from bayesian_merger import guard, run, setup
+from bayesian_merger import outcome as outcomes
+from bayesian_merger import server as module
+from bayesian_merger.backends.webui import WebUI
+from bayesian_merger.data import Outcome, Prompt
+from bayesian_merger.errors import ConfigError, RunError, TrialError
+from bayesian_merger.setup import Setup
+
+Begin = Callable[..., FakeWebUI]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A configuration for a webui, whose folder of checkpoints has the two models and its own."""
+    models = tmp_path / "models"
+    models.mkdir()
+    toy_plugin.write_model(models / "own.safetensors", 0.3)
+    toy_plugin.write_model(models / "zero.safetensors", 0.0)
+    toy_plugin.write_model(models / "one.safetensors", 1.0)
+    size = "width = 64\nheight = 64\n"
+    (tmp_path / "portrait.toml").write_text(f'prompt = "a portrait"\n{size}')
+    (tmp_path / "landscape.toml").write_text(f'prompt = "a lake"\n{size}')
+    (tmp_path / "config.toml").write_text(
+        """
+        models = { a = "models/zero.safetensors", b = "models/one.safetensors" }
+        search = { images = 12 }
+        panel = { payloads = ["portrait.toml", "landscape.toml"] }
+        heldout = { images = 4, select_images = 2, candidates = 2 }
+        backend = { name = "webui" }
+        scorers = { exposure = { target = 0.6 } }
+        """
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def begin(folder: Path) -> Iterator[Begin]:
+    begun: list[FakeWebUI] = []
+
+    def one(kind: str = A1111, **options: Any) -> FakeWebUI:
+        begun.append(FakeWebUI(kind, folder / "models", **options))
+        begun[-1].chosen = begun[-1].loaded = "own.safetensors"
+        return begun[-1]
+
+    yield one
+    for fake in begun:
+        fake.stop()
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(module, "_LONGEST_PAUSE_S", 0.05)
+
+
+def ready(folder: Path, fake: FakeWebUI, *overrides: str) -> Setup:
+    options = (f"backend.url={fake.url}", "backend.wait_for_server=2s", *overrides)
+    return setup.prepare(configuration.load(folder / "config.toml", options), folder, "toy")
+
+
+def start(folder: Path, fake: FakeWebUI, *overrides: str, into: str = "run") -> Outcome:
+    chosen = ready(folder, fake, *overrides)
+    try:
+        return run.run(chosen, folder / into, Silent())
+    finally:
+        chosen.backend.close()
+
+
+def loaded(folder: Path, fake: FakeWebUI, *overrides: str, name: str = "even") -> Setup:
+    """The even merge, or a parent, in the server."""
+    chosen = ready(folder, fake, *overrides)
+    recipe = chosen.baseline(name)
+    try:
+        chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    except Exception:
+        chosen.backend.close()
+        raise
+    return chosen
+
+
+def payload(folder: Path, text: str) -> None:
+    (folder / "portrait.toml").write_text(
+        f'prompt = "a portrait"\nwidth = 64\nheight = 64\n{text}\n'
+    )
+
+
+def ours(folder: Path) -> list[str]:
+    """What this program has in the server's folder."""
+    return sorted(path.name for path in (folder / "models").glob("*bayesian-merger*"))
+
+
+def told(changes: dict[str, Any]) -> Callable[[str, Any, Answer], Answer]:
+    """Images of which the server says that they were made otherwise."""
+
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        status, found = answer
+        if path.endswith("txt2img"):
+            found = {**found, "info": json.dumps({**json.loads(found["info"]), **changes})}
+        return status, found
+
+    return twist
+
+
+def replied(changes: dict[str, Any]) -> Callable[[str, Any, Answer], Answer]:
+    """Answers to images with other entries."""
+
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        return (200, {**answer[1], **changes}) if path.endswith("txt2img") else answer
+
+    return twist
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_finds_the_better_merge_and_leaves_the_server_as_it_was(
+    folder: Path, begin: Begin, kind: str
+) -> None:
+    fake = begin(kind)
+    outcome = start(folder, fake)
+    assert outcome.finished
+    assert fake.chosen == "own.safetensors"
+    assert ours(folder) == []
+    gain = outcome.gain["over_even"]
+    assert gain.mean > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_0_and_1_make_the_images_of_a_and_b(
+    folder: Path, begin: Begin, kind: str
+) -> None:
+    fake = begin(kind)
+    for name, model in {"a": "zero", "b": "one"}.items():
+        chosen = loaded(folder, fake, "merge.precision=fp32", name=name)
+        prompt = chosen.panel[0]
+        (sample,) = chosen.backend.generate([prompt])
+        body = {**fake.bodies[-1]}
+        fake.chosen = f"{model}.safetensors"
+        answer = fake.answer("/sdapi/v1/txt2img", body, "")[1]
+        theirs = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
+        assert sample.image.tobytes() == theirs.convert("RGB").tobytes()
+        assert sample.image.size == (64, 64)
+        chosen.backend.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampler", "scheduler", "sent"),
+    [
+        (A1111, "Euler", "Automatic", ("Euler", "Automatic")),
+        (A1111, "k_euler", "Automatic", ("Euler", "Automatic")),
+        (A1111, "DPM++ 2M Karras", "Automatic", ("DPM++ 2M", "Karras")),
+        (A1111, "DPM++ 2M", "karras", ("DPM++ 2M", "Karras")),
+        (A1111, "Euler a", "SGM Uniform", ("Euler a", "SGM Uniform")),
+        (FORGE, "DPM++ 2M Karras", "Karras", ("DPM++ 2M", "Karras")),
+        (OLD, "DPM++ 2M", "Karras", ("DPM++ 2M Karras", None)),
+        (OLD, "DPM++ 2M Karras", "Automatic", ("DPM++ 2M Karras", None)),
+        (NEXT, "UniPC", "Automatic", ("UniPC", None)),
+    ],
+)
+def test_samplers_go_by_the_names_that_the_server_has(
+    folder: Path,
+    begin: Begin,
+    kind: str,
+    sampler: str,
+    scheduler: str,
+    sent: tuple[str, str | None],
+) -> None:
+    payload(folder, f'sampler_name = "{sampler}"\nscheduler = "{scheduler}"')
+    fake = begin(kind)
+    chosen = loaded(folder, fake)
+    list(chosen.backend.generate(chosen.panel[:1]))
+    body = fake.bodies[-1]
+    assert (body["sampler_name"], body.get("scheduler")) == sent
+    chosen.backend.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "said"),
+    [
+        (A1111, 'sampler_name = "Eulr"', "no sampler 'Eulr'; did you mean 'Euler'"),
+        (A1111, 'sampler_name = "DPM++ 2M Karas"', "did you mean 'DPM\\+\\+ 2M Karras'"),
+        (A1111, 'scheduler = "Karas"', "no scheduler 'Karas'; did you mean 'Karras'"),
+        (OLD, 'scheduler = "Karras"', "no choice of schedulers, and no sampler 'Euler Karras'"),
+        (NEXT, 'scheduler = "Karras"', "no choice of schedulers"),
+        (A1111, 'styles = ["mody"]', "no style 'mody'; did you mean 'moody'"),
+        (A1111, 'enable_hr = true\nhr_upscaler = "Latnt"', "no upscaler 'Latnt'"),
+        (A1111, "alwayson_scripts = { controlnett = {} }", "no script 'controlnett'"),
+        (A1111, "tilling = true", "no field 'tilling'; did you mean 'tiling'"),
+        (A1111, "send_images = false", "leave out send_images, the images are needed"),
+        (A1111, "override_settings = { clip = 2 }", "no setting 'clip'"),
+        (A1111, "override_settings = 2", "override_settings is no table"),
+        (
+            A1111,
+            'override_settings = { sd_model_checkpoint = "x" }',
+            "would take another model than the merge",
+        ),
+    ],
+)
+def test_what_the_server_lacks_is_said_before_the_run(
+    folder: Path, begin: Begin, kind: str, text: str, said: str
+) -> None:
+    payload(folder, text)
+    with pytest.raises(ConfigError, match=said):
+        ready(folder, begin(kind))
+
+
+def test_fields_of_a_payload_go_to_the_server_as_they_are(folder: Path, begin: Begin) -> None:
+    settings = "override_settings = { CLIP_stop_at_last_layers = 2 }"
+    payload(folder, f'{settings}\nstyles = ["Moody"]\ntiling = true\nsave_images = true')
+    fake = begin()
+    chosen = loaded(folder, fake)
+    (sample,) = chosen.backend.generate(chosen.panel[:1])
+    body = fake.bodies[-1]
+    assert body["override_settings"] == {"CLIP_stop_at_last_layers": 2}
+    assert body["styles"] == ["Moody"]
+    assert body["tiling"] is True
+    assert body["seed"] == chosen.panel[0].seed == sample.prompt.seed
+    chosen.backend.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"all_seeds": [3]}, "asked for with seed .*, and made with 3"),
+        ({"steps": 7}, "asked for with steps 20, and made with 7"),
+        ({"cfg_scale": 5.0}, "cfg_scale 7.0, and made with 5.0"),
+        ({"width": 56}, "width 64, and made with 56"),
+        ({"sampler_name": "DPM++ 2M"}, "sampler_name Euler, and made with DPM"),
+        (
+            {"infotexts": ["a\nSteps: 20, Schedule type: Karras, Seed: 1"]},
+            "scheduler Automatic, and made with Karras",
+        ),
+        ({"sd_model_name": "own"}, "its checkpoint is changed again and again"),
+    ],
+)
+def test_image_that_was_made_otherwise_fails_the_trial(
+    folder: Path, begin: Begin, changes: dict[str, Any], said: str
+) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake)
+    fake.twist = told(changes)
+    with pytest.raises(TrialError, match=said):
+        list(chosen.backend.generate(chosen.panel[:1]))
+    chosen.backend.close()
+
+
+def test_checkpoint_that_is_changed_in_the_webui_is_changed_back(
+    folder: Path, begin: Begin
+) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake)
+    (before,) = chosen.backend.generate(chosen.panel[:1])
+    fake.chosen = "one.safetensors"
+    (after,) = chosen.backend.generate(chosen.panel[:1])
+    assert after.image.tobytes() == before.image.tobytes()
+    chosen.backend.close()
+
+
+def image(width: int, height: int) -> str:
+    data = io.BytesIO()
+    Image.new("RGB", (width, height)).save(data, format="PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"images": [], "info": ""}, "answered without an image"),
+        ({"images": None}, "answered without an image"),
+        ({"info": ""}, "does not say what the image was made with"),
+        ({"info": "[1]"}, "does not say what the image was made with"),
+        ({"images": ["no picture"]}, "cannot be read"),
+        ({"images": [base64.b64encode(b"GIF89a").decode()]}, "cannot be read"),
+        ({"images": [image(56, 64)]}, "an image of 56 x 64, not 64 x 64"),
+        ({"images": [image(9_000, 8_000)]}, "an image of 9000 x 8000"),
+    ],
+)
+def test_answer_that_is_no_image_fails_the_trial(
+    folder: Path, begin: Begin, changes: dict[str, Any], said: str
+) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake)
+    fake.twist = replied(changes)
+    with pytest.raises(TrialError, match=said):
+        list(chosen.backend.generate(chosen.panel[:1]))
+    chosen.backend.close()
+
+
+def test_image_that_the_user_interrupts_fails_the_trial(folder: Path, begin: Begin) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake)
+    fake.interrupted = True
+    with pytest.raises(TrialError, match="interrupted in the webui"):
+        list(chosen.backend.generate(chosen.panel[:1]))
+    chosen.backend.close()
+
+
+def test_server_that_does_not_take_the_merge_fails_the_trial(folder: Path, begin: Begin) -> None:
+    fake = begin()
+
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        fake.chosen = "own.safetensors"
+        return answer
+
+    fake.twist = twist
+    with pytest.raises(TrialError, match=r"did not take the merge, it has own\.safetensors"):
+        loaded(folder, fake)
+    assert ours(folder) == []
+
+
+def test_failures_of_the_server_are_asked_again_and_those_of_ours_are_not(
+    folder: Path, begin: Begin
+) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake)
+    fake.errors = 2
+    assert len(list(chosen.backend.generate(chosen.panel[:1]))) == 1
+    fake.errors = 3
+    with pytest.raises(TrialError, match="HTTP 500: CUDA out of memory"):
+        list(chosen.backend.generate(chosen.panel[:1]))
+    before = fake.asked["/sdapi/v1/txt2img"]
+    fake.twist = lambda path, body, answer: (422, {"detail": [{"msg": "not a number"}]})
+    with pytest.raises(TrialError, match=r"HTTP 422: .*not a number"):
+        list(chosen.backend.generate(chosen.panel[:1]))
+    assert fake.asked["/sdapi/v1/txt2img"] == before + 1
+    fake.twist = lambda path, body, answer: answer
+    chosen.backend.close()
+
+
+@pytest.mark.parametrize("fault", ["cut", "slow"])
+def test_answer_that_breaks_off_or_drips_is_asked_for_again(
+    folder: Path, begin: Begin, fault: str
+) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake, "backend.timeout_s=1.5")
+    (before,) = chosen.backend.generate(chosen.panel[:1])
+    setattr(fake, fault, 1)
+    (after,) = chosen.backend.generate(chosen.panel[:1])
+    assert getattr(fake, fault) == 0
+    assert after.image.tobytes() == before.image.tobytes()
+    chosen.backend.close()
+
+
+def test_server_that_was_started_anew_gets_the_merge_again(folder: Path, begin: Begin) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake, "backend.wait_for_server=20s")
+    (before,) = chosen.backend.generate(chosen.panel[:1])
+    fake.stop()
+    again: list[FakeWebUI] = []
+
+    def revive() -> None:
+        time.sleep(0.5)
+        again.append(begin(port=fake.port))
+
+    thread = threading.Thread(target=revive)
+    thread.start()
+    (after,) = chosen.backend.generate(chosen.panel[:1])
+    thread.join()
+    assert after.image.tobytes() == before.image.tobytes()
+    chosen.backend.close()
+    assert again[0].chosen == "own.safetensors"
+
+
+def test_server_that_stays_away_stops_the_run_which_then_goes_on(
+    folder: Path, begin: Begin
+) -> None:
+    fake = begin()
+    made = 0
+
+    def dies(path: str, body: Any, answer: Answer) -> Answer:
+        nonlocal made
+        made += path.endswith("txt2img")
+        if made == 15:
+            threading.Thread(target=fake.stop).start()
+            time.sleep(0.2)
+        return answer
+
+    whole = start(folder, fake, into="whole")
+    n_whole = fake.asked["/sdapi/v1/txt2img"]
+    fake.twist = dies
+    with pytest.raises(
+        RunError, match=r"has gone away .*; start it, and give the same command again"
+    ):
+        start(folder, fake, "backend.wait_for_server=0.5s")
+    left = outcomes.read_outcome(folder / "run", outcomes.open_study(folder / "run"))
+    assert 6 <= sum(len(r.scores) for r in left.results) <= 15
+    again = begin(port=fake.port)
+    outcome = start(folder, again)
+    assert [r.scores for r in outcome.results] == [r.scores for r in whole.results]
+    assert again.asked["/sdapi/v1/txt2img"] < n_whole - 10
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bayesian_merger import config, setup
+from bayesian_merger.backends.webui import WebUI
+
+folder = Path(sys.argv[1])
+chosen = setup.prepare(config.load(folder / "config.toml", [sys.argv[2]]), folder, "toy")
+recipe = chosen.baseline("even")
+chosen.backend.load(recipe, chosen.merger.merge(recipe))
+if sys.argv[3] == "guard":
+    chosen.backend._guard._process.kill()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("whom", ["run", "guard"])
+def test_checkpoint_of_the_server_is_given_back_when_the_run_is_killed(
+    folder: Path, begin: Begin, whom: str
+) -> None:
+    """By its guard, or if that was killed too, by the next run."""
+    fake = begin(auth="me:secret")
+    command = [sys.executable, "-c", KILLED, str(folder), f"backend.url={fake.url}", whom]
+    secret = {"BAYESIAN_MERGER_AUTH": "me:secret"}
+    killed = subprocess.run(command, env={**os.environ, **secret}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    if whom == "guard":
+        assert "bayesian-merger" in fake.chosen
+        assert len(ours(folder)) == 2
+        fake.auth = ""
+        loaded(folder, fake, name="a").backend.close()
+    end = time.monotonic() + 20
+    while ours(folder) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert fake.chosen == "own.safetensors"
+    assert ours(folder) == []
+
+
+def test_guard_waits_for_a_server_that_is_away_but_not_for_ever() -> None:
+    pauses: list[float] = []
+    order = {"url": "http://127.0.0.1:9", "auth_env": "X", "verify": True, "wait_s": 0.5}
+    orders = [json.dumps(None), json.dumps({**order, "requests": [["/x", {}]], "files": []})]
+
+    def sleep(pause: float) -> None:
+        pauses.append(pause)
+        time.sleep(0.1)
+
+    guard.watch(io.StringIO("\n".join(orders)), sleep)
+    assert 2 <= len(pauses) <= 10
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((404, {"detail": "Not Found"}), "has no API; start the webui with --api"),
+        ((401, {"detail": "no"}), "asks for a user and a password; .* BAYESIAN_MERGER_AUTH"),
+        ((200, b"<html>a router</html>"), "is no webui: .* the answer is text/html, not JSON"),
+        ((200, {"hello": 1}), "is no webui that is known"),
+        ((503, b"<html>busy"), "HTTP 503"),
+    ],
+)
+def test_something_else_at_the_address_is_said(
+    folder: Path, begin: Begin, answer: Answer, said: str
+) -> None:
+    fake = begin()
+    fake.twist = lambda path, body, found: answer
+    with pytest.raises(ConfigError, match=said):
+        ready(folder, fake)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("backend.url=http://127.0.0.1:9", "nothing answers at http://127.0.0.1:9"),
+        ("backend.url=127.0.0.1", "is no address"),
+        ("backend.url=http://me:secret@127.0.0.1:7860", "holds a password"),
+        ("backend.timeout_s=0", "timeout_s is 0"),
+        ("backend.wait_for_server=soon", "write a time as '90s'"),
+        ("backend.models_dir=nowhere", "is no folder"),
+        ("backend.models_dir=.", r"has none of the 3 checkpoints .*first: one\.safetensors"),
+    ],
+)
+def test_bad_options_are_said(folder: Path, begin: Begin, option: str, said: str) -> None:
+    fake = begin()
+    if option.endswith("=."):
+        fake.twist = lambda path, body, answer: (
+            (200, [{"filename": r"D:\sd\one.safetensors"}] * 3) if "models" in path else answer
+        )
+        option, said = "backend.models_dir=empty", "none of the 1 checkpoints"
+        (folder / "empty").mkdir()
+    with pytest.raises(ConfigError, match=said):
+        ready(folder, fake, option)
+
+
+def test_folder_of_another_machine_must_be_named(folder: Path, begin: Begin) -> None:
+    fake = begin()
+    fake.twist = lambda path, body, answer: (
+        (200, [{"title": "x", "filename": "/data/models/own.safetensors"}])
+        if path.endswith("sd-models")
+        else answer
+    )
+    with pytest.raises(ConfigError, match=r"cannot be seen from here .*backend\.models_dir"):
+        ready(folder, fake)
+
+
+def test_folder_that_the_server_does_not_look_into_stops_the_run(
+    folder: Path, begin: Begin
+) -> None:
+    fake = begin()
+    other = folder / "copy"
+    other.mkdir()
+    toy_plugin.write_model(other / "own.safetensors", 0.3)
+    with pytest.raises(RunError, match=r"does not see .*name the folder in which it finds"):
+        loaded(folder, fake, f"backend.models_dir={other}")
+    assert [path.name for path in other.glob("*.safetensors")] == ["own.safetensors"]
+
+
+def test_password_is_sent_and_left_nowhere(
+    folder: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = begin(auth="me:se%cr:et")
+    with pytest.raises(ConfigError, match="asks for a user and a password"):
+        ready(folder, fake)
+    monkeypatch.setenv("BAYESIAN_MERGER_AUTH", "me:se%cr:et")
+    assert start(folder, fake).finished
+    for path in (folder / "run").rglob("*"):
+        assert not path.is_file() or b"se%cr:et" not in path.read_bytes()
+
+
+def test_where_the_server_is_may_change_between_two_starts(folder: Path, begin: Begin) -> None:
+    first = start(folder, begin())
+    assert start(folder, begin(), "backend.timeout_s=99").images == first.images
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("90s", 90), ("10m", 600), ("2h", 7200), ("5", 5), ("0.5s", 0.5)]
+)
+def test_times(text: str, found: float) -> None:
+    assert module.seconds(text, "x") == found
+
+
+def test_check_says_how_merges_reach_the_server(folder: Path, begin: Begin) -> None:
+    chosen = ready(folder, begin(FORGE))
+    chosen.backend.close()
+    (note,) = chosen.notes
+    assert note.startswith("Forge at http://127.0.0.1:")
+    assert note.endswith(f"; each merge is a file in {folder / 'models'}")
+
+
+def test_back_end_by_itself_needs_no_server() -> None:
+    prompts: list[Prompt] = []
+    back_end = WebUI("http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="nothing answers"):
+        back_end.check(prompts, "sd1", {})
+    back_end.close()

@@ -1,0 +1,269 @@
+"""Servers that answer as the webuis do, bad habits included; they paint what their checkpoint holds."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file
+from toy_plugin import TENSORS
+
+A1111, OLD, FORGE, NEXT = "webui 1.10.1", "webui 1.8.0", "Forge", "SD.Next"
+KINDS = (A1111, OLD, FORGE, NEXT)
+_SAMPLERS = ("Euler", "Euler a", "DPM++ 2M", "UniPC")
+_OLD_SAMPLERS = ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras", "UniPC")
+_SCHEDULERS = ("Automatic", "Karras", "Exponential", "SGM Uniform")
+_FIELDS = (
+    *(
+        "prompt",
+        "negative_prompt",
+        "seed",
+        "width",
+        "height",
+        "steps",
+        "cfg_scale",
+        "sampler_name",
+    ),
+    *("scheduler", "batch_size", "n_iter", "save_images", "send_images", "styles", "enable_hr"),
+    *("hr_upscaler", "hr_scale", "override_settings", "alwayson_scripts", "script_name", "tiling"),
+)
+
+Answer = tuple[int, Any]
+
+
+class FakeWebUI:
+    """A server on a port of its own, with the checkpoints of a folder.
+
+    `twist` may change any answer before it is sent: it gets the path, the body and the answer. `cut`
+    and `slow` are numbers of further images whose answer breaks off or comes drop by drop, `errors` of
+    requests that fail with 500. `asked` counts the requests by path.
+    """
+
+    def __init__(self, kind: str, folder: Path, auth: str = "", port: int = 0) -> None:
+        self.kind, self.folder, self.auth = kind, folder, auth
+        self.cut = self.slow = self.errors = 0
+        self.asked: Counter[str] = Counter()
+        self.bodies: list[Mapping[str, Any]] = []
+        self.twist: Callable[[str, Any, Answer], Answer] = lambda path, body, answer: answer
+        self._files: dict[str, Path] = {}
+        self.busy_s = 0.0
+        self._refresh()
+        self.chosen = self.loaded = next(iter(self._files))
+        self.interrupted = self.is_stopped = False
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body at once, which small packets would wait for each other
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self._reply(None)
+
+            def do_POST(self) -> None:
+                size = int(self.headers.get("content-length", 0))
+                self._reply(json.loads(self.rfile.read(size) or b"null"))
+
+            def _reply(self, body: Any) -> None:
+                if fake.is_stopped:
+                    self.close_connection = True
+                    return
+                start = time.perf_counter()
+                path = self.path.partition("?")[0]
+                status, found = fake.answer(path, body, self.headers.get("authorization", ""))
+                is_image = path.endswith("txt2img")
+                is_text = isinstance(found, bytes)
+                data = found if is_text else json.dumps(found).encode()
+                self.send_response(status)
+                self.send_header("content-type", "text/html" if is_text else "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                if is_image and fake.cut:
+                    fake.cut -= 1
+                    self.wfile.write(data[: len(data) // 2])
+                    self.close_connection = True
+                elif is_image and fake.slow:
+                    fake.slow -= 1
+                    for i in range(0, len(data), len(data) // 50):
+                        self.wfile.write(data[i : i + len(data) // 50])
+                        self.wfile.flush()
+                        time.sleep(0.1)
+                else:
+                    self.wfile.write(data)
+                fake.busy_s += time.perf_counter() - start
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *args: object) -> None:
+                pass  # who asks may hang up
+
+        self._server = Server(("127.0.0.1", port), Handler)
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.is_stopped = True
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def answer(self, path: str, body: Any, auth: str) -> Answer:
+        self.asked[path] += 1
+        name = path.removeprefix("/sdapi/v1/")
+        if self.auth and auth != f"Basic {base64.b64encode(self.auth.encode()).decode()}":
+            return 401, {"detail": "Not authenticated"}
+        if self.errors:
+            self.errors -= 1
+            return 500, {"error": "OutOfMemoryError", "errors": "CUDA out of memory"}
+        handlers: dict[str, Callable[[Any], Answer]] = {
+            "options": self._options,
+            "samplers": self._samplers,
+            "schedulers": self._schedulers,
+            "sd-models": self._models,
+            "upscalers": lambda _: (200, [{"name": "None"}, {"name": "R-ESRGAN 4x+"}]),
+            "latent-upscale-modes": lambda _: (200, [{"name": "Latent"}]),
+            "prompt-styles": lambda _: (200, [{"name": "moody"}]),
+            "scripts": lambda _: (200, {"txt2img": ["controlnet"], "img2img": []}),
+            "refresh-checkpoints": self._refreshed,
+            "txt2img": self._image,
+            "progress": lambda _: (200, {"state": {"interrupted": self.interrupted}}),
+            "version": lambda _: (
+                (200, {"commit": "058a7f0"})
+                if self.kind == NEXT
+                else (404, {"detail": "Not Found"})
+            ),
+            "/openapi.json": self._described,
+        }
+        known = handlers.get(name)
+        found = known(body) if known else (404, {"detail": "Not Found"})
+        return self.twist(path, body, found)
+
+    def _refreshed(self, _: Any) -> Answer:
+        self._refresh()
+        return 200, None
+
+    def _refresh(self) -> None:
+        self._files = {path.name: path for path in sorted(self.folder.rglob("*.safetensors"))}
+
+    def _options(self, body: Any) -> Answer:
+        if body is None:
+            own = {"forge_preset": "sd"} if self.kind == FORGE else {}
+            return 200, {
+                "sd_model_checkpoint": self._title(self.chosen),
+                "sd_vae": "Automatic",
+                "CLIP_stop_at_last_layers": 1,
+                **own,
+            }
+        if (title := body.get("sd_model_checkpoint")) is not None:
+            name = next((n for n in self._files if self._title(n) == title or n == title), None)
+            if name is None:
+                if self.kind == NEXT:
+                    return 200, {"updated": []}
+                return 500, {"error": "RuntimeError", "errors": f"model {title!r} not found"}
+            self.chosen = name
+            if self.kind != FORGE:  # which loads with the next image
+                self.loaded = name
+        return 200, None
+
+    def _samplers(self, _: Any) -> Answer:
+        names = _OLD_SAMPLERS if self.kind == OLD else _SAMPLERS
+        own = {"DPM++ 2M": {"scheduler": "karras"}}
+        aliases = {"Euler": ["k_euler"]}
+        return 200, [
+            {"name": n, "aliases": aliases.get(n, []), "options": own.get(n, {})} for n in names
+        ]
+
+    def _schedulers(self, _: Any) -> Answer:
+        if self.kind == OLD:
+            return 404, {"detail": "Not Found"}
+        if self.kind == NEXT:
+            return 500, {"error": "AttributeError", "errors": "no schedulers"}
+        return 200, [{"name": n.casefold().replace(" ", "_"), "label": n} for n in _SCHEDULERS]
+
+    def _models(self, _: Any) -> Answer:
+        return 200, [
+            {"title": self._title(n), "model_name": path.stem, "filename": str(path)}
+            for n, path in self._files.items()
+        ]
+
+    def _described(self, _: Any) -> Answer:
+        if self.kind == NEXT:
+            return 404, {"detail": "Not Found"}
+        reference = {"$ref": "#/components/schemas/Txt2Img"}
+        content = {"application/json": {"schema": reference}}
+        return 200, {
+            "paths": {"/sdapi/v1/txt2img": {"post": {"requestBody": {"content": content}}}},
+            "components": {"schemas": {"Txt2Img": {"properties": dict.fromkeys(_FIELDS)}}},
+        }
+
+    def _image(self, body: Any) -> Answer:
+        self.bodies.append(body)
+        self.loaded = self.chosen
+        sampler, scheduler = body["sampler_name"], body.get("scheduler", "Automatic")
+        if self.kind != OLD and sampler.endswith(" Karras"):
+            sampler, scheduler = sampler.removesuffix(" Karras"), "Karras"
+        known = [one["name"] for one in self._samplers(None)[1]]
+        if sampler not in known:
+            if self.kind == NEXT:
+                return 404, {"detail": "Sampler not found"}
+            if self.kind == OLD:
+                return 400, {"detail": "Sampler not found"}
+            sampler, scheduler = "DPM++ 2M", "Karras"
+        if (sampler, scheduler) == ("DPM++ 2M", "Karras"):
+            scheduler = "Automatic"
+        width, height = (body[side] // 8 * 8 for side in ("width", "height"))
+        path = self._files[self.loaded]
+        schedule = f", Schedule type: {scheduler}" if self.kind in (A1111, FORGE) else ""
+        text = (
+            f"{body['prompt']}\nSteps: {body['steps']}, Sampler: {sampler}{schedule}, CFG scale: "
+            f"{body['cfg_scale']}, Seed: {body['seed']}, Size: {width}x{height}, Model: {path.stem}"
+        )
+        info = {
+            "seed": body["seed"],
+            "all_seeds": [body["seed"]],
+            "width": width,
+            "height": height,
+            "sampler_name": sampler,
+            "cfg_scale": body["cfg_scale"],
+            "steps": body["steps"],
+            "infotexts": [text],
+        }
+        if self.kind != NEXT:
+            info["sd_model_name"] = path.stem
+        images = [self._painted(path, body, (width, height))]
+        if body.get("save_images"):
+            images.insert(0, images[0])  # the grid
+        if body.get("send_images") is False:
+            images = []
+        return 200, {"images": images, "parameters": body, "info": json.dumps(info)}
+
+    def _painted(self, path: Path, body: Any, size: tuple[int, int]) -> str:
+        """The mean of each block's tensor as the grey of a stripe, with noise of the seed."""
+        state = load_file(path)
+        values = np.array([float(state[name].float().mean()) for name in TENSORS.values()])
+        noise = np.random.default_rng(body["seed"]).normal(0, 0.05, len(values))
+        grey = np.clip((values + noise) * 128 + 64, 0, 255).astype(np.uint8)
+        image = Image.fromarray(np.repeat(grey[None, :], 4, 0)).resize(
+            size, Image.Resampling.NEAREST
+        )
+        data = io.BytesIO()
+        image.convert("RGB").save(data, format="PNG")
+        return base64.b64encode(data.getvalue()).decode()
+
+    def _title(self, name: str) -> str:
+        return f"{name} [{abs(hash(name)) % 10**10:010}]"
