@@ -274,6 +274,7 @@ class WebUI:
         samplers, schedulers = self._lists.samplers, self._lists.schedulers
         sampler, scheduler = prompt.sampler_name, prompt.scheduler
         where = f"payload {prompt.payload}"
+        labels = list(dict.fromkeys(known.label for known in schedulers.values()))
         if sampler not in samplers:
             # "DPM++ 2M Karras" is two names since 1.9 of stable-diffusion-webui.
             ends = [end for end in schedulers if sampler.endswith(f" {end}")]
@@ -291,15 +292,13 @@ class WebUI:
                 )
             return {"sampler_name": samplers[joined].name}
         if sampler not in samplers:
-            labels = {known.label for known in schedulers.values()}
-            both = [f"{one} {label}" for one in samplers for label in sorted(labels)]
+            both = [f"{one} {label}" for one in samplers for label in labels]
             hint = nearest(sampler, [*samplers, *both], cutoff=0.8)
             hint = hint or f"; it has: {', '.join(list(samplers)[:30])}"
             raise ConfigError(f"{where}: the server has no sampler {sampler!r}{hint}")
         if not schedulers:
             return {"sampler_name": samplers[sampler].name}
         if scheduler not in schedulers and scheduler != _AUTOMATIC:
-            labels = list(dict.fromkeys(known.label for known in schedulers.values()))
             hint = nearest(scheduler, labels) or f"; it has: {', '.join(labels)}"
             raise ConfigError(f"{where}: the server has no scheduler {scheduler!r}{hint}")
         schedule = schedulers.get(scheduler)
