@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,11 +131,7 @@ def judge(
     trial.spend(merge=time.monotonic() - start)
     pieces = _followed(setup, todo, yardstick) if yardstick else _plain(setup, panel, done)
     faults: list[str] = []
-    start = time.monotonic()
-    for samples, slopes, fault in pieces:
-        generated = time.monotonic()
-        scores = score(setup.scorers, samples)
-        scored = time.monotonic()
+    for (samples, slopes, fault), scores, spent in _scored(setup, pieces):
         fresh = sum(sample.prompt in todo for sample in samples)
         for sample, found in zip(samples, scores, strict=True):
             if sample.prompt.index not in trial.scores:
@@ -148,16 +145,60 @@ def judge(
         if fault:
             trial.unfollowed(fault)
             faults += [fault] * len(samples)
-        trial.spend(generate=generated - start, score=scored - generated)
+        trial.spend(**spent)
         observer.judged(fresh, made=True)
         if yardstick and trial.fault:
             raise TrialError(trial.fault)
-        start = time.monotonic()
     if faults:
         what = f"{trial.name} was judged without its gradient"
         if any(piece.by for piece in trial.result().slopes):
             what = f"{len(faults)} of {len(todo)} images of {trial.name} told no gradient"
         observer.noted(f"{what}: {faults[-1]}")
+
+
+class _Scored(NamedTuple):
+    """A piece, the scores of its images, and the seconds that both took."""
+
+    piece: _Piece
+    scores: Sequence[Mapping[str, float]]
+    spent: Mapping[str, float]
+
+
+def _scored(setup: Setup, pieces: Iterator[_Piece]) -> Iterator[_Scored]:
+    """The pieces with their scores; while one is scored the next is made, if that is done elsewhere."""
+    made = _timed(pieces)
+    if not getattr(setup.backend, "is_remote", False):
+        yield from (_score_of(setup, *one) for one in made)
+        return
+    with ThreadPoolExecutor(1) as scoring:
+        waiting: Future[_Scored] | None = None
+        while True:
+            try:
+                one = next(made, None)
+            except BaseException:
+                if waiting:  # the fault is of the next, and this one is not lost
+                    yield waiting.result()
+                raise
+            following = scoring.submit(_score_of, setup, *one) if one else None
+            if waiting:
+                yield waiting.result()
+            if following is None:
+                return
+            waiting = following
+
+
+def _timed(pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, float]]:
+    """Each piece with the seconds that it took."""
+    start = time.monotonic()
+    for piece in pieces:
+        yield piece, time.monotonic() - start
+        start = time.monotonic()
+
+
+def _score_of(setup: Setup, piece: _Piece, made_s: float) -> _Scored:
+    start = time.monotonic()
+    scores = score(setup.scorers, piece.samples)
+    return _Scored(piece, scores, {"generate": made_s, "score": time.monotonic() - start})
 
 
 def _judge_and_follow(

@@ -29,6 +29,7 @@ from bayesian_merger.backends.webui import WebUI
 from bayesian_merger.data import Outcome, Prompt
 from bayesian_merger.errors import ConfigError, RunError, TrialError
 from bayesian_merger.setup import Setup
+from bayesian_merger.study import Trial
 
 Begin = Callable[..., FakeWebUI]
 
@@ -552,6 +553,62 @@ def test_where_the_server_is_may_change_between_two_starts(folder: Path, begin: 
 )
 def test_times(text: str, found: float) -> None:
     assert module.seconds(text, "x") == found
+
+
+PATIENT = """
+import threading
+from bayesian_merger.scorers import scorer
+
+is_next_begun = threading.Event()
+
+@scorer
+class Patient:
+    def __init__(self):
+        self.is_first = True
+
+    def __call__(self, samples):
+        is_first, self.is_first = self.is_first, False
+        return [float(is_next_begun.wait(20) if is_first else 2)]
+"""
+
+
+def test_image_is_scored_while_the_next_is_made(folder: Path, begin: Begin) -> None:
+    (folder / "patient.py").write_text(PATIENT)
+    fake = begin()
+    chosen = loaded(folder, fake, 'plugins=["patient.py"]', "scorers.patient.weight=1")
+    asked = 0
+
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        nonlocal asked
+        asked += path.endswith("txt2img")
+        if asked == 2:
+            sys.modules["bayesian_merger_plugin_patient"].is_next_begun.set()
+        return answer
+
+    fake.twist = twist
+    trial = booked(folder, chosen)
+    run.judge(trial, chosen.panel, chosen, Silent(), None)
+    assert [scores["patient"] for scores in trial.scores.values()] == [1.0, 2.0]
+    chosen.backend.close()
+
+
+def booked(folder: Path, chosen: Setup) -> Trial:
+    (folder / "run").mkdir()
+    study = outcomes.open_study(folder / "run", create=True)
+    return study.book("baseline", "even", chosen.baseline("even"))
+
+
+def test_image_is_kept_though_the_next_cannot_be_made(folder: Path, begin: Begin) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake)
+    fake.twist = lambda path, body, answer: (
+        (422, None) if path.endswith("txt2img") and len(fake.bodies) == 2 else answer
+    )
+    trial = booked(folder, chosen)
+    with pytest.raises(TrialError, match="HTTP 422"):
+        run.judge(trial, chosen.panel, chosen, Silent(), None)
+    assert len(trial.scores) == 1
+    chosen.backend.close()
 
 
 def test_check_says_how_merges_reach_the_server(folder: Path, begin: Begin) -> None:

@@ -65,7 +65,11 @@ class Merge(Mapping[str, Tensor]):
 
 
 class Backend(Protocol):
-    """What the loop needs of a back end."""
+    """What the loop needs of a back end.
+
+    One whose images are made elsewhere may have `is_remote = True`: its images are scored while it makes
+    the next.
+    """
 
     batch: int
     """Images made at once; a panel is always cut at the same places, so that it repeats exactly."""

@@ -89,6 +89,7 @@ class WebUI:
     """
 
     batch = 1
+    is_remote = True
 
     def __init__(
         self,
