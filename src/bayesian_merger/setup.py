@@ -43,7 +43,7 @@ _MAY_CHANGE = (
 _MOST_IMAGES = 10_000
 _USUAL_IMAGES = 500
 # How much of the other a merge beside A or B has.
-_BESIDE = 0.1
+_BESIDE = 0.2
 _FOLLOWS = (
     "the score can be differentiated, so the search follows its gradient; "
     "search.optimiser = 'bayes' does without"
