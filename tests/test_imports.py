@@ -19,7 +19,17 @@ PACKAGE = Path(bayesian_merger.__file__).parent
 PLUGINS = ("methods", "backends", "scorers")
 LAYERS = (
     ("data", "errors", "guard", "toml", "demo"),
-    ("checkpoint", "devices", "gp", "kernels", "metadata", "names", "registry", "server"),
+    (
+        "checkpoint",
+        "devices",
+        "gp",
+        "kernels",
+        "metadata",
+        "names",
+        "pictures",
+        "registry",
+        "server",
+    ),
     ("slopes",),
     ("bayes", "blocks", "folders", "lora", "plots", *PLUGINS),
     (
@@ -151,7 +161,7 @@ def test_plugin_knows_neither_the_config_nor_the_study_nor_another_plugin(module
         {"methods.mecha"} if module == "methods" else set()
     )  # which get() asks, by the prefix
     if top(module) == "backends":
-        allowed |= {"server", "guard"}
+        allowed |= {"server", "guard", "pictures"}
     else:
         allowed -= {"checkpoint", "names", "toml"}
     assert ours(module) <= allowed

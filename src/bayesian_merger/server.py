@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from bayesian_merger.errors import ConfigError, RunError, one_line
@@ -99,6 +100,16 @@ class Server:
         """The answer to `body`; Refused, Strange, or RunError if the server does not come back."""
         return self._call("POST", path, body if body is not None else {}, self._wait_s)
 
+    def fetch(self, path: str) -> bytes:
+        """The bytes at `path`, whatever they are."""
+        found: bytes = self._call("GET", path, None, self._wait_s, raw=True)
+        return found
+
+    def try_post(self, path: str, body: Any) -> None:
+        """`post` of what is not needed: a server that is away is not waited for."""
+        with suppress(_Lost):
+            self._once("POST", path, body)
+
     def look(self, path: str) -> Any:
         """`get` of a server that should be there: ConfigError if nothing answers, without waiting."""
         try:
@@ -110,11 +121,11 @@ class Server:
         """Close the connections."""
         self._client.close()
 
-    def _call(self, method: str, path: str, body: Any, wait_s: float) -> Any:
+    def _call(self, method: str, path: str, body: Any, wait_s: float, raw: bool = False) -> Any:
         pause, refusals, lost_at = _PAUSE_S, 0, None
         while True:
             try:
-                return self._once(method, path, body)
+                return self._once(method, path, body, raw)
             except _Lost as error:
                 self.n_lost += lost_at is None
                 lost_at = time.monotonic() if lost_at is None else lost_at
@@ -130,7 +141,7 @@ class Server:
             self._sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
-    def _once(self, method: str, path: str, body: Any) -> Any:
+    def _once(self, method: str, path: str, body: Any, raw: bool = False) -> Any:
         end = time.monotonic() + self._timeout_s
         content = bytearray()
         try:
@@ -146,6 +157,8 @@ class Server:
             raise _Lost(f"{path}: {one_line(error)}") from error
         if not answer.is_success:
             raise Refused(answer.status_code, _complaint(bytes(content)))
+        if raw:
+            return bytes(content)
         if not content:
             return None
         try:

@@ -8,8 +8,6 @@ read back from its answer.
 from __future__ import annotations
 
 import base64
-import binascii
-import io
 import json
 import math
 import re
@@ -25,6 +23,7 @@ from bayesian_merger.backends import Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
 from bayesian_merger.guard import Guard
+from bayesian_merger.pictures import decoded
 from bayesian_merger.registry import nearest
 from bayesian_merger.server import Refused, Server, Strange, seconds
 
@@ -42,8 +41,6 @@ _OF_MODELS = ("sd_model_checkpoint", "sd_checkpoint_hash", "sd_unet", "forge_add
 _SETTINGS = "override_settings"
 # How often an image is begun anew when the connection is lost.
 _ROUNDS = 5
-# An image larger than this is no image of a diffusion model.
-_MOST_PIXELS = 2**26
 
 
 class _OtherModelError(TrialError):
@@ -398,9 +395,11 @@ class WebUI:
         state = self._asked("get", f"{_API}/progress?skip_current_image=true").get("state")
         if isinstance(state, dict) and (state.get("interrupted") or state.get("skipped")):
             raise TrialError("the image was interrupted in the webui")
-        return _decoded(
-            images[0], None if _changes_size(prompt) else (prompt.width, prompt.height)
-        )
+        try:
+            data = base64.b64decode(str(images[0]).rpartition(",")[2], validate=True)
+        except ValueError as error:
+            raise TrialError(f"the server's image cannot be read ({one_line(error)})") from error
+        return decoded(data, None if _changes_size(prompt) else (prompt.width, prompt.height))
 
     def _read_back(self, wanted: Mapping[str, Any], info: object) -> None:
         """TrialError if the image was made with anything else."""
@@ -496,23 +495,6 @@ def _mistaken_fields(prompt: Prompt, lists: _Lists, options: Mapping[str, Any]) 
 def _changes_size(prompt: Prompt) -> bool:
     """Whether an image may have another size than its prompt: hires fix, scripts."""
     return any(prompt.extra.get(k) for k in ("enable_hr", "script_name", "alwayson_scripts"))
-
-
-def _decoded(text: object, size: tuple[int, int] | None) -> Image.Image:
-    """An image of base64; TrialError if it is none, or of another size."""
-    try:
-        data = base64.b64decode(str(text).rpartition(",")[2], validate=True)
-        image = Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"])
-        if image.width * image.height > _MOST_PIXELS:
-            raise TrialError(f"the server made an image of {image.width} x {image.height}")
-        if size and image.size != size:
-            width, height = size
-            raise TrialError(
-                f"the server made an image of {image.width} x {image.height}, not {width} x {height}"
-            )
-        return image.convert("RGB")
-    except (binascii.Error, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise TrialError(f"the server's image cannot be read ({one_line(error)})") from error
 
 
 def _remove(*files: Path | None) -> None:

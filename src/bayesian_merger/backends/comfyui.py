@@ -1,0 +1,358 @@
+"""Images by a running ComfyUI, which merges its checkpoints with its own nodes: nothing is installed.
+
+Its nodes ModelMergeSD1, ModelMergeSDXL and CLIPMergeSimple take the share of the first model, which is
+1 - alpha.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import PureWindowsPath
+from typing import Any, TypeAlias
+from urllib.parse import urlencode
+
+from bayesian_merger.backends import Key, Merge, backend
+from bayesian_merger.data import Prompt, Recipe, Sample
+from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.pictures import decoded
+from bayesian_merger.registry import nearest
+from bayesian_merger.server import Refused, Server, Strange, seconds
+
+Graph: TypeAlias = dict[str, dict[str, Any]]
+"""A workflow as the API takes it: a node's name -> its class and inputs."""
+
+# The samplers and schedulers of stable-diffusion-webui by ComfyUI's names.
+_SAMPLERS = {
+    "Euler": "euler",
+    "Euler a": "euler_ancestral",
+    "Heun": "heun",
+    "LMS": "lms",
+    "DPM2": "dpm_2",
+    "DPM2 a": "dpm_2_ancestral",
+    "DPM++ 2S a": "dpmpp_2s_ancestral",
+    "DPM++ 2M": "dpmpp_2m",
+    "DPM++ SDE": "dpmpp_sde",
+    "DPM++ 2M SDE": "dpmpp_2m_sde",
+    "DPM++ 3M SDE": "dpmpp_3m_sde",
+    "DDIM": "ddim",
+    "UniPC": "uni_pc",
+    "LCM": "lcm",
+}
+_SCHEDULERS = {
+    "Automatic": "normal",
+    "Karras": "karras",
+    "Exponential": "exponential",
+    "SGM Uniform": "sgm_uniform",
+    "Simple": "simple",
+    "DDIM": "ddim_uniform",
+    "Beta": "beta",
+}
+_NODES = {"sd1": "ModelMergeSD1", "sdxl": "ModelMergeSDXL"}
+_METHODS = ("weighted_sum", "add_difference")
+_UNET = "model.diffusion_model."
+_TEXT = ("cond_stage_model.", "conditioner.")
+_PROOF = Prompt(0, "proof", "", 0, width=64, height=64, steps=1)
+# The first pause before it is looked whether an image is done, and the longest.
+_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.1
+# A job that is neither done nor in the queue, so often in a row, is lost.
+_LOST = 5
+
+
+@backend
+class ComfyUI:
+    """A running ComfyUI, whose folder of checkpoints has the models under the names of their files.
+
+    Merges by `weighted_sum` and `add_difference`. `clip_skip` counts as in stable-diffusion-webui.
+    `timeout_s` is the longest that an image may take, `wait_for_server` how long a server that has gone
+    away is waited for. The environment variable `auth_env` may hold "user:password" or "Bearer TOKEN",
+    for a proxy before it. `verify` false takes any TLS certificate.
+    """
+
+    batch = 1
+    is_remote = True
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8188",
+        clip_skip: int = 1,
+        timeout_s: float = 600.0,
+        wait_for_server: str = "10m",
+        auth_env: str = "BAYESIAN_MERGER_AUTH",
+        verify: bool = True,
+    ) -> None:
+        """ConfigError for options that cannot be."""
+        if clip_skip < 1:
+            raise ConfigError("backend.clip_skip must be 1 or more")
+        if not 1.0 <= timeout_s < math.inf:
+            raise ConfigError(f"backend.timeout_s is {timeout_s}; give a second at least")
+        wait_s = seconds(wait_for_server, "backend.wait_for_server")
+        self._server = Server(url, timeout_s, wait_s, auth_env, verify)
+        self._clip_skip, self._timeout_s = clip_skip, timeout_s
+        self._merged: Graph = {}
+
+    def check(
+        self,
+        prompts: Sequence[Prompt],
+        architecture: str,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[str]:
+        """ConfigError for no ComfyUI, an architecture that it does not merge, unknown samplers."""
+        url = self._server.url
+        try:
+            system = self._server.look("/system_stats")["system"]
+            version = str(system.get("comfyui_version", "of unknown version"))[:40]
+        except (Refused, Strange, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"backend.url: {url} is no ComfyUI ({error})") from error
+        if architecture not in _NODES:
+            raise ConfigError(
+                f"back end comfyui merges {' and '.join(_NODES)}, and the models are {architecture}"
+            )
+        samplers = self._choices("KSampler", "sampler_name")
+        schedulers = self._choices("KSampler", "scheduler")
+        mistakes = []
+        for prompt in prompts:
+            for what, known, spelling in (
+                ("sampler", samplers, _sampler(prompt)[0]),
+                ("scheduler", schedulers, _sampler(prompt)[1]),
+            ):
+                if spelling not in known:
+                    names = [*known, *(_SAMPLERS if what == "sampler" else _SCHEDULERS)]
+                    hint = nearest(spelling, names) or f"; it has: {', '.join(known)}"
+                    mistakes.append(
+                        f"payload {prompt.payload}: ComfyUI has no {what} {spelling!r}{hint}"
+                    )
+        if mistakes:
+            raise ConfigError("\n".join(dict.fromkeys(mistakes)))
+        notes = [f"ComfyUI {version} at {url} merges the models with its own nodes"]
+        if extra := sorted({key for prompt in prompts for key in prompt.extra}):
+            notes.append(f"payload fields this back end does not use: {', '.join(extra)}")
+        return notes
+
+    def load(self, recipe: Recipe, merged: Merge) -> None:
+        """Make the nodes of the merge; ConfigError for one that ComfyUI's nodes cannot make."""
+        self._merged = self._nodes(recipe, merged)
+        # ComfyUI merges when an image is made, so the smallest one is, which also proves that it can.
+        self._made(self._workflow(_PROOF))
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
+        """Images one by one, in the server's queue."""
+        for prompt in prompts:
+            image = decoded(self._made(self._workflow(prompt)), (prompt.width, prompt.height))
+            yield Sample(image, prompt)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._server.close()
+
+    def _choices(self, node: str, name: str) -> list[str]:
+        """What an input of a node may be."""
+        try:
+            found = self._server.look(f"/object_info/{node}")[node]["input"]["required"][name]
+        except (Refused, Strange, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"backend.url: the ComfyUI at {self._server.url} has no node {node}; update it"
+            ) from error
+        # Newer versions have ["COMBO", {"options": [...]}].
+        options = found[0]
+        if not isinstance(options, list):
+            options = found[1].get("options", []) if len(found) > 1 else []
+        return [str(option) for option in options]
+
+    def _nodes(self, recipe: Recipe, merged: Merge) -> Graph:
+        """The loaders of the models, and what merges them; "model", "clip" and "vae" are results."""
+        if recipe.method not in _METHODS:
+            raise ConfigError(
+                f"back end comfyui merges by {' and '.join(_METHODS)}, not by {recipe.method}"
+            )
+        if recipe.clip or recipe.vae == "base":
+            what = "merge.clip" if recipe.clip else "merge.vae = 'base'"
+            raise ConfigError(f"back end comfyui has nothing for {what}")
+        graph: Graph = {}
+        for letter, model in zip("abc", recipe.models, strict=False):
+            graph[letter] = _node("CheckpointLoaderSimple", ckpt_name=self._file(model.name))
+        other = "b"
+        if recipe.method == "add_difference":
+            difference = {"model1": ["b", 0], "model2": ["c", 0], "multiplier": 1.0}
+            graph["difference"] = _node("ModelMergeSubtract", **difference)
+            graph["sum"] = _node("ModelMergeAdd", model1=["a", 0], model2=["difference", 0])
+            texts = {"clip1": ["b", 1], "clip2": ["c", 1], "multiplier": 1.0}
+            graph["text difference"] = _node("CLIPMergeSubtract", **texts)
+            graph["text sum"] = _node("CLIPMergeAdd", clip1=["a", 1], clip2=["text difference", 0])
+            other = "sum"
+        shares = self._shares(recipe, merged)
+        graph["model"] = _node(
+            _NODES[recipe.architecture], model1=["a", 0], model2=[other, 0], **shares
+        )
+        ratio = 1.0 - _alpha(recipe, merged, [n for n in merged if n.startswith(_TEXT)], "base")
+        clip2 = ["text sum", 0] if other == "sum" else ["b", 1]
+        graph["clip"] = _node("CLIPMergeSimple", clip1=["a", 1], clip2=clip2, ratio=ratio)
+        if self._clip_skip > 1:
+            skipped = {"clip": ["clip", 0], "stop_at_clip_layer": -self._clip_skip}
+            graph["skip"] = _node("CLIPSetLastLayer", **skipped)
+        graph["vae"] = graph[recipe.vae]
+        return graph
+
+    def _shares(self, recipe: Recipe, merged: Merge) -> dict[str, float]:
+        """The share of the first model in each part of the U-Net that ComfyUI's node knows."""
+        node = _NODES[recipe.architecture]
+        try:
+            found = self._server.look(f"/object_info/{node}")[node]["input"]["required"]
+        except (Refused, Strange, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"backend.url: the ComfyUI at {self._server.url} has no node {node}; update it"
+            ) from error
+        parts = [str(name) for name in found if name not in ("model1", "model2")]
+        names = [name for name in merged if name.startswith(_UNET)]
+        held: dict[str, list[str]] = {part: [] for part in parts}
+        for name in names:
+            inside = name.removeprefix(_UNET)
+            fitting = [part for part in parts if inside.startswith(part.rstrip(".") + ".")]
+            if not fitting:
+                raise ConfigError(f"ComfyUI's node {node} has no weight for {inside}")
+            held[max(fitting, key=len)].append(name)
+        return {part: 1.0 - _alpha(recipe, merged, held[part], part) for part in parts}
+
+    def _file(self, name: str) -> str:
+        """The server's name of a checkpoint, which may lie in a folder."""
+        known = self._choices("CheckpointLoaderSimple", "ckpt_name")
+        found = [one for one in known if PureWindowsPath(one).name == name]
+        if not found:
+            raise ConfigError(
+                f"ComfyUI has no checkpoint {name!r}{nearest(name, known)}; put the models into its "
+                f"folder models/checkpoints"
+            )
+        return found[0]
+
+    def _workflow(self, prompt: Prompt) -> Graph:
+        """The whole workflow of an image."""
+        clip = ["skip" if "skip" in self._merged else "clip", 0]
+        sampler, scheduler = _sampler(prompt)
+        size = {"width": prompt.width, "height": prompt.height, "batch_size": 1}
+        return {
+            **self._merged,
+            "positive": _node("CLIPTextEncode", text=prompt.prompt, clip=clip),
+            "negative": _node("CLIPTextEncode", text=prompt.negative_prompt, clip=clip),
+            "latent": _node("EmptyLatentImage", **size),
+            "sampler": _node(
+                "KSampler",
+                model=["model", 0],
+                positive=["positive", 0],
+                negative=["negative", 0],
+                latent_image=["latent", 0],
+                seed=prompt.seed,
+                steps=prompt.steps,
+                cfg=prompt.cfg_scale,
+                sampler_name=sampler,
+                scheduler=scheduler,
+                denoise=1.0,
+            ),
+            "image": _node("VAEDecode", samples=["sampler", 0], vae=["vae", 2]),
+            "shown": _node("PreviewImage", images=["image", 0]),
+        }
+
+    def _made(self, workflow: Graph) -> bytes:
+        """The PNG of a workflow, begun anew if the server forgets it."""
+        end = time.monotonic() + self._timeout_s
+        while True:
+            job = self._begun(workflow)
+            try:
+                done = self._waited(job, end)
+            except BaseException:
+                self._forget(job)
+                raise
+            if done is not None:
+                return self._picture(done)
+
+    def _begun(self, workflow: Graph) -> str:
+        try:
+            answer = self._server.post("/prompt", {"prompt": workflow})
+            return str(answer["prompt_id"])
+        except Refused as error:
+            raise TrialError(f"ComfyUI refuses the workflow: {error}") from error
+        except (Strange, KeyError, TypeError) as error:
+            raise TrialError(f"ComfyUI: {error}") from error
+
+    def _waited(self, job: str, end: float) -> Mapping[str, Any] | None:
+        """What the server tells of the job when it is done; None if it knows nothing of it."""
+        pause, missed = _PAUSE_S, 0
+        while time.monotonic() < end:
+            try:
+                history = self._server.get(f"/history/{job}")
+                if isinstance(history, dict) and isinstance(done := history.get(job), dict):
+                    return done
+                queue = self._server.get("/queue") if pause >= _LONGEST_PAUSE_S else None
+            except (Refused, Strange) as error:
+                raise TrialError(f"ComfyUI: {error}") from error
+            if isinstance(queue, dict):
+                jobs = [one for key in ("queue_running", "queue_pending") for one in queue[key]]
+                missed = 0 if any(job in entry for entry in jobs) else missed + 1
+                if missed >= _LOST:
+                    return None
+            time.sleep(pause)
+            pause = min(1.3 * pause, _LONGEST_PAUSE_S)
+        raise TrialError(f"ComfyUI has made no image in {self._timeout_s:g} s")
+
+    def _forget(self, job: str) -> None:
+        """Take the job from the queue, or stop it, as far as the server is there."""
+        with suppress(Refused, Strange, ConfigError):
+            self._server.try_post("/queue", {"delete": [job]})
+            queue = self._server.look("/queue")
+            running = queue.get("queue_running", []) if isinstance(queue, dict) else []
+            # Older versions stop whatever runs, and the queue may be others' too.
+            if any(job in entry for entry in running):
+                self._server.try_post("/interrupt", {"prompt_id": job})
+
+    def _picture(self, done: Mapping[str, Any]) -> bytes:
+        status = done.get("status")
+        messages = status.get("messages", []) if isinstance(status, dict) else []
+        if not isinstance(status, dict) or status.get("status_str") != "success":
+            told = {name: entry for name, entry in messages if isinstance(entry, dict)}
+            if "execution_interrupted" in told:
+                raise TrialError("the image was interrupted in ComfyUI")
+            error = told.get("execution_error", {})
+            kind, said = (
+                error.get("exception_type", ""),
+                error.get("exception_message", "no reason"),
+            )
+            raise TrialError(f"ComfyUI: {kind} {' '.join(str(said).split())[:300]}")
+        try:
+            (image,) = done["outputs"]["shown"]["images"]
+            place = {key: str(image[key]) for key in ("filename", "subfolder", "type")}
+        except (KeyError, TypeError, ValueError):
+            raise TrialError("ComfyUI was done without an image") from None
+        try:
+            return self._server.fetch(f"/view?{urlencode(place)}")
+        except (Refused, Strange) as error:
+            raise TrialError(f"ComfyUI: {error}") from error
+
+
+def _node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def _sampler(prompt: Prompt) -> tuple[str, str]:
+    """Sampler and scheduler by ComfyUI's names; "DPM++ 2M Karras" is both."""
+    sampler, scheduler = prompt.sampler_name, prompt.scheduler
+    for end in _SCHEDULERS:
+        first = sampler.removesuffix(f" {end}")
+        if first != sampler and first in _SAMPLERS and scheduler in ("Automatic", end):
+            return _SAMPLERS[first], _SCHEDULERS[end]
+    return _SAMPLERS.get(sampler, sampler), _SCHEDULERS.get(scheduler, scheduler)
+
+
+def _alpha(recipe: Recipe, merged: Merge, names: Iterable[str], part: str) -> float:
+    """The one weight of these tensors; ConfigError if they have several, 0 if none is merged."""
+
+    def value(key: Key) -> float:
+        return recipe.weights[key[0]][key[1]]
+
+    found = {value(key) for name in names for key in merged.moved_by(name)}
+    if len(found) > 1:
+        raise ConfigError(
+            f"ComfyUI's nodes have one weight for {part}, and the search has several there; leave out "
+            f"presets and names of smaller parts"
+        )
+    return found.pop() if found else 0.0

@@ -1,0 +1,352 @@
+"""ComfyUI as the back end: beside a server that answers as it does, and beside the real one."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import toy_plugin
+from comfyui_fake import FakeComfyUI
+from PIL import Image
+from safetensors.torch import save_file
+from test_names import known_layout
+from test_run import Silent
+
+from bayesian_merger import config as configuration
+from bayesian_merger import run, setup
+from bayesian_merger.backends import comfyui as module
+from bayesian_merger.data import Outcome, Prompt
+from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.setup import Setup
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    models = tmp_path / "models"
+    models.mkdir()
+    for name, value in {"zero": 0.0, "one": 1.0, "half": 0.5}.items():
+        toy_plugin.write_model(models / f"{name}.safetensors", value)
+    size = "width = 64\nheight = 64\n"
+    (tmp_path / "portrait.toml").write_text(f'prompt = "a portrait"\n{size}')
+    (tmp_path / "landscape.toml").write_text(f'prompt = "a lake"\n{size}')
+    (tmp_path / "config.toml").write_text(
+        """
+        models = { a = "models/zero.safetensors", b = "models/one.safetensors" }
+        search = { images = 12 }
+        panel = { payloads = ["portrait.toml", "landscape.toml"] }
+        heldout = { images = 4, select_images = 2, candidates = 2 }
+        backend = { name = "comfyui" }
+        scorers = { exposure = { target = 0.6 } }
+        """
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def fake(folder: Path) -> Iterator[FakeComfyUI]:
+    server = FakeComfyUI(folder / "models")
+    yield server
+    server.stop()
+
+
+def ready(folder: Path, url: str, *overrides: str) -> Setup:
+    options = (f"backend.url={url}", *overrides)
+    return setup.prepare(configuration.load(folder / "config.toml", options), folder, "toy")
+
+
+def start(folder: Path, url: str, *overrides: str) -> Outcome:
+    chosen = ready(folder, url, *overrides)
+    try:
+        return run.run(chosen, folder / "run", Silent())
+    finally:
+        chosen.backend.close()
+
+
+def painted(folder: Path, url: str, *overrides: str, name: str = "even") -> Image.Image:
+    """The first image of the panel by a baseline."""
+    chosen = ready(folder, url, *overrides)
+    recipe = chosen.baseline(name)
+    try:
+        chosen.backend.load(recipe, chosen.merger.merge(recipe))
+        (sample,) = chosen.backend.generate(chosen.panel[:1])
+    finally:
+        chosen.backend.close()
+    return sample.image
+
+
+@pytest.mark.parametrize("new_style", [False, True])
+def test_run_finds_the_better_merge(folder: Path, fake: FakeComfyUI, new_style: bool) -> None:
+    fake.new_style = new_style
+    outcome = start(folder, fake.url)
+    assert outcome.finished
+    assert outcome.gain["over_even"].mean > 0
+
+
+@pytest.mark.parametrize("model", [0.0, 0.5, 1.0])
+def test_nodes_have_the_share_of_the_first_model(
+    folder: Path, fake: FakeComfyUI, model: float
+) -> None:
+    name = {0.0: "a", 0.5: "even", 1.0: "b"}[model]
+    image = painted(folder, fake.url, name=name)
+    graph = fake.graphs[-1]
+    assert graph["model"]["class_type"] == "ModelMergeSD1"
+    shares = [v for k, v in graph["model"]["inputs"].items() if k.startswith("input_blocks.")]
+    assert shares == [1 - model] * 12
+    assert graph["clip"]["inputs"]["ratio"] == 1 - model
+    assert image.size == (64, 64)
+    assert float(np.asarray(image).mean()) == pytest.approx(64 + 128 * model, abs=4)
+
+
+def test_each_block_has_its_own_share(folder: Path, fake: FakeComfyUI) -> None:
+    chosen = ready(folder, fake.url)
+    blocks = list(toy_plugin.TENSORS)
+    params = {f"{block}_alpha": i / 100 for i, block in enumerate(blocks)}
+    recipe = chosen.recipe(params)
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    inputs = fake.graphs[-1]["model"]["inputs"]
+    assert inputs["input_blocks.3."] == pytest.approx(1 - params["IN03_alpha"])
+    assert inputs["middle_block.0."] == pytest.approx(1 - params["M00_alpha"])
+    assert inputs["output_blocks.11."] == pytest.approx(1 - params["OUT11_alpha"])
+    assert fake.graphs[-1]["clip"]["inputs"]["ratio"] == pytest.approx(1.0)
+    chosen.backend.close()
+
+
+def test_add_difference_is_put_together(folder: Path, fake: FakeComfyUI) -> None:
+    options = ("merge.method=add_difference", "models.c=models/half.safetensors")
+    image = painted(folder, fake.url, *options)
+    # 0 + 0.5 (1 - 0.5)
+    assert float(np.asarray(image).mean()) == pytest.approx(64 + 128 * 0.25, abs=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ('sampler_name = "Euler a"', ("euler_ancestral", "normal")),
+        ('sampler_name = "DPM++ 2M Karras"', ("dpmpp_2m", "karras")),
+        ('sampler_name = "DPM++ 2M"\nscheduler = "SGM Uniform"', ("dpmpp_2m", "sgm_uniform")),
+        ('sampler_name = "dpmpp_2m"\nscheduler = "karras"', ("dpmpp_2m", "karras")),
+    ],
+)
+def test_samplers_go_by_the_names_of_comfyui(
+    folder: Path, fake: FakeComfyUI, text: str, sent: tuple[str, str]
+) -> None:
+    (folder / "portrait.toml").write_text(f'prompt = "x"\nwidth = 64\nheight = 64\n{text}\n')
+    painted(folder, fake.url, "backend.clip_skip=2")
+    inputs = fake.graphs[-1]["sampler"]["inputs"]
+    assert (inputs["sampler_name"], inputs["scheduler"]) == sent
+    assert fake.graphs[-1]["skip"]["inputs"]["stop_at_clip_layer"] == -2
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ('sampler_name = "Eulr"', (), "no sampler 'Eulr'; did you mean 'Euler'"),
+        ('scheduler = "Karas"', (), "no scheduler 'Karas'; did you mean 'Karras'"),
+        ("", ("backend.clip_skip=0",), "clip_skip must be 1"),
+        ("", ("backend.url=http://127.0.0.1:9",), "nothing answers"),
+        ("", ("backend.timeout_s=0",), "timeout_s is 0"),
+    ],
+)
+def test_what_comfyui_lacks_is_said_before_the_run(
+    folder: Path, fake: FakeComfyUI, text: str, options: tuple[str, ...], said: str
+) -> None:
+    (folder / "portrait.toml").write_text(f'prompt = "x"\nwidth = 64\nheight = 64\n{text}\n')
+    with pytest.raises(ConfigError, match=said):
+        ready(folder, fake.url, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("merge.method=slerp",), "merges by weighted_sum and add_difference, not by slerp"),
+        (("merge.clip=true",), "has nothing for merge.clip"),
+    ],
+)
+def test_what_its_nodes_cannot_merge_is_said_before_an_image(
+    folder: Path, fake: FakeComfyUI, options: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        painted(folder, fake.url, *options)
+    assert fake.graphs == []
+
+
+def test_checkpoint_that_comfyui_has_not_is_said(folder: Path, fake: FakeComfyUI) -> None:
+    (folder / "models" / "one.safetensors").rename(folder / "onne.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"no checkpoint 'onne\.safetensors'.*models/checkpoints"
+    ):
+        painted(folder, fake.url, "models.b=onne.safetensors")
+
+
+def test_checkpoint_may_lie_in_a_folder(folder: Path, fake: FakeComfyUI) -> None:
+    fake.sub = "SD 1.5\\"
+    painted(folder, fake.url)
+    assert fake.graphs[-1]["a"]["inputs"]["ckpt_name"] == "SD 1.5\\zero.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("fails", "OutOfMemoryError no memory"),
+        ("interrupts", "the image was interrupted in ComfyUI"),
+    ],
+)
+def test_job_that_fails_fails_the_trial(
+    folder: Path, fake: FakeComfyUI, fault: str, said: str
+) -> None:
+    setattr(fake, fault, 1)
+    with pytest.raises(TrialError, match=said):
+        painted(folder, fake.url)
+
+
+def test_job_that_the_server_forgets_is_begun_anew(
+    folder: Path, fake: FakeComfyUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LONGEST_PAUSE_S", 0.01)
+    before = painted(folder, fake.url)
+    fake.forgets = 2
+    assert painted(folder, fake.url).tobytes() == before.tobytes()
+    assert fake.forgets == 0
+
+
+def test_job_that_hangs_is_stopped_and_fails_the_trial(folder: Path, fake: FakeComfyUI) -> None:
+    fake.hangs = 1
+    with pytest.raises(TrialError, match="has made no image in 1 s"):
+        painted(folder, fake.url, "backend.timeout_s=1")
+    assert fake.stopped == [
+        ("queue", {"delete": ["job-1"]}),
+        ("interrupt", {"prompt_id": "job-1"}),
+    ]
+
+
+def test_webui_is_no_comfyui(
+    folder: Path, fake: FakeComfyUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake, "answer", lambda path, query, body: (200, {"detail": "hello"}))
+    with pytest.raises(ConfigError, match="is no ComfyUI"):
+        ready(folder, fake.url)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The real server, on the CPU, with two random checkpoints of SD1.5's size: its URL, its folder."""
+    place = os.environ.get("COMFYUI_DIR")
+    if not place:
+        pytest.skip("COMFYUI_DIR names no folder of ComfyUI")
+    base = tmp_path_factory.mktemp("comfyui")
+    checkpoints = base / "models" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    first = random_model(0)
+    chance = torch.Generator().manual_seed(1)
+    second = {
+        name: tensor
+        if not tensor.is_floating_point() or name.startswith("first_stage")
+        else (tensor + 0.3 * tensor.std() * torch.randn(tensor.shape, generator=chance)).half()
+        for name, tensor in first.items()
+    }
+    save_file(first, checkpoints / "first.safetensors")
+    save_file(second, checkpoints / "second.safetensors")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    command = [python, "main.py", "--cpu", "--disable-all-custom-nodes", "--port", str(port)]
+    with (base / "log.txt").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "--base-directory", str(base)], cwd=place, stdout=log, stderr=log
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (base / "log.txt").read_text()[-2000:]
+            try:
+                httpx.get(f"{url}/system_stats").raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        yield url, base
+    finally:
+        server.kill()
+        server.wait()
+
+
+def random_model(seed: int) -> dict[str, torch.Tensor]:
+    """A checkpoint of SD1.5's tensors, scaled so that signals keep their size."""
+    chance = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, shape in known_layout("sd1-ldm").items():
+        if name.endswith("position_ids"):
+            found[name] = torch.arange(77)[None]
+        elif name.startswith(("model.diffusion_model", "cond_stage", "first_stage")):
+            noise = torch.randn(shape, generator=chance)
+            if len(shape) > 1:
+                found[name] = (noise / math.prod(shape[1:]) ** 0.5).half()
+            else:
+                found[name] = (float(name.endswith("weight")) + 0.02 * noise).half()
+    return found
+
+
+def own(url: str, prompt: Prompt, checkpoint: str) -> bytes:
+    """What the server makes of a prompt with a checkpoint as it is."""
+    engine = module.ComfyUI(url)
+    loader = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}}
+    engine._merged = dict.fromkeys(("model", "clip", "vae"), loader)
+    workflow = engine._workflow(prompt)
+    for name in ("positive", "negative"):
+        workflow[name]["inputs"]["clip"] = ["clip", 1]
+    try:
+        return engine._made(workflow)
+    finally:
+        engine.close()
+
+
+@pytest.mark.comfyui
+def test_real_server_makes_the_images_of_a_and_b_and_of_our_merge(
+    real: tuple[str, Path], folder: Path
+) -> None:
+    """At 0 and 1 to the bit; between them as a file that our engine has merged, but for rounding."""
+    url, base = real
+    checkpoints = base / "models" / "checkpoints"
+    (folder / "portrait.toml").write_text('prompt = "x"\nwidth = 64\nheight = 64\nsteps = 2\n')
+    options = [
+        f"models.{m}={checkpoints}/{n}.safetensors" for m, n in (("a", "first"), ("b", "second"))
+    ]
+    chosen = ready(folder, url, *options, "backend.timeout_s=600")
+    prompt = chosen.panel[0]
+    merged = chosen.merger.merge(chosen.baseline("even"))
+    merged.save(checkpoints / "even.safetensors")
+    for name, file, reach in (("a", "first", 0), ("even", "even", 2), ("b", "second", 0)):
+        recipe = chosen.baseline(name)
+        chosen.backend.load(recipe, chosen.merger.merge(recipe))
+        (sample,) = chosen.backend.generate([prompt])
+        theirs = Image.open(io.BytesIO(own(url, prompt, f"{file}.safetensors"))).convert("RGB")
+        apart = [abs(x - y) for x, y in zip(sample.image.tobytes(), theirs.tobytes(), strict=True)]
+        assert max(apart) <= reach
+    chosen.backend.close()
+
+
+@pytest.mark.comfyui
+def test_real_server_is_searched(real: tuple[str, Path], folder: Path) -> None:
+    url, base = real
+    checkpoints = base / "models" / "checkpoints"
+    for payload in ("portrait", "landscape"):
+        text = f'prompt = "{payload}"\nwidth = 64\nheight = 64\nsteps = 1\n'
+        (folder / f"{payload}.toml").write_text(text)
+    options = [
+        f"models.{m}={checkpoints}/{n}.safetensors" for m, n in (("a", "first"), ("b", "second"))
+    ]
+    outcome = start(folder, url, *options, "search.images=3", "heldout.select_images=2")
+    assert outcome.finished
+    digests = {name for r in outcome.results for name in r.images.values()}
+    assert len(digests) == sum(len(r.images) for r in outcome.results)

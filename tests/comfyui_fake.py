@@ -1,0 +1,194 @@
+"""A server that answers as ComfyUI does, and paints what its nodes merge."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file
+from toy_plugin import TENSORS, UNET
+
+SAMPLERS = ["euler", "euler_ancestral", "dpmpp_2m"]
+SCHEDULERS = ["normal", "karras", "sgm_uniform"]
+PARTS = [
+    *("time_embed.", "label_emb."),
+    *(f"input_blocks.{i}." for i in range(12)),
+    *(f"middle_block.{i}." for i in range(3)),
+    *(f"output_blocks.{i}." for i in range(12)),
+    "out.",
+]
+
+State = Mapping[str, float]
+"""A model as the mean of each of its tensors."""
+
+
+class FakeComfyUI:
+    """A server on a port of its own, with the checkpoints of a folder.
+
+    `forgets` is a number of further jobs that it loses, as if it had been started anew, `fails` of jobs
+    that end with an error, `interrupts` of jobs that somebody interrupts, `hangs` of jobs that
+    never end.
+    """
+
+    def __init__(self, folder: Path, sub: str = "") -> None:
+        self.folder, self.sub = folder, sub
+        self.forgets = self.fails = self.interrupts = self.hangs = 0
+        self.new_style = False
+        self.graphs: list[dict[str, Any]] = []
+        self.stopped: list[tuple[str, Any]] = []
+        self.asked: Counter[str] = Counter()
+        self._history: dict[str, Any] = {}
+        self._running: list[str] = []
+        self._pictures: dict[str, bytes] = {}
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self._reply(None)
+
+            def do_POST(self) -> None:
+                size = int(self.headers.get("content-length", 0))
+                self._reply(json.loads(self.rfile.read(size) or b"null"))
+
+            def _reply(self, body: Any) -> None:
+                split = urlsplit(self.path)
+                fake.asked[split.path] += 1
+                status, found = fake.answer(split.path, parse_qs(split.query), body)
+                data = found if isinstance(found, bytes) else json.dumps(found).encode()
+                data = b"" if found is None else data
+                self.send_response(status)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def answer(self, path: str, query: Mapping[str, list[str]], body: Any) -> tuple[int, Any]:
+        name, _, rest = path.lstrip("/").partition("/")
+        if name == "system_stats":
+            return 200, {"system": {"comfyui_version": "0.3.64"}}
+        if name == "object_info":
+            return 200, {rest: {"input": {"required": self._inputs(rest)}}}
+        if name == "prompt":
+            return self._begin(body["prompt"])
+        if name == "history":
+            return 200, {rest: self._history[rest]} if rest in self._history else {}
+        if name == "queue" and body is None:
+            running = [[0, job, {}, {}, []] for job in self._running]
+            return 200, {"queue_running": running, "queue_pending": []}
+        if name in ("queue", "interrupt"):
+            self.stopped.append((name, body))
+            return 200, None
+        if name == "view":
+            return 200, self._pictures[query["filename"][0]]
+        return 404, None
+
+    def _checkpoints(self) -> dict[str, Path]:
+        return {self.sub + path.name: path for path in sorted(self.folder.glob("*.safetensors"))}
+
+    def _inputs(self, node: str) -> dict[str, Any]:
+        choices = {
+            "KSampler": {"sampler_name": SAMPLERS, "scheduler": SCHEDULERS},
+            "CheckpointLoaderSimple": {"ckpt_name": list(self._checkpoints())},
+        }
+        if node in choices:
+            new = self.new_style
+            return {
+                name: ["COMBO", {"options": known}] if new else [known]
+                for name, known in choices[node].items()
+            }
+        return dict.fromkeys(("model1", "model2", *PARTS))
+
+    def _begin(self, graph: dict[str, Any]) -> tuple[int, Any]:
+        sampler = graph["sampler"]["inputs"]
+        if sampler["sampler_name"] not in SAMPLERS:
+            kind = "prompt_outputs_failed_validation"
+            return 400, {"error": {"type": kind, "message": "Prompt outputs failed validation"}}
+        self.graphs.append(graph)
+        job = f"job-{len(self.graphs)}"
+        if self.forgets:
+            self.forgets -= 1
+        elif self.hangs:
+            self.hangs -= 1
+            self._running.append(job)
+        elif self.fails or self.interrupts:
+            name = "execution_error" if self.fails else "execution_interrupted"
+            self.fails = max(0, self.fails - 1)
+            self.interrupts = max(0, self.interrupts - (name != "execution_error"))
+            told = {"exception_type": "OutOfMemoryError", "exception_message": "no\nmemory"}
+            self._history[job] = {"status": {"status_str": "error", "messages": [[name, told]]}}
+        else:
+            self._pictures[f"{job}.png"] = self._painted(graph)
+            images = [{"filename": f"{job}.png", "subfolder": "", "type": "temp"}]
+            self._history[job] = {
+                "status": {"status_str": "success", "completed": True, "messages": []},
+                "outputs": {"shown": {"images": images}},
+            }
+        return 200, {"prompt_id": job, "number": 1, "node_errors": {}}
+
+    def _painted(self, graph: dict[str, Any]) -> bytes:
+        """The mean of each block's tensor as the grey of a stripe, with noise of the seed."""
+        unet = self._evaluated(graph, graph["sampler"]["inputs"]["model"][0])
+        text = self._evaluated(graph, graph["positive"]["inputs"]["clip"][0])
+        values = np.array([text["base"], *(unet[block] for block in TENSORS if block != "base")])
+        noise = np.random.default_rng(graph["sampler"]["inputs"]["seed"]).normal(
+            0, 0.05, len(values)
+        )
+        grey = np.clip((values + noise) * 128 + 64, 0, 255).astype(np.uint8)
+        size = (graph["latent"]["inputs"]["width"], graph["latent"]["inputs"]["height"])
+        image = Image.fromarray(np.repeat(grey[None, :], 4, 0)).resize(
+            size, Image.Resampling.NEAREST
+        )
+        data = io.BytesIO()
+        image.convert("RGB").save(data, format="PNG")
+        return data.getvalue()
+
+    def _evaluated(self, graph: dict[str, Any], name: str) -> State:
+        node = graph[name]
+        kind, inputs = node["class_type"], node["inputs"]
+
+        def of(key: str) -> State:
+            return self._evaluated(graph, inputs[key][0])
+
+        if kind == "CheckpointLoaderSimple":
+            state = load_file(self._checkpoints()[inputs["ckpt_name"]])
+            return {block: float(state[n].float().mean()) for block, n in TENSORS.items()}
+        if kind == "CLIPSetLastLayer":
+            return of("clip")
+        first, second = ("model1", "model2") if kind.startswith("Model") else ("clip1", "clip2")
+        a, b = of(first), of(second)
+        if kind.endswith("Add"):
+            return {block: a[block] + b[block] for block in a}
+        if kind.endswith("Subtract"):
+            return {block: a[block] - inputs["multiplier"] * b[block] for block in a}
+        found = {}
+        for block, tensor in TENSORS.items():
+            inside = tensor.removeprefix(f"{UNET}.")
+            share = next((inputs[p] for p in PARTS if p in inputs and inside.startswith(p)), None)
+            share = inputs.get("ratio", 1.0) if share is None else share
+            found[block] = share * a[block] + (1 - share) * b[block]
+        return found
