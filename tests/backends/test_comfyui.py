@@ -122,6 +122,25 @@ def test_each_block_has_its_own_share(folder: Path, fake: FakeComfyUI) -> None:
     chosen.backend.close()
 
 
+@pytest.mark.parametrize(
+    ("block", "value", "said"),
+    [
+        ("IN03", 1.5, "take weights from 0 to 1, and input_blocks"),
+        ("base", -0.5, "and base has -0.5"),
+    ],
+)
+def test_weights_that_its_nodes_do_not_take_are_said(
+    folder: Path, fake: FakeComfyUI, block: str, value: float, said: str
+) -> None:
+    chosen = ready(folder, fake.url, 'search.ranges={ "*" = [-1.0, 2.0] }')
+    recipe = chosen.recipe(
+        {p.name: value if block in p.name else 0.5 for p in chosen.space.parameters}
+    )
+    with pytest.raises(ConfigError, match=said):
+        chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    chosen.backend.close()
+
+
 def test_add_difference_is_put_together(folder: Path, fake: FakeComfyUI) -> None:
     options = ("merge.method=add_difference", "models.c=models/half.safetensors")
     image = painted(folder, fake.url, *options)

@@ -355,4 +355,9 @@ def _alpha(recipe: Recipe, merged: Merge, names: Iterable[str], part: str) -> fl
             f"ComfyUI's nodes have one weight for {part}, and the search has several there; leave out "
             f"presets and names of smaller parts"
         )
-    return found.pop() if found else 0.0
+    alpha = found.pop() if found else 0.0
+    if not 0.0 <= alpha <= 1.0:
+        raise ConfigError(
+            f"ComfyUI's nodes take weights from 0 to 1, and {part} has {alpha:g}; narrow search.ranges"
+        )
+    return alpha
