@@ -42,7 +42,7 @@ class FakeComfyUI:
     def __init__(self, folder: Path, sub: str = "") -> None:
         self.folder, self.sub = folder, sub
         self.forgets = self.fails = self.interrupts = self.hangs = 0
-        self.new_style = False
+        self.new_style = self.twins = False
         self.graphs: list[dict[str, Any]] = []
         self.stopped: list[tuple[str, Any]] = []
         self.asked: Counter[str] = Counter()
@@ -108,7 +108,9 @@ class FakeComfyUI:
         return 404, None
 
     def _checkpoints(self) -> dict[str, Path]:
-        return {self.sub + path.name: path for path in sorted(self.folder.glob("*.safetensors"))}
+        files = sorted(self.folder.glob("*.safetensors"))
+        subs = ("old/", "new/") if self.twins else (self.sub,)
+        return {sub + path.name: path for sub in subs for path in files}
 
     def _inputs(self, node: str) -> dict[str, Any]:
         choices = {

@@ -488,14 +488,16 @@ def test_search_begins_at_the_even_merge_where_a_parent_beats_it_by_chance(folde
     assert set(outcome.followed[0].recipe.weights["alpha"].values()) == {0.5}
 
 
-def test_search_begins_in_the_middle_of_the_ranges_that_have_no_place_beside_a_parent(
+def test_search_begins_where_the_ranges_have_a_place_beside_a_parent_or_in_their_middle(
     folder: Path,
 ) -> None:
     plan = Plan({"x": (0.0, 1.0), "y": (-1.0, 3.0)}, ["p"], images=20, optimiser="gradient")
     assert plan.n_first == 1
     assert plan.first(0) == {"x": 0.5, "y": 1.0}
     assert set((ready(folder).beside("a") or {}).values()) == {0.2}
-    assert ready(folder, 'search.ranges={ "*" = [0.3, 0.6] }').beside("a") is None
+    narrow = ready(folder, 'search.ranges={ "*" = [0.3, 0.6] }', "search.freeze={base = 0.0}")
+    assert set((narrow.beside("a") or {}).values()) == {0.3}
+    assert set((narrow.beside("b") or {}).values()) == {0.6}
     toy_plugin.write_model(folder / "two.safetensors", 2.0)
     assert ready(folder, "merge.method=sum_twice", "models.c=two.safetensors").beside("a") is None
 

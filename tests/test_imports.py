@@ -62,7 +62,7 @@ HOMES = {
     "yaml": {"guide", "prompts"},
     "jinja2": {"report"},
     "safetensors": {"checkpoint", "scorers"},
-    "filelock": {"run"},
+    "filelock": {"run", "backends"},
     "click": {"cli"},
     "rich": {"cli"},
     "diffusers": {"backends"},

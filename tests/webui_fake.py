@@ -46,7 +46,8 @@ class FakeWebUI:
 
     `twist` may change any answer before it is sent: it gets the path, the body and the answer. `cut`
     and `slow` are numbers of further images whose answer breaks off or comes drop by drop, `errors` of
-    requests that fail with 500. `asked` counts the requests by path.
+    requests that fail with 500, `others` of images after which somebody else's job begins. `asked`
+    counts the requests by path.
     """
 
     def __init__(self, kind: str, folder: Path, auth: str = "", port: int = 0) -> None:
@@ -57,6 +58,7 @@ class FakeWebUI:
         self.twist: Callable[[str, Any, Answer], Answer] = lambda path, body, answer: answer
         self._files: dict[str, Path] = {}
         self.busy_s = 0.0
+        self.others = 0
         self._refresh()
         self.chosen = self.loaded = next(iter(self._files))
         self.interrupted = self.is_stopped = False
@@ -141,7 +143,7 @@ class FakeWebUI:
             "scripts": lambda _: (200, {"txt2img": ["controlnet"], "img2img": []}),
             "refresh-checkpoints": self._refreshed,
             "txt2img": self._image,
-            "progress": lambda _: (200, {"state": {"interrupted": self.interrupted}}),
+            "progress": self._progress,
             "version": lambda _: (
                 (200, {"commit": "058a7f0"})
                 if self.kind == NEXT
@@ -159,6 +161,13 @@ class FakeWebUI:
 
     def _refresh(self) -> None:
         self._files = {path.name: path for path in sorted(self.folder.rglob("*.safetensors"))}
+
+    def _progress(self, _: Any) -> Answer:
+        job = f"2026{len(self.bodies):010}"
+        if self.others:
+            self.others -= 1
+            return 200, {"state": {"interrupted": False, "job_timestamp": "another"}}
+        return 200, {"state": {"interrupted": self.interrupted, "job_timestamp": job}}
 
     def _options(self, body: Any) -> Answer:
         if body is None:
@@ -208,8 +217,11 @@ class FakeWebUI:
         content = {"application/json": {"schema": reference}}
         return 200, {
             "paths": {"/sdapi/v1/txt2img": {"post": {"requestBody": {"content": content}}}},
-            "components": {"schemas": {"Txt2Img": {"properties": dict.fromkeys(_FIELDS)}}},
+            "components": {"schemas": {"Txt2Img": {"properties": self._known_fields()}}},
         }
+
+    def _known_fields(self) -> dict[str, None]:
+        return {name: None for name in _FIELDS if (self.kind, name) != (OLD, "scheduler")}
 
     def _image(self, body: Any) -> Answer:
         self.bodies.append(body)
@@ -242,12 +254,14 @@ class FakeWebUI:
             "cfg_scale": body["cfg_scale"],
             "steps": body["steps"],
             "infotexts": [text],
+            "job_timestamp": f"2026{len(self.bodies):010}",
+            "index_of_first_image": int(bool(body.get("save_images"))),
         }
         if self.kind != NEXT:
             info["sd_model_name"] = path.stem
         images = [self._painted(path, body, (width, height))]
         if body.get("save_images"):
-            images.insert(0, images[0])  # the grid
+            images.insert(0, "no picture")  # the grid
         if body.get("send_images") is False:
             images = []
         return 200, {"images": images, "parameters": body, "info": json.dumps(info)}

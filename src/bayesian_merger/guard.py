@@ -1,55 +1,79 @@
 """Gives a webui its checkpoint back when the process that took it is no more, however it ended.
 
-A process of its own, which waits until its standard input ends. Each line there is an order that takes
-the place of the one before: JSON of requests to make and files to remove then, or null for nothing.
+A process of its own, of the standard library alone, which waits until its standard input ends. Each
+line there is an order that takes the place of the one before: JSON, or null for nothing to be done.
 """
 
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import os
+import re
 import ssl
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+JOURNAL = "server.json"
+"""What the server had before, and whose the folder is, in the folder of the merges."""
+
+STEM = "bayesian-merger-"
+_OURS = re.compile(rf"\.?{STEM}[0-9a-f]{{16}}\.safetensors(\.\d+\.part)?")
 _TIMEOUT_S, _PAUSE_S = 600.0, 2.0
 # Python complains of processes that are forgotten while they run.
 _left: list[subprocess.Popen[str]] = []
 
 
 class Guard:
-    """What is to be done at the server at `url` when this process ends.
+    """Posts `settings` to `path` of the server when this process ends, and sweeps the folder.
 
-    The environment variable `auth_env` and `verify` are those of `Server`.
+    Unless the journal in the folder has another `token` by then: another run has begun there.
+    `auth_env` and `verify` are those of `Server`; a server that is away is tried for `wait_s`.
     """
 
-    def __init__(self, url: str, auth_env: str, verify: bool, wait_s: float) -> None:
-        self._about = {"url": url, "auth_env": auth_env, "verify": verify, "wait_s": wait_s}
-        # Ctrl-C in the terminal is for the process that is guarded.
+    def __init__(
+        self,
+        url: str,
+        path: str,
+        settings: Mapping[str, Any],
+        folder: Path,
+        token: str,
+        auth_env: str,
+        verify: bool,
+        wait_s: float,
+    ) -> None:
+        order = {
+            "url": url,
+            "path": path,
+            "settings": dict(settings),
+            "folder": str(folder.absolute()),
+            "token": token,
+            "auth_env": auth_env,
+            "verify": verify,
+            "wait_s": wait_s,
+        }
+        # Neither Ctrl-C in the terminal nor the end of its window is for this one.
         apart: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
-            apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+            flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
+            apart = {"creationflags": flags}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-I", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             text=True,
             **apart,
         )
-
-    def order(self, requests: Sequence[tuple[str, Any]], files: Sequence[Path]) -> None:
-        """From now on these are to be posted (path and body), then the files removed."""
-        paths = [str(path.absolute()) for path in files]
-        self._send({**self._about, "requests": requests, "files": paths})
+        _left.append(self._process)
+        self._send(order)
 
     def dismiss(self) -> None:
         """Nothing is left to be done."""
@@ -59,19 +83,67 @@ class Guard:
         _left.remove(self._process)
 
     def leave(self) -> None:
-        """Have it do what is ordered, or nothing, without waiting for it."""
-        _left.append(self._process)
+        """Have it do what is ordered, without waiting for it."""
         if self._process.stdin:
-            self._process.stdin.close()
+            with suppress(OSError):  # what it did not hear before it was killed
+                self._process.stdin.close()
             self._process.stdin = None
 
     def _send(self, order: Mapping[str, Any] | None) -> None:
         assert self._process.stdin
-        try:
+        with suppress(OSError):  # it was killed too, and what it is for is done by the next run
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
-        except OSError:
-            pass  # it was killed too, and what it is for is done by the next run
+
+
+def authorization(secret: str) -> dict[str, str]:
+    """The header for "user:password" or "Bearer TOKEN"; none for nothing."""
+    secret = secret.strip()
+    if not secret:
+        return {}
+    if not secret.startswith("Bearer "):
+        secret = f"Basic {base64.b64encode(secret.encode()).decode()}"
+    return {"Authorization": secret}
+
+
+def is_near(host: str) -> bool:
+    """Whether an address is this machine's or of a private network, to which no proxy leads."""
+    if host == "localhost" or host.endswith(".local"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_private
+    except ValueError:
+        return False
+
+
+def sweep(folder: Path, keep: Path | None = None) -> None:
+    """Remove our merges from the folder, as far as the system lets, but for one.
+
+    On Windows a file that the server has open stays, until the next time.
+    """
+    if folder.is_dir():
+        for file in list(folder.iterdir()):
+            if _OURS.fullmatch(file.name) and file != keep:
+                with suppress(OSError):
+                    file.unlink()
+
+
+def leave_folder(folder: Path) -> None:
+    """Remove all that is ours, and the folder if nothing else is in it."""
+    sweep(folder)
+    with suppress(OSError):
+        (folder / JOURNAL).unlink(missing_ok=True)
+        (folder / ".lock").unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def journal_of(folder: Path) -> Mapping[str, Any]:
+    """What the journal in the folder says; nothing if there is none that can be read."""
+    try:
+        found = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def watch(orders: IO[str], sleep: Callable[[float], None] = time.sleep) -> None:
@@ -81,31 +153,53 @@ def watch(orders: IO[str], sleep: Callable[[float], None] = time.sleep) -> None:
         order = json.loads(line)
     if not order:
         return
+    folder = Path(order["folder"])
     end = time.monotonic() + order["wait_s"]
-    for path, body in order["requests"]:
-        while not _posted(order, path, body) and time.monotonic() < end:
-            sleep(_PAUSE_S)
-    for file in order["files"]:
-        with suppress(OSError):
-            Path(file).unlink(missing_ok=True)
+    while journal_of(folder).get("token") == order["token"]:
+        if _has_given_back(order):
+            if journal_of(folder).get("token") == order["token"]:
+                leave_folder(folder)
+            return
+        if time.monotonic() > end:
+            return  # the next run does it
+        sleep(_PAUSE_S)
 
 
-def _posted(order: Mapping[str, Any], path: str, body: Any) -> bool:
-    """Whether the server has answered."""
-    secret = os.environ.get(order["auth_env"], "")
-    if secret and not secret.startswith("Bearer "):
-        secret = f"Basic {base64.b64encode(secret.encode()).decode()}"
-    headers = {"Content-Type": "application/json", **({"Authorization": secret} if secret else {})}
-    request = urllib.request.Request(order["url"] + path, json.dumps(body).encode(), headers)
-    context = None if order["verify"] else ssl._create_unverified_context()
+def _has_given_back(order: Mapping[str, Any]) -> bool:
+    """Whether the server has the settings, as it says itself."""
+    settings = order["settings"]
+    if not settings:
+        return True
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context) as answer:
-            answer.read()
-    except urllib.error.HTTPError:
-        return True  # it is there, and does not want to
-    except OSError:
+        _asked(order, settings)
+        now = _asked(order, None)
+    except (OSError, ValueError):
         return False
-    return True
+    return isinstance(now, dict) and all(now.get(key) == value for key, value in settings.items())
+
+
+def _asked(order: Mapping[str, Any], body: Any) -> Any:
+    """The server's answer; OSError for anything but a success."""
+    headers = {"Content-Type": "application/json"}
+    headers |= authorization(os.environ.get(order["auth_env"], ""))
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(order["url"] + order["path"], data, headers)
+    context = None if order["verify"] else ssl._create_unverified_context()
+    handlers: list[urllib.request.BaseHandler] = [
+        urllib.request.HTTPSHandler(context=context),
+        _NoRedirects(),
+    ]
+    if is_near(request.host.rpartition(":")[0] or request.host):
+        handlers.append(urllib.request.ProxyHandler({}))
+    with urllib.request.build_opener(*handlers).open(request, timeout=_TIMEOUT_S) as answer:
+        return json.loads(answer.read() or b"null")
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The password is for one server."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
 
 if __name__ == "__main__":

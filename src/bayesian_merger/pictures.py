@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 from PIL import Image
 
@@ -15,7 +16,9 @@ _MOST_PIXELS = 2**26
 def decoded(data: bytes, size: tuple[int, int] | None) -> Image.Image:
     """The image, in RGB; TrialError if it is none, or of another size."""
     try:
-        image = Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # see below
+            image = Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"])
         if image.width * image.height > _MOST_PIXELS:
             raise TrialError(f"the server made an image of {image.width} x {image.height}")
         if size and image.size != size:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -176,8 +176,11 @@ def _scored(setup: Setup, pieces: Iterator[_Piece]) -> Iterator[_Scored]:
             try:
                 one = next(made, None)
             except BaseException:
-                if waiting:  # the fault is of the next, and this one is not lost
-                    yield waiting.result()
+                # The fault is of the next; this one is not lost, or has a fault that counts less.
+                with suppress(TrialError):
+                    done = waiting.result() if waiting else None
+                    if done:
+                        yield done
                 raise
             following = scoring.submit(_score_of, setup, *one) if one else None
             if waiting:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from bayesian_merger.errors import ConfigError, RunError, one_line
+from bayesian_merger.guard import authorization, is_near
 
 _CONNECT_S, _WRITE_S = 10.0, 120.0
 _MOST_BYTES = 512 * 2**20
 # How often an answer of 5xx is asked for again, and the first and longest pause between two tries.
 _AGAIN = 3
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+# What a proxy says of a server that is not there.
+_AWAY = (502, 503, 504)
+_log = logging.getLogger(__name__)
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -30,6 +34,10 @@ class Refused(Exception):
 
 class Strange(Exception):
     """An answer that is not what such a server gives."""
+
+
+class Slow(Exception):
+    """No whole answer in time; the server may still be at it."""
 
 
 class _Lost(Exception):
@@ -47,9 +55,10 @@ def seconds(text: str | float, option: str) -> float:
 class Server:
     """JSON in, JSON out.
 
-    A connection that is lost is tried again for `wait_s`, an answer of 5xx three times, one of 4xx
-    never. An answer takes `timeout_s` at most, from the first byte that is sent to the last that
-    comes. The environment variable `auth_env` may hold "user:password" or "Bearer TOKEN".
+    A connection that is lost, or a proxy's word that the server is (502 to 504), is tried again for
+    `wait_s`, another answer of 5xx three times, one of 4xx never. Nor is one that takes longer than
+    `timeout_s`, which the server may still be at. `n_lost` counts the losses. The environment variable
+    `auth_env` may hold "user:password" or "Bearer TOKEN".
     """
 
     def __init__(
@@ -59,12 +68,16 @@ class Server:
         wait_s: float,
         auth_env: str,
         verify: bool = True,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """ConfigError for what is no http address, or has a password in it."""
         import httpx
 
         self._lib = httpx
+        if "@" in url:
+            raise ConfigError(
+                f"backend.url holds a password, which the run folder would keep; put it as "
+                f"user:password into the environment variable {auth_env}"
+            )
         try:
             address = httpx.URL(url.strip().rstrip("/"))
         except httpx.InvalidURL as error:
@@ -73,63 +86,63 @@ class Server:
             raise ConfigError(
                 f"backend.url: {url!r} is no address; write it as http://127.0.0.1:7860"
             )
-        if address.userinfo:
+        header = authorization(os.environ.get(auth_env, ""))
+        if not all(value.isascii() and value.isprintable() for value in header.values()):
             raise ConfigError(
-                f"backend.url holds a password, which the run folder would keep; put it as "
-                f"user:password into the environment variable {auth_env}"
+                f"the environment variable {auth_env} holds no token that can be sent"
             )
         self.url, self.auth_env = str(address), auth_env
-        self.n_lost = 0
-        self._timeout_s, self._wait_s, self._sleep = timeout_s, wait_s, sleep
-        secret = os.environ.get(auth_env, "")
-        user, colon, password = secret.partition(":")
-        is_basic = colon and not secret.startswith("Bearer ")
+        self.n_lost, self.wait_s = 0, wait_s
+        self._timeout_s = timeout_s
         self._client = httpx.Client(
             base_url=address,
             verify=verify,
-            auth=(user, password) if is_basic else None,
-            headers={"Authorization": secret} if secret and not is_basic else {},
+            headers=header,
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_S, write=_WRITE_S),
+            trust_env=not is_near(address.host),
         )
 
     def get(self, path: str) -> Any:
-        """What is at `path`; Refused, Strange or RunError."""
-        return self._call("GET", path, None, self._wait_s)
+        """What is at `path`; Refused, Strange, Slow or RunError."""
+        return self._call("GET", path, None)
 
     def post(self, path: str, body: Any = None) -> Any:
-        """The answer to `body`; Refused, Strange, or RunError if the server does not come back."""
-        return self._call("POST", path, body if body is not None else {}, self._wait_s)
+        """The answer to `body`; Refused, Strange, Slow, or RunError if it does not come back."""
+        return self._call("POST", path, body if body is not None else {})
 
     def fetch(self, path: str) -> bytes:
         """The bytes at `path`, whatever they are."""
-        found: bytes = self._call("GET", path, None, self._wait_s, raw=True)
+        found: bytes = self._call("GET", path, None, raw=True)
         return found
 
     def try_post(self, path: str, body: Any) -> None:
         """`post` of what is not needed: a server that is away is not waited for."""
-        with suppress(_Lost):
+        with suppress(_Lost, Slow):
             self._once("POST", path, body)
 
     def look(self, path: str) -> Any:
-        """`get` of a server that should be there: ConfigError if nothing answers, without waiting."""
+        """`get` of a server that should be there: ConfigError if it is not, without waiting."""
         try:
             return self._once("GET", path, None)
-        except _Lost as error:
+        except (_Lost, Slow) as error:
             raise ConfigError(f"backend.url: nothing answers at {self.url} ({error})") from error
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
-    def _call(self, method: str, path: str, body: Any, wait_s: float, raw: bool = False) -> Any:
+    def _call(self, method: str, path: str, body: Any, raw: bool = False) -> Any:
         pause, refusals, lost_at = _PAUSE_S, 0, None
         while True:
             try:
                 return self._once(method, path, body, raw)
             except _Lost as error:
-                self.n_lost += lost_at is None
-                lost_at = time.monotonic() if lost_at is None else lost_at
-                if time.monotonic() - lost_at + pause > wait_s:
+                if lost_at is None:
+                    lost_at = time.monotonic()
+                    self.n_lost += 1
+                    if self.wait_s:
+                        _log.warning("%s is away (%s); waiting for it", self.url, error)
+                if time.monotonic() - lost_at + pause > self.wait_s:
                     raise RunError(
                         f"the server at {self.url} has gone away ({error}); start it, and give the same "
                         f"command again"
@@ -138,7 +151,7 @@ class Server:
                 refusals += 1
                 if error.status < 500 or refusals >= _AGAIN:
                     raise
-            self._sleep(pause)
+            time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def _once(self, method: str, path: str, body: Any, raw: bool = False) -> Any:
@@ -152,9 +165,13 @@ class Server:
                         raise Strange(f"{path}: an answer of more than {_MOST_BYTES >> 20} MiB")
                     # httpx limits the time between two pieces only.
                     if time.monotonic() > end:
-                        raise _Lost(f"{path}: no whole answer in {self._timeout_s:g} s")
+                        raise Slow(f"{path}: no whole answer in {self._timeout_s:g} s")
+        except self._lib.ReadTimeout as error:
+            raise Slow(f"{path}: no answer in {self._timeout_s:g} s") from error
         except self._lib.HTTPError as error:
             raise _Lost(f"{path}: {one_line(error)}") from error
+        if answer.status_code in _AWAY:
+            raise _Lost(f"{path}: HTTP {answer.status_code}")
         if not answer.is_success:
             raise Refused(answer.status_code, _complaint(bytes(content)))
         if raw:

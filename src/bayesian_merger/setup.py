@@ -14,7 +14,7 @@ import torch
 from bayesian_merger import config as configuration
 from bayesian_merger import curves, devices, metadata, methods, prompts, space
 from bayesian_merger import guide as guides
-from bayesian_merger.backends import Backend, Differentiable, backend
+from bayesian_merger.backends import Backend, Differentiable, Particular, backend
 from bayesian_merger.blocks import Architecture
 from bayesian_merger.checkpoint import sha256_of
 from bayesian_merger.config import Config
@@ -30,16 +30,8 @@ from bayesian_merger.values import shares
 METHOD = "method"
 BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
 # Options that a resumed run may have otherwise: where and how many at once, not what is made.
-_MAY_CHANGE = (
-    "device",
-    "batch",
-    "url",
-    "models_dir",
-    "timeout_s",
-    "wait_for_server",
-    "auth_env",
-    "verify",
-)
+_MAY_CHANGE = ("device", "batch")
+_WHERE = ("url", "models_dir", "timeout_s", "wait_for_server", "auth_env", "verify")
 _MOST_IMAGES = 10_000
 _USUAL_IMAGES = 500
 # How much of the other a merge beside A or B has.
@@ -131,13 +123,24 @@ class Setup:
         weights = even_weights(method, blocks, BASELINES[name])
         return replace(_recipe(merge, self.merger, method, weights), vae=vae)
 
-    def beside(self, parent: str) -> dict[str, Any] | None:
-        """The parameters of model A, or B, with a little of the other; None if the search has none."""
+    def beside(self, parent: str) -> dict[str, float] | None:
+        """The parameters of model A, or B, with a little of the other, as far as the ranges go.
+
+        None where the weights do not lead from A to B.
+        """
         if self.config.merge.method != "weighted_sum" or self.plan.choices:
             return None
-        even, share = self.baseline("even"), abs(BASELINES[parent] - _BESIDE)
-        weights = even_weights("weighted_sum", even.weights["alpha"], share)
-        return self.params(replace(even, weights=weights))
+        share = abs(BASELINES[parent] - _BESIDE)
+        return {n: min(max(share, low), high) for n, (low, high) in self.plan.bounds.items()}
+
+    def extremes(self) -> list[Recipe]:
+        """Merges at both ends of all ranges, by each method."""
+        found = []
+        for method in _methods(self.config):
+            for end in (0, 1):
+                flat: dict[str, Any] = {name: pair[end] for name, pair in self.plan.bounds.items()}
+                found.append(self.recipe({**flat, METHOD: method}))
+        return found
 
     def n_images(self) -> int:
         """Images of the whole run."""
@@ -170,6 +173,7 @@ class Setup:
             {k: v for k, v in options.items() if k not in _MAY_CHANGE}
             for options in (plain["backend"], *plain["scorers"].values())
         )
+        backend_options = {k: v for k, v in backend_options.items() if k not in _WHERE}
         names = (
             "options",
             "init",
@@ -279,6 +283,13 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
     )
     for name in BASELINES:
         merger.merge(setup.baseline(name))
+    if isinstance(engine, Particular):
+        try:
+            for recipe in setup.extremes():
+                engine.require(recipe, merger.merge(recipe))
+        except MergerError:
+            setup.backend.close()
+            raise
     return setup
 
 

@@ -19,7 +19,7 @@ import torch
 import toy_plugin
 from comfyui_fake import FakeComfyUI
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_names import known_layout
 from test_run import Silent
 
@@ -132,13 +132,10 @@ def test_each_block_has_its_own_share(folder: Path, fake: FakeComfyUI) -> None:
 def test_weights_that_its_nodes_do_not_take_are_said(
     folder: Path, fake: FakeComfyUI, block: str, value: float, said: str
 ) -> None:
-    chosen = ready(folder, fake.url, 'search.ranges={ "*" = [-1.0, 2.0] }')
-    recipe = chosen.recipe(
-        {p.name: value if block in p.name else 0.5 for p in chosen.space.parameters}
-    )
+    ranges = f"search.ranges={{ {block}_alpha = [{min(value, 0.0)}, {max(value, 1.0)}] }}"
     with pytest.raises(ConfigError, match=said):
-        chosen.backend.load(recipe, chosen.merger.merge(recipe))
-    chosen.backend.close()
+        ready(folder, fake.url, ranges)
+    assert fake.graphs == []
 
 
 def test_add_difference_is_put_together(folder: Path, fake: FakeComfyUI) -> None:
@@ -190,6 +187,7 @@ def test_what_comfyui_lacks_is_said_before_the_run(
     [
         (("merge.method=slerp",), "merges by weighted_sum and add_difference, not by slerp"),
         (("merge.clip=true",), "has nothing for merge.clip"),
+        (('search.methods=["slerp"]',), "not by slerp"),
     ],
 )
 def test_what_its_nodes_cannot_merge_is_said_before_an_image(
@@ -198,6 +196,43 @@ def test_what_its_nodes_cannot_merge_is_said_before_an_image(
     with pytest.raises(ConfigError, match=said):
         painted(folder, fake.url, *options)
     assert fake.graphs == []
+
+
+def test_vae_that_would_be_searched_is_refused(folder: Path, fake: FakeComfyUI) -> None:
+    for name, value in {"zero": 0.0, "one": 1.0}.items():
+        path = folder / "models" / f"{name}.safetensors"
+        vae = {"first_stage_model.encoder.conv_in.weight": torch.full((2, 2), value)}
+        save_file({**load_file(path), **vae}, path)
+    with pytest.raises(ConfigError, match="merges no VAE, as the search would"):
+        ready(folder, fake.url, "search.ranges={ VAE = [0.0, 1.0] }")
+
+
+def test_checkpoint_of_two_folders_is_refused(folder: Path, fake: FakeComfyUI) -> None:
+    fake.twins = True
+    with pytest.raises(ConfigError, match=r"has 2 checkpoints 'zero\.safetensors': .*rename one"):
+        ready(folder, fake.url)
+
+
+@pytest.mark.parametrize("answer", [[], {}, None, ["COMBO", []], ["COMBO", {}], [None]])
+def test_lists_that_are_none_are_no_stack_trace(
+    folder: Path, fake: FakeComfyUI, monkeypatch: pytest.MonkeyPatch, answer: object
+) -> None:
+    monkeypatch.setattr(
+        fake, "_inputs", lambda node: {"sampler_name": answer, "scheduler": answer}
+    )
+    with pytest.raises(ConfigError, match="has no sampler 'euler'"):
+        ready(folder, fake.url)
+
+
+def test_comfyui_that_was_started_anew_between_two_trials_is_waited_for(
+    folder: Path, fake: FakeComfyUI
+) -> None:
+    chosen = ready(folder, fake.url)
+    before = fake.asked.copy()
+    recipe = chosen.baseline("b")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    assert not [path for path in fake.asked - before if path.startswith("/object_info")]
+    chosen.backend.close()
 
 
 def test_checkpoint_that_comfyui_has_not_is_said(folder: Path, fake: FakeComfyUI) -> None:

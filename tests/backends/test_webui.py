@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import toy_plugin
 from PIL import Image
@@ -111,7 +112,11 @@ def payload(folder: Path, text: str) -> None:
 
 def ours(folder: Path) -> list[str]:
     """What this program has in the server's folder."""
-    return sorted(path.name for path in (folder / "models").glob("*bayesian-merger*"))
+    return sorted(path.name for path in (folder / "models").rglob("*") if is_ours(path))
+
+
+def is_ours(path: Path) -> bool:
+    return "bayesian-merger" in str(path.relative_to(path.parents[1])) and path.name != ".lock"
 
 
 def told(changes: dict[str, Any]) -> Callable[[str, Any, Answer], Answer]:
@@ -212,6 +217,10 @@ def test_samplers_go_by_the_names_that_the_server_has(
         (A1111, "send_images = false", "leave out send_images, the images are needed"),
         (A1111, "override_settings = { clip = 2 }", "no setting 'clip'"),
         (A1111, "override_settings = 2", "override_settings is no table"),
+        (A1111, 'alwayson_scripts = "controlnet"', "alwayson_scripts is no table"),
+        (A1111, 'styles = "moody"', "styles is no list"),
+        (A1111, 'script_name = "nonesuch"', "no script 'nonesuch'"),
+        (A1111, 'refiner_checkpoint = "x"', "it would take another model than the merge"),
         (
             A1111,
             'override_settings = { sd_model_checkpoint = "x" }',
@@ -350,17 +359,57 @@ def test_failures_of_the_server_are_asked_again_and_those_of_ours_are_not(
     chosen.backend.close()
 
 
-@pytest.mark.parametrize("fault", ["cut", "slow"])
-def test_answer_that_breaks_off_or_drips_is_asked_for_again(
-    folder: Path, begin: Begin, fault: str
+def test_answer_that_breaks_off_is_asked_for_again(folder: Path, begin: Begin) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake)
+    (before,) = chosen.backend.generate(chosen.panel[:1])
+    fake.cut = 1
+    (after,) = chosen.backend.generate(chosen.panel[:1])
+    assert fake.cut == 0
+    assert after.image.tobytes() == before.image.tobytes()
+    chosen.backend.close()
+
+
+def test_answer_that_does_not_end_fails_the_trial_and_is_not_asked_for_again(
+    folder: Path, begin: Begin
 ) -> None:
+    """The server may be busy with something else, and would make the image twice."""
     fake = begin()
     chosen = loaded(folder, fake, "backend.timeout_s=1.5")
-    (before,) = chosen.backend.generate(chosen.panel[:1])
-    setattr(fake, fault, 1)
-    (after,) = chosen.backend.generate(chosen.panel[:1])
-    assert getattr(fake, fault) == 0
-    assert after.image.tobytes() == before.image.tobytes()
+    fake.slow = 1
+    with pytest.raises(TrialError, match=r"no whole answer in 1\.5 s; is the webui busy"):
+        list(chosen.backend.generate(chosen.panel[:1]))
+    assert fake.asked["/sdapi/v1/txt2img"] == 1
+    chosen.backend.close()
+
+
+def test_image_whose_end_nobody_saw_is_made_twice(folder: Path, begin: Begin) -> None:
+    """Once another job has begun, the server no longer tells whether ours was interrupted."""
+    fake = begin()
+    chosen = loaded(folder, fake)
+    for others, made in ((1, 2), (2, 2)):
+        before = len(fake.bodies)
+        fake.others = others
+        list(chosen.backend.generate(chosen.panel[:1]))
+        assert len(fake.bodies) - before == made
+    chosen.backend.close()
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_proxy_before_a_server_that_is_away_is_waited_for(
+    folder: Path, begin: Begin, status: int
+) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake, "backend.wait_for_server=20s")
+    left = 5
+
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        nonlocal left
+        left -= 1
+        return (status, b"<html>bad gateway") if left > 0 else answer
+
+    fake.twist = twist
+    assert len(list(chosen.backend.generate(chosen.panel[:1]))) == 1
     chosen.backend.close()
 
 
@@ -442,7 +491,7 @@ def test_checkpoint_of_the_server_is_given_back_when_the_run_is_killed(
     assert killed.returncode == -signal.SIGKILL
     if whom == "guard":
         assert "bayesian-merger" in fake.chosen
-        assert len(ours(folder)) == 2
+        assert len(ours(folder)) == 3  # the folder, the merge, the journal
         fake.auth = ""
         loaded(folder, fake, name="a").backend.close()
     end = time.monotonic() + 20
@@ -452,17 +501,102 @@ def test_checkpoint_of_the_server_is_given_back_when_the_run_is_killed(
     assert ours(folder) == []
 
 
-def test_guard_waits_for_a_server_that_is_away_but_not_for_ever() -> None:
-    pauses: list[float] = []
-    order = {"url": "http://127.0.0.1:9", "auth_env": "X", "verify": True, "wait_s": 0.5}
-    orders = [json.dumps(None), json.dumps({**order, "requests": [["/x", {}]], "files": []})]
+def order(folder: Path, url: str) -> str:
+    (folder / guard.JOURNAL).write_text(json.dumps({"token": "x", "sd_model_checkpoint": "own"}))
+    about = {"url": url, "path": "/sdapi/v1/options", "token": "x", "folder": str(folder)}
+    more = {"auth_env": "X", "verify": True, "wait_s": 0.5}
+    settings = {"sd_model_checkpoint": "own.safetensors"}
+    return json.dumps({**about, **more, "settings": settings})
 
-    def sleep(pause: float) -> None:
-        pauses.append(pause)
-        time.sleep(0.1)
 
-    guard.watch(io.StringIO("\n".join(orders)), sleep)
-    assert 2 <= len(pauses) <= 10
+@pytest.mark.parametrize("answer", [None, (500, {"errors": "starting"}), (200, {"updated": []})])
+def test_guard_leaves_to_the_next_run_what_the_server_does_not_take(
+    folder: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch, answer: Answer | None
+) -> None:
+    monkeypatch.setattr(guard, "_PAUSE_S", 0.1)
+    fake = begin()
+    if answer:
+        fake.twist = lambda path, body, found: answer
+    merge = folder / "bayesian-merger-0123456789abcdef.safetensors"
+    merge.write_bytes(b"")
+    guard.watch(
+        io.StringIO("null\n" + order(folder, fake.url if answer else "http://127.0.0.1:9"))
+    )
+    assert merge.exists()
+    assert guard.journal_of(folder)["sd_model_checkpoint"] == "own"
+
+
+def test_guard_of_a_run_leaves_the_next_run_alone(folder: Path, begin: Begin) -> None:
+    fake = begin()
+    text = order(folder, fake.url)
+    (folder / guard.JOURNAL).write_text(json.dumps({"token": "of another"}))
+    guard.watch(io.StringIO(text))
+    assert not fake.asked
+    assert (folder / guard.JOURNAL).exists()
+
+
+def test_run_ends_well_though_its_guard_was_killed(folder: Path, begin: Begin) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake)
+    process = chosen.backend._guard._process  # type: ignore[attr-defined]
+    process.kill()
+    process.wait()
+    recipe = chosen.baseline("a")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    chosen.backend.close()
+    assert fake.chosen == "own.safetensors"
+    assert ours(folder) == []
+
+
+def test_files_of_others_are_left_alone(folder: Path, begin: Begin) -> None:
+    fake = begin()
+    mine = folder / "models" / "bayesian-merger-best.safetensors"
+    toy_plugin.write_model(mine, 0.4)
+    chosen = loaded(folder, fake)
+    place = next(path for path in (folder / "models").iterdir() if path.is_dir())
+    (place / "notes.txt").write_text("mine")
+    (place / ".bayesian-merger-0123456789abcdef.safetensors.17.part").write_bytes(b"half")
+    recipe = chosen.baseline("a")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    assert not list(place.glob(".*.part"))
+    chosen.backend.close()
+    assert mine.exists()
+    assert [path.name for path in place.iterdir()] == ["notes.txt"]
+
+
+def test_two_runs_do_not_share_a_server(folder: Path, begin: Begin) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake)
+    with pytest.raises(ConfigError, match="another run has the server"):
+        loaded(folder, fake)
+    other = loaded(folder, begin(FORGE))  # on a port of its own, in the same folder
+    other.backend.close()
+    assert len(list(chosen.backend.generate(chosen.panel[:1]))) == 1
+    chosen.backend.close()
+
+
+def test_image_of_which_no_model_is_told_is_asked_for_in_the_settings(
+    folder: Path, begin: Begin
+) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake)
+    fake.twist = told({"sd_model_name": None, "infotexts": ["a portrait\nSteps: 20"]})
+    fake.chosen = "one.safetensors"
+    (sample,) = chosen.backend.generate(chosen.panel[:1])
+    assert "bayesian-merger" in fake.chosen
+    assert np.asarray(sample.image).mean() == pytest.approx(128, abs=8)
+    chosen.backend.close()
+
+
+@pytest.mark.parametrize("secret", ["Bearer s3cret\n", "Bearer s3cr\u00e9t"])
+def test_secret_is_never_shown(
+    folder: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    monkeypatch.setenv("BAYESIAN_MERGER_AUTH", secret)
+    fake = begin(auth="me:other")
+    with pytest.raises(ConfigError) as error:
+        ready(folder, fake)
+    assert "s3cr" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -472,7 +606,8 @@ def test_guard_waits_for_a_server_that_is_away_but_not_for_ever() -> None:
         ((401, {"detail": "no"}), "asks for a user and a password; .* BAYESIAN_MERGER_AUTH"),
         ((200, b"<html>a router</html>"), "is no webui: .* the answer is text/html, not JSON"),
         ((200, {"hello": 1}), "is no webui that is known"),
-        ((503, b"<html>busy"), "HTTP 503"),
+        ((503, b"<html>busy"), "nothing answers"),
+        ((418, {"detail": "tea"}), "options: HTTP 418: tea"),
     ],
 )
 def test_something_else_at_the_address_is_said(
@@ -493,19 +628,22 @@ def test_something_else_at_the_address_is_said(
         ("backend.timeout_s=0", "timeout_s is 0"),
         ("backend.wait_for_server=soon", "write a time as '90s'"),
         ("backend.models_dir=nowhere", "is no folder"),
-        ("backend.models_dir=.", r"has none of the 3 checkpoints .*first: one\.safetensors"),
+        ("backend.models_dir=empty", r"none of the 3 checkpoints .*first: one\.safetensors"),
     ],
 )
 def test_bad_options_are_said(folder: Path, begin: Begin, option: str, said: str) -> None:
     fake = begin()
-    if option.endswith("=."):
-        fake.twist = lambda path, body, answer: (
-            (200, [{"filename": r"D:\sd\one.safetensors"}] * 3) if "models" in path else answer
-        )
-        option, said = "backend.models_dir=empty", "none of the 1 checkpoints"
-        (folder / "empty").mkdir()
+    (folder / "empty").mkdir()
     with pytest.raises(ConfigError, match=said):
         ready(folder, fake, option)
+
+
+@pytest.mark.parametrize("path", ["samplers", "sd-models"])
+def test_server_without_its_lists_is_said(folder: Path, begin: Begin, path: str) -> None:
+    fake = begin()
+    fake.twist = lambda asked, body, answer: (500, None) if asked.endswith(path) else answer
+    with pytest.raises(ConfigError, match=f"/sdapi/v1/{path}: HTTP 500"):
+        ready(folder, fake)
 
 
 def test_folder_of_another_machine_must_be_named(folder: Path, begin: Begin) -> None:

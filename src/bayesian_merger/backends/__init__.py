@@ -100,6 +100,15 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class Particular(Protocol):
+    """A back end that cannot load every merge."""
+
+    def require(self, recipe: Recipe, merged: Merge) -> None:
+        """ConfigError for a merge that it cannot load; asked before the run."""
+        ...
+
+
+@runtime_checkable
 class Differentiable(Protocol):
     """A back end whose images can have a graph behind them, back to the weights of the merge."""
 

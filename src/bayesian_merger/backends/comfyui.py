@@ -19,7 +19,7 @@ from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.errors import ConfigError, TrialError
 from bayesian_merger.pictures import decoded
 from bayesian_merger.registry import nearest
-from bayesian_merger.server import Refused, Server, Strange, seconds
+from bayesian_merger.server import Refused, Server, Slow, Strange, seconds
 
 Graph: TypeAlias = dict[str, dict[str, Any]]
 """A workflow as the API takes it: a node's name -> its class and inputs."""
@@ -59,6 +59,8 @@ _PROOF = Prompt(0, "proof", "", 0, width=64, height=64, steps=1)
 _PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.1
 # A job that is neither done nor in the queue, so often in a row, is lost.
 _LOST = 5
+# How often a job is begun anew.
+_ROUNDS = 5
 
 
 @backend
@@ -79,7 +81,7 @@ class ComfyUI:
         url: str = "http://127.0.0.1:8188",
         clip_skip: int = 1,
         timeout_s: float = 600.0,
-        wait_for_server: str = "10m",
+        wait_for_server: str | float = "10m",
         auth_env: str = "BAYESIAN_MERGER_AUTH",
         verify: bool = True,
     ) -> None:
@@ -92,6 +94,9 @@ class ComfyUI:
         self._server = Server(url, timeout_s, wait_s, auth_env, verify)
         self._clip_skip, self._timeout_s = clip_skip, timeout_s
         self._merged: Graph = {}
+        self._inputs: dict[
+            str, Mapping[str, Any]
+        ] = {}  # of each node, as the server describes them
 
     def check(
         self,
@@ -110,6 +115,8 @@ class ComfyUI:
             raise ConfigError(
                 f"back end comfyui merges {' and '.join(_NODES)}, and the models are {architecture}"
             )
+        for node in ("KSampler", "CheckpointLoaderSimple", _NODES[architecture]):
+            self._inputs[node] = self._required(node)
         samplers = self._choices("KSampler", "sampler_name")
         schedulers = self._choices("KSampler", "scheduler")
         mistakes = []
@@ -131,6 +138,10 @@ class ComfyUI:
             notes.append(f"payload fields this back end does not use: {', '.join(extra)}")
         return notes
 
+    def require(self, recipe: Recipe, merged: Merge) -> None:
+        """ConfigError for a merge that ComfyUI's nodes cannot make."""
+        self._nodes(recipe, merged)
+
     def load(self, recipe: Recipe, merged: Merge) -> None:
         """Make the nodes of the merge; ConfigError for one that ComfyUI's nodes cannot make."""
         self._merged = self._nodes(recipe, merged)
@@ -147,19 +158,24 @@ class ComfyUI:
         """Close the connections."""
         self._server.close()
 
-    def _choices(self, node: str, name: str) -> list[str]:
-        """What an input of a node may be."""
+    def _required(self, node: str) -> Mapping[str, Any]:
+        """The inputs of a node, as the server describes them."""
         try:
-            found = self._server.look(f"/object_info/{node}")[node]["input"]["required"][name]
+            found = self._server.look(f"/object_info/{node}")[node]["input"]["required"]
         except (Refused, Strange, KeyError, TypeError) as error:
             raise ConfigError(
                 f"backend.url: the ComfyUI at {self._server.url} has no node {node}; update it"
             ) from error
-        # Newer versions have ["COMBO", {"options": [...]}].
-        options = found[0]
-        if not isinstance(options, list):
-            options = found[1].get("options", []) if len(found) > 1 else []
-        return [str(option) for option in options]
+        return found if isinstance(found, dict) else {}
+
+    def _choices(self, node: str, name: str) -> list[str]:
+        """What an input of a node may be."""
+        # [["euler", ...], {...}], or in newer versions ["COMBO", {"options": ["euler", ...]}].
+        kind = self._inputs[node].get(name)
+        first, *rest = kind if isinstance(kind, list) and kind else [[]]
+        if not isinstance(first, list):
+            first = rest[0].get("options") if rest and isinstance(rest[0], dict) else []
+        return [str(option) for option in first] if isinstance(first, list) else []
 
     def _nodes(self, recipe: Recipe, merged: Merge) -> Graph:
         """The loaders of the models, and what merges them; "model", "clip" and "vae" are results."""
@@ -170,6 +186,11 @@ class ComfyUI:
         if recipe.clip or recipe.vae == "base":
             what = "merge.clip" if recipe.clip else "merge.vae = 'base'"
             raise ConfigError(f"back end comfyui has nothing for {what}")
+        strange = [n for n in merged if not n.startswith((_UNET, *_TEXT)) and merged.moved_by(n)]
+        if strange:
+            raise ConfigError(
+                f"back end comfyui merges no VAE, as the search would ({strange[0]})"
+            )
         graph: Graph = {}
         for letter, model in zip("abc", recipe.models, strict=False):
             graph[letter] = _node("CheckpointLoaderSimple", ckpt_name=self._file(model.name))
@@ -198,12 +219,7 @@ class ComfyUI:
     def _shares(self, recipe: Recipe, merged: Merge) -> dict[str, float]:
         """The share of the first model in each part of the U-Net that ComfyUI's node knows."""
         node = _NODES[recipe.architecture]
-        try:
-            found = self._server.look(f"/object_info/{node}")[node]["input"]["required"]
-        except (Refused, Strange, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"backend.url: the ComfyUI at {self._server.url} has no node {node}; update it"
-            ) from error
+        found = self._inputs[node]
         parts = [str(name) for name in found if name not in ("model1", "model2")]
         names = [name for name in merged if name.startswith(_UNET)]
         held: dict[str, list[str]] = {part: [] for part in parts}
@@ -219,6 +235,12 @@ class ComfyUI:
         """The server's name of a checkpoint, which may lie in a folder."""
         known = self._choices("CheckpointLoaderSimple", "ckpt_name")
         found = [one for one in known if PureWindowsPath(one).name == name]
+        if name in found:
+            return name
+        if len(found) > 1:
+            raise ConfigError(
+                f"ComfyUI has {len(found)} checkpoints {name!r}: {', '.join(found)}; rename one"
+            )
         if not found:
             raise ConfigError(
                 f"ComfyUI has no checkpoint {name!r}{nearest(name, known)}; put the models into its "
@@ -255,16 +277,16 @@ class ComfyUI:
 
     def _made(self, workflow: Graph) -> bytes:
         """The PNG of a workflow, begun anew if the server forgets it."""
-        end = time.monotonic() + self._timeout_s
-        while True:
+        for _ in range(_ROUNDS):
             job = self._begun(workflow)
             try:
-                done = self._waited(job, end)
+                done = self._waited(job)
             except BaseException:
                 self._forget(job)
                 raise
             if done is not None:
                 return self._picture(done)
+        raise TrialError("ComfyUI forgets its jobs again and again")
 
     def _begun(self, workflow: Graph) -> str:
         try:
@@ -272,44 +294,57 @@ class ComfyUI:
             return str(answer["prompt_id"])
         except Refused as error:
             raise TrialError(f"ComfyUI refuses the workflow: {error}") from error
-        except (Strange, KeyError, TypeError) as error:
+        except (Strange, Slow, KeyError, TypeError) as error:
             raise TrialError(f"ComfyUI: {error}") from error
 
-    def _waited(self, job: str, end: float) -> Mapping[str, Any] | None:
-        """What the server tells of the job when it is done; None if it knows nothing of it."""
-        pause, missed = _PAUSE_S, 0
+    def _waited(self, job: str) -> Mapping[str, Any] | None:
+        """What the server tells of the job when it is done; None if it knows nothing of it.
+
+        The time that it waits for the jobs of others, or is away, does not count.
+        """
+        pause, missed, n_lost = _PAUSE_S, 0, self._server.n_lost
+        end = time.monotonic() + self._timeout_s
         while time.monotonic() < end:
-            try:
-                history = self._server.get(f"/history/{job}")
-                if isinstance(history, dict) and isinstance(done := history.get(job), dict):
-                    return done
-                queue = self._server.get("/queue") if pause >= _LONGEST_PAUSE_S else None
-            except (Refused, Strange) as error:
-                raise TrialError(f"ComfyUI: {error}") from error
-            if isinstance(queue, dict):
-                jobs = [one for key in ("queue_running", "queue_pending") for one in queue[key]]
-                missed = 0 if any(job in entry for entry in jobs) else missed + 1
+            history = self._asked(f"/history/{job}")
+            if isinstance(done := history.get(job), dict):
+                return done
+            if pause >= _LONGEST_PAUSE_S:
+                queue = self._asked("/queue")
+                is_running, is_pending = (
+                    job in _jobs(queue, name) for name in ("queue_running", "queue_pending")
+                )
+                missed = 0 if is_running or is_pending else missed + 1
                 if missed >= _LOST:
                     return None
+                if is_pending or self._server.n_lost > n_lost:
+                    n_lost = self._server.n_lost
+                    end = time.monotonic() + self._timeout_s
             time.sleep(pause)
             pause = min(1.3 * pause, _LONGEST_PAUSE_S)
         raise TrialError(f"ComfyUI has made no image in {self._timeout_s:g} s")
+
+    def _asked(self, path: str) -> Mapping[str, Any]:
+        try:
+            found = self._server.get(path)
+        except (Refused, Strange, Slow) as error:
+            raise TrialError(f"ComfyUI: {error}") from error
+        return found if isinstance(found, dict) else {}
 
     def _forget(self, job: str) -> None:
         """Take the job from the queue, or stop it, as far as the server is there."""
         with suppress(Refused, Strange, ConfigError):
             self._server.try_post("/queue", {"delete": [job]})
-            queue = self._server.look("/queue")
-            running = queue.get("queue_running", []) if isinstance(queue, dict) else []
             # Older versions stop whatever runs, and the queue may be others' too.
-            if any(job in entry for entry in running):
+            if job in _jobs(self._server.look("/queue"), "queue_running"):
                 self._server.try_post("/interrupt", {"prompt_id": job})
 
     def _picture(self, done: Mapping[str, Any]) -> bytes:
         status = done.get("status")
-        messages = status.get("messages", []) if isinstance(status, dict) else []
-        if not isinstance(status, dict) or status.get("status_str") != "success":
-            told = {name: entry for name, entry in messages if isinstance(entry, dict)}
+        status = status if isinstance(status, dict) else {}
+        if status.get("status_str") != "success":
+            messages = status.get("messages")
+            pairs = [m for m in (messages if isinstance(messages, list) else []) if _is_message(m)]
+            told = {name: entry for name, entry in pairs}
             if "execution_interrupted" in told:
                 raise TrialError("the image was interrupted in ComfyUI")
             error = told.get("execution_error", {})
@@ -325,8 +360,22 @@ class ComfyUI:
             raise TrialError("ComfyUI was done without an image") from None
         try:
             return self._server.fetch(f"/view?{urlencode(place)}")
-        except (Refused, Strange) as error:
+        except (Refused, Strange, Slow) as error:
             raise TrialError(f"ComfyUI: {error}") from error
+
+
+def _jobs(queue: object, name: str) -> list[object]:
+    """The jobs of a part of the queue, whose entries are [number, job, ...]."""
+    entries = queue.get(name) if isinstance(queue, dict) else None
+    known = [e for e in (entries if isinstance(entries, list) else []) if isinstance(e, list)]
+    return [entry[1] for entry in known if len(entry) > 1]
+
+
+def _is_message(message: object) -> bool:
+    """Whether it is a name and a table."""
+    if not isinstance(message, list) or len(message) != 2:
+        return False
+    return isinstance(message[0], str) and isinstance(message[1], dict)
 
 
 def _node(kind: str, **inputs: Any) -> dict[str, Any]:

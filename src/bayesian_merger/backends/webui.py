@@ -8,34 +8,37 @@ read back from its answer.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from bayesian_merger.backends import Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
-from bayesian_merger.guard import Guard
+from bayesian_merger.guard import JOURNAL, STEM, Guard, journal_of, leave_folder, sweep
 from bayesian_merger.pictures import decoded
 from bayesian_merger.registry import nearest
-from bayesian_merger.server import Refused, Server, Strange, seconds
+from bayesian_merger.server import Refused, Server, Slow, Strange, seconds
 
 _API = "/sdapi/v1"
-_STEM = "bayesian-merger-"
-# What the server had before the run, beside the merge.
-_JOURNAL = "bayesian-merger.json"
 _AUTOMATIC = "Automatic"
+# The schedules of stable-diffusion-webui 1.9.0 to 1.9.2, which have them and do not list them.
+_UNLISTED = ("Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform")
 # Fields that would take another model than the merge, or give no image back.
 _REFUSED = {
     "send_images": "the images are needed",
     "force_task_id": "each image is a task of its own",
+    "refiner_checkpoint": "it would take another model than the merge",
+    "hr_checkpoint_name": "it would take another model than the merge",
 }
 _OF_MODELS = ("sd_model_checkpoint", "sd_checkpoint_hash", "sd_unet", "forge_additional_modules")
 _SETTINGS = "override_settings"
@@ -93,7 +96,7 @@ class WebUI:
         url: str = "http://127.0.0.1:7860",
         models_dir: Path | None = None,
         timeout_s: float = 600.0,
-        wait_for_server: str = "10m",
+        wait_for_server: str | float = "10m",
         auth_env: str = "BAYESIAN_MERGER_AUTH",
         verify: bool = True,
     ) -> None:
@@ -105,11 +108,12 @@ class WebUI:
         self._given_dir = models_dir
         self._models_dir = models_dir
         self._lists: _Lists | None = None
-        self._former: str | None = None  # the server's checkpoint before the run
+        self._former: dict[str, str] = {}  # the server's setting before the run
         self._held: Path | None = None  # the file of the merge that it has
         self._n_lost = 0
         self._guard_of = partial(Guard, auth_env=auth_env, verify=verify, wait_s=wait_s)
         self._guard: Guard | None = None
+        self._lock: FileLock | None = None
 
     def check(
         self,
@@ -138,22 +142,25 @@ class WebUI:
         vae = options.get("sd_vae")
         if isinstance(vae, str) and vae not in ("Automatic", "None", "Default", ""):
             notes.append(f"the server uses its own VAE, {vae}, and not that of the merge")
+        if modules := options.get("forge_additional_modules"):
+            notes.append(
+                f"Forge replaces parts of every merge: {', '.join(map(str, modules))[:200]}"
+            )
         return notes
 
     def load(self, recipe: Recipe, merged: Merge) -> None:
         """Write the merge into the server's folder, have it chosen, and read back that it is."""
-        assert self._models_dir is not None
-        path = self._models_dir / f"{_STEM}{recipe.digest()}.safetensors"
+        folder = self._taken_folder()
+        path = folder / f"{STEM}{recipe.digest()}.safetensors"
         if self._held != path:
-            self._remember(path)
             merged.write_file(path)
             try:
                 self._choose(path)
             except BaseException:
-                _remove(path)
+                sweep(folder, self._held)
                 raise
-            before, self._held = self._held, path
-            _remove(before)
+            self._held = path
+            sweep(folder, path)
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
         """Images one by one, each with what the server says it was made with read back."""
@@ -163,14 +170,17 @@ class WebUI:
     def close(self) -> None:
         """Give the server its former checkpoint back and remove the merge."""
         try:
-            if self._former is not None:
-                self._restore()
-        except (RunError, Refused, Strange):
-            # Somebody else does it: the guard if the server is back soon, or the next run.
+            if self._guard:
+                self._server.wait_s = 0.0
+                self._give_back()
+        except (RunError, TrialError):
+            # The guard does it, if the server is back soon, or the next run.
             if self._guard:
                 self._guard.leave()
         finally:
             self._guard = None
+            if self._lock:
+                self._lock.release()
             self._server.close()
 
     def _options(self) -> Mapping[str, Any]:
@@ -205,9 +215,16 @@ class WebUI:
         except (Refused, Strange):
             return None
 
+    def _needed(self, name: str) -> Any:
+        """What every server has."""
+        try:
+            return self._server.look(f"{_API}/{name}")
+        except (Refused, Strange) as error:
+            raise ConfigError(f"backend.url: {self._server.url}{_API}/{name}: {error}") from error
+
     def _read_lists(self) -> _Lists:
         samplers: dict[str, _Sampler] = {}
-        for one in _tables(self._server.look(f"{_API}/samplers")):
+        for one in _tables(self._needed("samplers")):
             options = one.get("options")
             own = options.get("scheduler") if isinstance(options, dict) else None
             found = _Sampler(str(one.get("name")), own)
@@ -218,6 +235,9 @@ class WebUI:
             schedule = _Scheduler(str(one.get("label", one.get("name"))), str(one.get("name")))
             for spelling in (*schedule, *_texts(one.get("aliases"))):
                 schedulers.setdefault(spelling, schedule)
+        fields = self._fields()
+        if not schedulers and "scheduler" in fields:
+            schedulers = {name: _Scheduler(name, name.casefold()) for name in _UNLISTED}
         upscalers = [
             str(one.get("name"))
             for name in ("upscalers", "latent-upscale-modes")
@@ -226,10 +246,8 @@ class WebUI:
         styles = [str(one.get("name")) for one in _tables(self._optional("prompt-styles"))]
         scripts = self._optional("scripts")
         known = scripts.get("txt2img") if isinstance(scripts, dict) else None
-        models = _tables(self._server.look(f"{_API}/sd-models"))
-        return _Lists(
-            samplers, schedulers, upscalers, styles, _texts(known), models, self._fields()
-        )
+        models = _tables(self._needed("sd-models"))
+        return _Lists(samplers, schedulers, upscalers, styles, _texts(known), models, fields)
 
     def _fields(self) -> list[str]:
         """The fields of a payload that the server knows, by its own description; none if unknown."""
@@ -305,36 +323,60 @@ class WebUI:
             "scheduler": schedule.label if schedule else _AUTOMATIC,
         }
 
-    def _remember(self, path: Path) -> None:
-        """Keep the server's checkpoint for when it has the file, as this process may be killed."""
-        assert self._models_dir is not None
-        journal = self._models_dir / _JOURNAL
-        if self._former is None:
-            now = str(self._asked("get", f"{_API}/options").get("sd_model_checkpoint") or "")
-            if _STEM in now:  # of a run that was killed, and so was its guard
-                now = _remembered(journal)
-            _remove(*self._models_dir.glob(f"{_STEM}*.safetensors"))
-            journal.write_text(json.dumps({"sd_model_checkpoint": now}), encoding="utf-8")
-            self._former = now
-            self._guard = self._guard_of(self._server.url)
-        assert self._guard
-        files = [path, journal, *([self._held] if self._held else [])]
-        self._guard.order(self._last_requests(), files)
+    def _taken_folder(self) -> Path:
+        """The folder for our merges, below the server's; the server's checkpoint is kept for later.
 
-    def _last_requests(self) -> list[tuple[str, Any]]:
-        """What gives the server its former checkpoint back."""
-        former = {"sd_model_checkpoint": self._former}
-        return [(f"{_API}/options", former)] if self._former else []
-
-    def _restore(self) -> None:
+        On the disk too, and with a guard, as this process may be killed.
+        """
         assert self._models_dir is not None
+        place = hashlib.sha256(self._server.url.encode()).hexdigest()[:8]
+        folder = self._models_dir / f"bayesian-merger-{place}"
+        if self._guard:
+            return folder
+        try:
+            folder.mkdir(exist_ok=True)
+            lock = FileLock(folder / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"{folder}: another run has the server at {self._server.url}; wait for it or stop it"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from error
+        self._lock = lock
+        now = self._asked("get", f"{_API}/options").get("sd_model_checkpoint")
+        now = now if isinstance(now, str) else ""
+        if STEM in now:  # of a run that was killed, and so was its guard
+            now = journal_of(folder).get("sd_model_checkpoint", "")
+        if not now or STEM in now:
+            models = _tables(self._asked("get", f"{_API}/sd-models"))
+            titles = [str(one.get("title")) for one in models]
+            now = next((title for title in titles if STEM not in title), "")
+        self._former = {"sd_model_checkpoint": now} if now else {}
+        token = secrets.token_hex(8)
+        text = json.dumps({**self._former, "token": token})
+        (folder / JOURNAL).write_text(text, encoding="utf-8")
+        sweep(folder)
+        self._guard = self._guard_of(
+            self._server.url, f"{_API}/options", self._former, folder, token
+        )
+        return folder
+
+    def _give_back(self) -> None:
+        """RunError or TrialError if the server does not take its checkpoint."""
+        folder = self._taken_folder()
+        if self._former:
+            self._asked("post", f"{_API}/options", self._former)
+            now = self._asked("get", f"{_API}/options")
+            if any(now.get(key) != value for key, value in self._former.items()):
+                raise TrialError(f"the server does not take {self._former} back")
         assert self._guard
-        for path, body in self._last_requests():
-            self._server.post(path, body)
-        _remove(self._held, self._models_dir / _JOURNAL)
         self._guard.dismiss()
-        self._held = self._former = None
-        self._server.post(f"{_API}/refresh-checkpoints")
+        self._guard = self._held = None
+        if self._lock:
+            self._lock.release()
+        leave_folder(folder)
+        self._asked("post", f"{_API}/refresh-checkpoints")
 
     def _choose(self, path: Path) -> None:
         """Have the server load the file; RunError if it sees none, TrialError if it does not load."""
@@ -357,25 +399,30 @@ class WebUI:
     def _image(self, prompt: Prompt) -> Image.Image:
         """The image of a prompt, made by the merge though the connection be lost in between."""
         assert self._held is not None
-        was_swapped = False
+        is_other, doubtful = False, set()
         for _ in range(_ROUNDS):
-            if self._server.n_lost > self._n_lost or was_swapped:
+            if self._server.n_lost > self._n_lost or is_other:
                 self._choose(self._held)  # the server may have been started anew
-            was_swapped = False
+            is_other = False
             try:
-                image = self._made(prompt)
+                image, is_whole = self._made(prompt)
             except _OtherModelError:
-                was_swapped = True  # somebody has chosen another in the webui
+                is_other = True  # somebody has chosen another in the webui
+                continue
             except TrialError:
                 if self._server.n_lost == self._n_lost:
                     raise
-            else:
-                if self._server.n_lost == self._n_lost:
+                continue
+            if self._server.n_lost == self._n_lost:
+                # Two that are alike were not both interrupted.
+                if is_whole or image.tobytes() in doubtful:
                     return image
-        what = "its checkpoint is changed" if was_swapped else "the connection is lost"
+                doubtful.add(image.tobytes())
+        what = "its checkpoint is changed" if is_other else "images are interrupted or lost"
         raise TrialError(f"the server at {self._server.url}: {what} again and again")
 
-    def _made(self, prompt: Prompt) -> Image.Image:
+    def _made(self, prompt: Prompt) -> tuple[Image.Image, bool]:
+        """An image, and whether it is known that nobody has interrupted it."""
         wanted = {
             "prompt": prompt.prompt,
             "negative_prompt": prompt.negative_prompt,
@@ -391,18 +438,25 @@ class WebUI:
         images = answer.get("images")
         if not isinstance(images, list) or not images:
             raise TrialError("the server answered without an image")
-        self._read_back(wanted, answer.get("info"))
+        told = self._read_back(wanted, answer.get("info"))
         state = self._asked("get", f"{_API}/progress?skip_current_image=true").get("state")
-        if isinstance(state, dict) and (state.get("interrupted") or state.get("skipped")):
+        state = state if isinstance(state, dict) else {}
+        ours, latest = told.get("job_timestamp"), state.get("job_timestamp")
+        is_whole = not ours or not latest or ours == latest
+        # Of another job that has begun since, the state says nothing of ours.
+        if is_whole and (state.get("interrupted") or state.get("skipped")):
             raise TrialError("the image was interrupted in the webui")
+        first = told.get("index_of_first_image")
+        first = first if isinstance(first, int) and 0 <= first < len(images) else 0
         try:
-            data = base64.b64decode(str(images[0]).rpartition(",")[2], validate=True)
+            data = base64.b64decode(str(images[first]).rpartition(",")[2], validate=True)
         except ValueError as error:
             raise TrialError(f"the server's image cannot be read ({one_line(error)})") from error
-        return decoded(data, None if _changes_size(prompt) else (prompt.width, prompt.height))
+        size = None if _changes_size(prompt) else (prompt.width, prompt.height)
+        return decoded(data, size), is_whole
 
-    def _read_back(self, wanted: Mapping[str, Any], info: object) -> None:
-        """TrialError if the image was made with anything else."""
+    def _read_back(self, wanted: Mapping[str, Any], info: object) -> Mapping[str, Any]:
+        """What the server tells of an image; TrialError if it was made with anything else."""
         assert self._held is not None
         assert self._lists is not None
         try:
@@ -427,8 +481,11 @@ class WebUI:
                     f"the image was asked for with {key} {wanted[key]}, and made with {value}"
                 )
         model = str(told.get("sd_model_name") or said.get("Model") or "")
-        if model and self._held.stem not in model:
+        if not model:  # the webui can be told not to say it
+            model = str(self._asked("get", f"{_API}/options").get("sd_model_checkpoint"))
+        if self._held.stem not in model:
             raise _OtherModelError(f"the image was made by {model[:80]}, not by the merge")
+        return told
 
     def _is_alike(self, key: str, wanted: Mapping[str, Any], made: object) -> bool:
         assert self._lists is not None
@@ -447,14 +504,19 @@ class WebUI:
             found = self._server.get(path) if verb == "get" else self._server.post(path, body)
         except (Refused, Strange) as error:
             raise TrialError(f"the server: {error}") from error
-        return {} if found is None else found
+        except Slow as error:
+            raise TrialError(
+                f"the server: {error}; is the webui busy with something else? Else raise "
+                f"backend.timeout_s"
+            ) from error
+        return found if isinstance(found, dict | list) else {}
 
 
 def _mistaken_fields(prompt: Prompt, lists: _Lists, options: Mapping[str, Any]) -> list[str]:
     """What the server would ignore, replace or refuse of a prompt's further fields."""
     where, found = f"payload {prompt.payload}", []
     for name, value in prompt.extra.items():
-        if name in _REFUSED and value is not True:
+        if name in _REFUSED and not (name == "send_images" and value is True):
             found.append(f"{where}: leave out {name}, {_REFUSED[name]}")
         elif lists.fields and name not in lists.fields:
             found.append(
@@ -469,17 +531,19 @@ def _mistaken_fields(prompt: Prompt, lists: _Lists, options: Mapping[str, Any]) 
             found.append(f"{where}: {_SETTINGS}.{name} would take another model than the merge")
         elif name not in options:
             found.append(f"{where}: the server has no setting {name!r}{nearest(name, options)}")
-    styles = prompt.extra.get("styles") or []
+    styles, scripts = prompt.extra.get("styles") or [], prompt.extra.get("alwayson_scripts") or {}
+    if not isinstance(styles, list):
+        found.append(f"{where}: styles is no list")
+        styles = []
+    if not isinstance(scripts, dict):
+        found.append(f"{where}: alwayson_scripts is no table")
+        scripts = {}
     chosen: list[tuple[str, object, Iterable[str]]] = [
-        *(
-            ("style", style, lists.styles)
-            for style in (styles if isinstance(styles, list) else [])
-        ),
-        *(
-            ("script", script, lists.scripts)
-            for script in dict(prompt.extra.get("alwayson_scripts") or {})
-        ),
+        *(("style", style, lists.styles) for style in styles),
+        *(("script", script, lists.scripts) for script in scripts),
     ]
+    if prompt.extra.get("script_name"):
+        chosen.append(("script", prompt.extra["script_name"], lists.scripts))
     if prompt.extra.get("enable_hr") and prompt.extra.get("hr_upscaler"):
         chosen.append(("upscaler", prompt.extra["hr_upscaler"], lists.upscalers))
     if prompt.extra.get("enable_hr") and prompt.extra.get("hr_sampler_name"):
@@ -497,25 +561,8 @@ def _changes_size(prompt: Prompt) -> bool:
     return any(prompt.extra.get(k) for k in ("enable_hr", "script_name", "alwayson_scripts"))
 
 
-def _remove(*files: Path | None) -> None:
-    """As far as the system lets: on Windows a file that the server has open stays for the next run."""
-    for file in files:
-        if file:
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
-
-
 def _is_forge(options: Mapping[str, Any]) -> bool:
     return any(name.startswith("forge_") for name in options)
-
-
-def _remembered(journal: Path) -> str:
-    """The checkpoint that a killed run found; nothing if that is not known."""
-    try:
-        found = json.loads(journal.read_text(encoding="utf-8"))["sd_model_checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-    return found if isinstance(found, str) else ""
 
 
 def _tables(value: object) -> list[Mapping[str, Any]]:
