@@ -495,7 +495,9 @@ def test_search_begins_where_the_ranges_have_a_place_beside_a_parent_or_in_their
     assert plan.n_first == 1
     assert plan.first(0) == {"x": 0.5, "y": 1.0}
     assert set((ready(folder).beside("a") or {}).values()) == {0.2}
-    narrow = ready(folder, 'search.ranges={ "*" = [0.3, 0.6] }', "search.freeze={base = 0.0}")
+    frozen = ready(folder, "search.freeze={base = 0.0}").beside("a") or {}
+    assert [*frozen.values()] == [0.2] * 25
+    narrow = ready(folder, 'search.ranges={ "*" = [0.3, 0.6] }')
     assert set((narrow.beside("a") or {}).values()) == {0.3}
     assert set((narrow.beside("b") or {}).values()) == {0.6}
     toy_plugin.write_model(folder / "two.safetensors", 2.0)
