@@ -59,6 +59,7 @@ class FakeWebUI:
         self._files: dict[str, Path] = {}
         self.busy_s = 0.0
         self.others = 0
+        self.salt = ""
         self._refresh()
         self.chosen = self.loaded = next(iter(self._files))
         self.interrupted = self.is_stopped = False
@@ -280,4 +281,4 @@ class FakeWebUI:
         return base64.b64encode(data.getvalue()).decode()
 
     def _title(self, name: str) -> str:
-        return f"{name} [{abs(hash(name)) % 10**10:010}]"
+        return f"{name} [{abs(hash(name + self.salt)) % 10**10:010}]"

@@ -42,7 +42,7 @@ class Guard:
         self,
         url: str,
         path: str,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, str],
         folder: Path,
         token: str,
         auth_env: str,
@@ -116,6 +116,22 @@ def is_near(host: str) -> bool:
         return False
 
 
+def spellings(settings: Mapping[str, str]) -> list[dict[str, str]]:
+    """Settings to try: "name.safetensors [hash]", whose hash may be another by now, and the name."""
+    return [dict(settings), {key: _name(value) for key, value in settings.items()}]
+
+
+def is_given(now: object, settings: Mapping[str, str]) -> bool:
+    """Whether a server's settings are these, whatever the hash."""
+    return isinstance(now, dict) and all(
+        _name(str(now.get(key))) == _name(value) for key, value in settings.items()
+    )
+
+
+def _name(title: str) -> str:
+    return title.rpartition(" [")[0] or title
+
+
 def sweep(folder: Path, keep: Path | None = None) -> None:
     """Remove our merges from the folder, as far as the system lets, but for one.
 
@@ -170,12 +186,14 @@ def _has_given_back(order: Mapping[str, Any]) -> bool:
     settings = order["settings"]
     if not settings:
         return True
-    try:
-        _asked(order, settings)
-        now = _asked(order, None)
-    except (OSError, ValueError):
-        return False
-    return isinstance(now, dict) and all(now.get(key) == value for key, value in settings.items())
+    for wanted in spellings(settings):
+        try:
+            _asked(order, wanted)
+            if is_given(_asked(order, None), settings):
+                return True
+        except (OSError, ValueError):
+            pass
+    return False
 
 
 def _asked(order: Mapping[str, Any], body: Any) -> Any:

@@ -86,7 +86,12 @@ class Server:
             raise ConfigError(
                 f"backend.url: {url!r} is no address; write it as http://127.0.0.1:7860"
             )
-        header = authorization(os.environ.get(auth_env, ""))
+        secret = os.environ.get(auth_env, "").strip()
+        if secret and ":" not in secret and not secret.startswith("Bearer "):
+            raise ConfigError(
+                f"the environment variable {auth_env} holds neither user:password nor Bearer TOKEN"
+            )
+        header = authorization(secret)
         if not all(value.isascii() and value.isprintable() for value in header.values()):
             raise ConfigError(
                 f"the environment variable {auth_env} holds no token that can be sent"
@@ -141,7 +146,8 @@ class Server:
                     lost_at = time.monotonic()
                     self.n_lost += 1
                     if self.wait_s:
-                        _log.warning("%s is away (%s); waiting for it", self.url, error)
+                        text = "%s is away (%s); it is waited for, up to %.0f s"
+                        _log.warning(text, self.url, error, self.wait_s)
                 if time.monotonic() - lost_at + pause > self.wait_s:
                     raise RunError(
                         f"the server at {self.url} has gone away ({error}); start it, and give the same "

@@ -183,6 +183,7 @@ def test_weights_of_0_and_1_make_the_images_of_a_and_b(
         (OLD, "DPM++ 2M", "Karras", ("DPM++ 2M Karras", None)),
         (OLD, "DPM++ 2M Karras", "Automatic", ("DPM++ 2M Karras", None)),
         (NEXT, "UniPC", "Automatic", ("UniPC", None)),
+        (NEXT, "DPM++ 2M", "Karras", ("DPM++ 2M", None)),
     ],
 )
 def test_samplers_go_by_the_names_that_the_server_has(
@@ -208,8 +209,7 @@ def test_samplers_go_by_the_names_that_the_server_has(
         (A1111, 'sampler_name = "Eulr"', "no sampler 'Eulr'; did you mean 'Euler'"),
         (A1111, 'sampler_name = "DPM++ 2M Karas"', "did you mean 'DPM\\+\\+ 2M Karras'"),
         (A1111, 'scheduler = "Karas"', "no scheduler 'Karas'; did you mean 'Karras'"),
-        (OLD, 'scheduler = "Karras"', "no choice of schedulers, and no sampler 'Euler Karras'"),
-        (NEXT, 'scheduler = "Karras"', "no choice of schedulers"),
+        (OLD, 'scheduler = "Karras"', "no sampler 'Euler Karras'; leave out the scheduler"),
         (A1111, 'styles = ["mody"]', "no style 'mody'; did you mean 'moody'"),
         (A1111, 'enable_hr = true\nhr_upscaler = "Latnt"', "no upscaler 'Latnt'"),
         (A1111, "alwayson_scripts = { controlnett = {} }", "no script 'controlnett'"),
@@ -564,6 +564,32 @@ def test_files_of_others_are_left_alone(folder: Path, begin: Begin) -> None:
     assert [path.name for path in place.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("by", ["run", "guard"])
+def test_checkpoint_whose_hash_has_changed_is_given_back(
+    folder: Path, begin: Begin, by: str
+) -> None:
+    """As after a restart in which the server has computed it, or the file was written anew."""
+    fake = begin()
+    chosen = loaded(folder, fake)
+    fake.salt = "2"
+    if by == "guard":
+        process = chosen.backend._guard._process  # type: ignore[attr-defined]
+        chosen.backend._guard.leave()  # type: ignore[attr-defined]
+        process.wait()
+        assert fake.chosen == "own.safetensors"
+        chosen.backend._guard = None  # type: ignore[attr-defined]
+    chosen.backend.close()
+    assert fake.chosen == "own.safetensors"
+    assert ours(folder) == []
+
+
+def test_schedule_that_the_server_does_not_choose_is_noted(folder: Path, begin: Begin) -> None:
+    payload(folder, 'scheduler = "Karras"')
+    chosen = ready(folder, begin(NEXT))
+    chosen.backend.close()
+    assert "so its own setting holds, not Karras" in chosen.notes[1]
+
+
 def test_two_runs_do_not_share_a_server(folder: Path, begin: Begin) -> None:
     fake = begin()
     chosen = loaded(folder, fake)
@@ -588,7 +614,7 @@ def test_image_of_which_no_model_is_told_is_asked_for_in_the_settings(
     chosen.backend.close()
 
 
-@pytest.mark.parametrize("secret", ["Bearer s3cret\n", "Bearer s3cr\u00e9t"])
+@pytest.mark.parametrize("secret", ["Bearer s3cret\n", "Bearer s3cr\u00e9t", "s3cret"])
 def test_secret_is_never_shown(
     folder: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch, secret: str
 ) -> None:

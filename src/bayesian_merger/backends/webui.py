@@ -10,10 +10,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import math
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -24,11 +26,21 @@ from PIL import Image
 from bayesian_merger.backends import Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
-from bayesian_merger.guard import JOURNAL, STEM, Guard, journal_of, leave_folder, sweep
+from bayesian_merger.guard import (
+    JOURNAL,
+    STEM,
+    Guard,
+    is_given,
+    journal_of,
+    leave_folder,
+    spellings,
+    sweep,
+)
 from bayesian_merger.pictures import decoded
 from bayesian_merger.registry import nearest
 from bayesian_merger.server import Refused, Server, Slow, Strange, seconds
 
+_log = logging.getLogger(__name__)
 _API = "/sdapi/v1"
 _AUTOMATIC = "Automatic"
 # The schedules of stable-diffusion-webui 1.9.0 to 1.9.2, which have them and do not list them.
@@ -142,6 +154,17 @@ class WebUI:
         vae = options.get("sd_vae")
         if isinstance(vae, str) and vae not in ("Automatic", "None", "Default", ""):
             notes.append(f"the server uses its own VAE, {vae}, and not that of the merge")
+        named = [(prompt, self._named(prompt)) for prompt in prompts]
+        ignored = {
+            prompt.scheduler
+            for prompt, names in named
+            if "scheduler" not in names and prompt.scheduler not in names["sampler_name"]
+        }
+        if ignored := ignored - {_AUTOMATIC}:
+            notes.append(
+                f"the server has no choice of schedulers, so its own setting holds, not "
+                f"{', '.join(sorted(ignored))}"
+            )
         if modules := options.get("forge_additional_modules"):
             notes.append(
                 f"Forge replaces parts of every merge: {', '.join(map(str, modules))[:200]}"
@@ -173,8 +196,9 @@ class WebUI:
             if self._guard:
                 self._server.wait_s = 0.0
                 self._give_back()
-        except (RunError, TrialError):
+        except (RunError, TrialError) as error:
             # The guard does it, if the server is back soon, or the next run.
+            _log.warning("the webui has not got its checkpoint back yet: %s", error)
             if self._guard:
                 self._guard.leave()
         finally:
@@ -301,12 +325,13 @@ class WebUI:
                 sampler, scheduler = sampler.removesuffix(f" {split}"), split
         if not schedulers and scheduler != _AUTOMATIC:
             joined = f"{sampler} {scheduler}"
-            if joined not in samplers:
+            if joined in samplers:
+                return {"sampler_name": samplers[joined].name}
+            if any(name.endswith(" Karras") for name in samplers):
                 raise ConfigError(
-                    f"{where}: this server has no choice of schedulers, and no sampler {joined!r}"
-                    f"{nearest(joined, samplers)}"
+                    f"{where}: the server has no sampler {joined!r}; leave out the scheduler, or choose "
+                    f"another sampler"
                 )
-            return {"sampler_name": samplers[joined].name}
         if sampler not in samplers:
             both = [f"{one} {label}" for one in samplers for label in labels]
             hint = nearest(sampler, [*samplers, *both], cutoff=0.8)
@@ -365,11 +390,8 @@ class WebUI:
     def _give_back(self) -> None:
         """RunError or TrialError if the server does not take its checkpoint."""
         folder = self._taken_folder()
-        if self._former:
-            self._asked("post", f"{_API}/options", self._former)
-            now = self._asked("get", f"{_API}/options")
-            if any(now.get(key) != value for key, value in self._former.items()):
-                raise TrialError(f"the server does not take {self._former} back")
+        if self._former and not any(map(self._takes, spellings(self._former))):
+            raise TrialError(f"the server does not take {self._former['sd_model_checkpoint']}")
         assert self._guard
         self._guard.dismiss()
         self._guard = self._held = None
@@ -377,6 +399,13 @@ class WebUI:
             self._lock.release()
         leave_folder(folder)
         self._asked("post", f"{_API}/refresh-checkpoints")
+
+    def _takes(self, settings: Mapping[str, str]) -> bool:
+        """Whether the server has the settings when it was asked to."""
+        with suppress(TrialError):
+            self._asked("post", f"{_API}/options", settings)
+            return is_given(self._asked("get", f"{_API}/options"), settings)
+        return False
 
     def _choose(self, path: Path) -> None:
         """Have the server load the file; RunError if it sees none, TrialError if it does not load."""
