@@ -38,7 +38,7 @@ class Silent:
     """An observer that remembers."""
 
     def __init__(self) -> None:
-        self.made = 0
+        self.made = self.known = 0
         self.lines: list[str] = []
 
     def planned(self, images: int) -> None:
@@ -49,6 +49,7 @@ class Silent:
 
     def judged(self, images: int, made: bool) -> None:
         self.made += images * made
+        self.known += images * (not made)
 
     def finished(self, result: Result, leader: Result | None) -> None:
         pass
@@ -157,6 +158,8 @@ def test_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
     assert resumed.images == whole.images
     # At most the batch that was being made is made again; nothing else is.
     assert whole.images - at < observer.made <= whole.images - at + 4
+    assert observer.made + observer.known == observer.total
+    assert sum("the search goes on: " in line for line in observer.lines) == (20 <= at < 60)
     assert resumed.heldout == whole.heldout
 
 

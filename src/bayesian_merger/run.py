@@ -430,8 +430,14 @@ def _search(
     is_confirmed = any(r.name not in BASELINES for r in study.judged("heldout"))
     models = () if is_confirmed else setup.merger.references()
     proposer = searching(study, setup, yardstick)
+    before = [r for r in study.searched() if r.state != "running"]
+    n_before = sum(len(result.scores) for result in before)
+    observer.judged(n_before, made=False)
     if not proposer.is_over():
         study.compromise()  # that of a shorter run holds no more
+        if before:
+            told = f"{n_before} images of {len(before)} trials are judged already"
+            observer.noted(f"the search goes on: {told}")
 
     while not proposer.is_over():
         error = attempt(study, proposer, setup, yardstick, folder, observer)
