@@ -189,14 +189,14 @@ def test_payload_that_counts_more_decides(folder: Path) -> None:
     """Payloads want opposite merges: at equal shares the best weight is 0.5, at 9 to 1 it is 0.82."""
     plain = (folder / "config.toml").read_text()
     (folder / "config.toml").write_text(plain.replace("nearness", "torn"))
-    options = ("search.images=96", 'search.groups=[["*"]]')
+    options = ("search.images=48", 'search.groups=[["*"]]')
     equal = start(folder, *options, into="equal").best
     (folder / "landscape.toml").write_text('prompt = "a lake"\nscore_weight = 9\n')
     torn = start(folder, *options, into="torn").best
     assert equal
     assert torn
-    assert equal.recipe.weights["alpha"]["IN00"] == pytest.approx(0.5, abs=0.04)
-    assert torn.recipe.weights["alpha"]["IN00"] == pytest.approx(0.82, abs=0.04)
+    assert equal.recipe.weights["alpha"]["IN00"] == pytest.approx(0.5, abs=0.08)
+    assert torn.recipe.weights["alpha"]["IN00"] == pytest.approx(0.82, abs=0.08)
 
 
 def test_run_without_a_gradient_goes_on_where_it_was_cut_off(folder: Path) -> None:

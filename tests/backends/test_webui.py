@@ -727,6 +727,8 @@ is_next_begun = threading.Event()
 
 @scorer
 class Patient:
+    'Waits with its first score until the next image is begun.'
+
     def __init__(self):
         self.is_first = True
 

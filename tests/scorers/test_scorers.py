@@ -23,7 +23,11 @@ def samples() -> list[Sample]:
     return [Sample(image, Prompt(i, "p", "a red circle", i)) for i, image in enumerate(images)]
 
 
-@pytest.mark.parametrize("name", scorer.names())
+# Other tests may have registered toys of theirs.
+OWN = [n for n in scorer.names() if scorer.get(n).__module__.startswith("bayesian_merger.")]
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_scorer_gives_one_finite_number_for_each_sample_and_the_same_again(name: str) -> None:
     judge = scorer.build(name, {})
     scores = judge(samples())
@@ -33,14 +37,14 @@ def test_scorer_gives_one_finite_number_for_each_sample_and_the_same_again(name:
     assert judge([]) == []
 
 
-@pytest.mark.parametrize("name", scorer.names())
+@pytest.mark.parametrize("name", OWN)
 def test_score_of_a_sample_does_not_depend_on_its_company(name: str) -> None:
     judge = scorer.build(name, {})
     alone = [judge([sample])[0] for sample in samples()]
     assert judge(samples()) == pytest.approx(alone, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", scorer.names())
+@pytest.mark.parametrize("name", OWN)
 def test_scorer_refuses_unknown_options(name: str) -> None:
     with pytest.raises(ConfigError, match="unknown option 'colour'"):
         scorer.check(name, {"colour": 1})
