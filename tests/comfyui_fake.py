@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
-import threading
 from collections import Counter
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
+from http_fake import FakeServer, head
 from PIL import Image
 from safetensors.torch import load_file
 from toy_plugin import TENSORS, UNET
@@ -31,7 +30,7 @@ State = Mapping[str, float]
 """A model as the mean of each of its tensors."""
 
 
-class FakeComfyUI:
+class FakeComfyUI(FakeServer):
     """A server on a port of its own, with the checkpoints of a folder.
 
     `forgets` is a number of further jobs that it loses, as if it had been started anew, `fails` of jobs
@@ -49,43 +48,13 @@ class FakeComfyUI:
         self._history: dict[str, Any] = {}
         self._running: list[str] = []
         self._pictures: dict[str, bytes] = {}
-        fake = self
+        self.serve()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = -1
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                self._reply(None)
-
-            def do_POST(self) -> None:
-                size = int(self.headers.get("content-length", 0))
-                self._reply(json.loads(self.rfile.read(size) or b"null"))
-
-            def _reply(self, body: Any) -> None:
-                split = urlsplit(self.path)
-                fake.asked[split.path] += 1
-                status, found = fake.answer(split.path, parse_qs(split.query), body)
-                data = found if isinstance(found, bytes) else json.dumps(found).encode()
-                data = b"" if found is None else data
-                self.send_response(status)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def reply(self, to: BaseHTTPRequestHandler, body: Any) -> None:
+        split = urlsplit(to.path)
+        self.asked[split.path] += 1
+        status, found = self.answer(split.path, parse_qs(split.query), body)
+        to.wfile.write(head(to, status, b"" if found is None else found))
 
     def answer(self, path: str, query: Mapping[str, list[str]], body: Any) -> tuple[int, Any]:
         name, _, rest = path.lstrip("/").partition("/")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from http_fake import FakeServer, head
 from PIL import Image
 from safetensors.torch import load_file
 from toy_plugin import TENSORS
@@ -41,7 +41,7 @@ _FIELDS = (
 Answer = tuple[int, Any]
 
 
-class FakeWebUI:
+class FakeWebUI(FakeServer):
     """A server on a port of its own, with the checkpoints of a folder.
 
     `twist` may change any answer before it is sent: it gets the path, the body and the answer. `cut`
@@ -62,68 +62,28 @@ class FakeWebUI:
         self.salt = ""
         self._refresh()
         self.chosen = self.loaded = next(iter(self._files))
-        self.interrupted = self.is_stopped = False
-        fake = self
+        self.interrupted = False
+        self.serve(port)
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = -1  # head and body at once, which small packets would wait for each other
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                self._reply(None)
-
-            def do_POST(self) -> None:
-                size = int(self.headers.get("content-length", 0))
-                self._reply(json.loads(self.rfile.read(size) or b"null"))
-
-            def _reply(self, body: Any) -> None:
-                if fake.is_stopped:
-                    self.close_connection = True
-                    return
-                start = time.perf_counter()
-                path = self.path.partition("?")[0]
-                status, found = fake.answer(path, body, self.headers.get("authorization", ""))
-                is_image = path.endswith("txt2img")
-                is_text = isinstance(found, bytes)
-                data = found if is_text else json.dumps(found).encode()
-                self.send_response(status)
-                self.send_header("content-type", "text/html" if is_text else "application/json")
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                if is_image and fake.cut:
-                    fake.cut -= 1
-                    self.wfile.write(data[: len(data) // 2])
-                    self.close_connection = True
-                elif is_image and fake.slow:
-                    fake.slow -= 1
-                    for i in range(0, len(data), len(data) // 50):
-                        self.wfile.write(data[i : i + len(data) // 50])
-                        self.wfile.flush()
-                        time.sleep(0.1)
-                else:
-                    self.wfile.write(data)
-                fake.busy_s += time.perf_counter() - start
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *args: object) -> None:
-                pass  # who asks may hang up
-
-        self._server = Server(("127.0.0.1", port), Handler)
-        self.port = self._server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
-
-    def stop(self) -> None:
-        self.is_stopped = True
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def reply(self, to: BaseHTTPRequestHandler, body: Any) -> None:
+        start = time.perf_counter()
+        path = to.path.partition("?")[0]
+        status, found = self.answer(path, body, to.headers.get("authorization", ""))
+        is_image = path.endswith("txt2img")
+        data = head(to, status, found)
+        if is_image and self.cut:
+            self.cut -= 1
+            to.wfile.write(data[: len(data) // 2])
+            to.close_connection = True
+        elif is_image and self.slow:
+            self.slow -= 1
+            for i in range(0, len(data), len(data) // 50):
+                to.wfile.write(data[i : i + len(data) // 50])
+                to.wfile.flush()
+                time.sleep(0.1)
+        else:
+            to.wfile.write(data)
+        self.busy_s += time.perf_counter() - start
 
     def answer(self, path: str, body: Any, auth: str) -> Answer:
         self.asked[path] += 1

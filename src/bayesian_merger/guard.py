@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -162,7 +162,7 @@ def journal_of(folder: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def watch(orders: IO[str], sleep: Callable[[float], None] = time.sleep) -> None:
+def watch(orders: IO[str]) -> None:
     """Wait for the end of the orders, and do the last of them."""
     order = None
     for line in orders:
@@ -178,7 +178,7 @@ def watch(orders: IO[str], sleep: Callable[[float], None] = time.sleep) -> None:
             return
         if time.monotonic() > end:
             return  # the next run does it
-        sleep(_PAUSE_S)
+        time.sleep(_PAUSE_S)
 
 
 def _has_given_back(order: Mapping[str, Any]) -> bool:

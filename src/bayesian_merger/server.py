@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -44,7 +45,7 @@ class _Lost(Exception):
     """No connection, or one that broke."""
 
 
-def seconds(text: str | float, option: str) -> float:
+def _seconds(text: str | float, option: str) -> float:
     """A time such as "90s", "10m", "2h" or a number of seconds; ConfigError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", str(text))
     if not found:
@@ -53,26 +54,28 @@ def seconds(text: str | float, option: str) -> float:
 
 
 class Server:
-    """JSON in, JSON out.
+    """JSON in, JSON out, by the options that back ends have for it.
 
     A connection that is lost, or a proxy's word that the server is (502 to 504), is tried again for
-    `wait_s`, another answer of 5xx three times, one of 4xx never. Nor is one that takes longer than
-    `timeout_s`, which the server may still be at. `n_lost` counts the losses. The environment variable
-    `auth_env` may hold "user:password" or "Bearer TOKEN".
+    `wait_for_server` ("10m", or a number of seconds), another answer of 5xx three times, one of 4xx
+    never. Nor is one that takes longer than `timeout_s`, which the server may still be at. `n_lost`
+    counts the losses. The environment variable `auth_env` may hold "user:password" or "Bearer TOKEN".
     """
 
     def __init__(
         self,
         url: str,
         timeout_s: float,
-        wait_s: float,
+        wait_for_server: str | float,
         auth_env: str,
-        verify: bool = True,
+        verify: bool,
     ) -> None:
-        """ConfigError for what is no http address, or has a password in it."""
+        """ConfigError for options that cannot be, and for an address with a password in it."""
         import httpx
 
         self._lib = httpx
+        if not 1.0 <= timeout_s < math.inf:
+            raise ConfigError(f"backend.timeout_s is {timeout_s}; give a second at least")
         if "@" in url:
             raise ConfigError(
                 f"backend.url holds a password, which the run folder would keep; put it as "
@@ -97,7 +100,8 @@ class Server:
                 f"the environment variable {auth_env} holds no token that can be sent"
             )
         self.url, self.auth_env = str(address), auth_env
-        self.n_lost, self.wait_s = 0, wait_s
+        self.n_lost = 0
+        self.wait_s = _seconds(wait_for_server, "backend.wait_for_server")
         self._timeout_s = timeout_s
         self._client = httpx.Client(
             base_url=address,

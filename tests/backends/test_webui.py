@@ -383,6 +383,30 @@ def test_answer_that_does_not_end_fails_the_trial_and_is_not_asked_for_again(
     chosen.backend.close()
 
 
+def test_sdnext_whose_images_are_many_jobs_makes_each_once(folder: Path, begin: Begin) -> None:
+    fake = begin(NEXT)
+    chosen = loaded(folder, fake)
+    fake.others = 1
+    list(chosen.backend.generate(chosen.panel[:1]))
+    assert len(fake.bodies) == 1
+    chosen.backend.close()
+
+
+def test_server_that_fails_at_the_first_merge_may_be_asked_again(
+    folder: Path, begin: Begin
+) -> None:
+    fake = begin()
+    chosen = ready(folder, fake)
+    recipe = chosen.baseline("even")
+    fake.errors = 3
+    with pytest.raises(TrialError, match="HTTP 500"):
+        chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    assert "bayesian-merger" in fake.chosen
+    chosen.backend.close()
+    assert fake.chosen == "own.safetensors"
+
+
 def test_image_whose_end_nobody_saw_is_made_twice(folder: Path, begin: Begin) -> None:
     """Once another job has begun, the server no longer tells whether ours was interrupted."""
     fake = begin()
@@ -716,7 +740,7 @@ def test_where_the_server_is_may_change_between_two_starts(folder: Path, begin: 
     ("text", "found"), [("90s", 90), ("10m", 600), ("2h", 7200), ("5", 5), ("0.5s", 0.5)]
 )
 def test_times(text: str, found: float) -> None:
-    assert module.seconds(text, "x") == found
+    assert module._seconds(text, "x") == found
 
 
 PATIENT = """

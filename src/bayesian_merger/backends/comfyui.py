@@ -6,7 +6,6 @@ Its nodes ModelMergeSD1, ModelMergeSDXL and CLIPMergeSimple take the share of th
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.errors import ConfigError, TrialError
 from bayesian_merger.pictures import decoded
 from bayesian_merger.registry import nearest
-from bayesian_merger.server import Refused, Server, Slow, Strange, seconds
+from bayesian_merger.server import Refused, Server, Slow, Strange
 
 Graph: TypeAlias = dict[str, dict[str, Any]]
 """A workflow as the API takes it: a node's name -> its class and inputs."""
@@ -88,15 +87,11 @@ class ComfyUI:
         """ConfigError for options that cannot be."""
         if clip_skip < 1:
             raise ConfigError("backend.clip_skip must be 1 or more")
-        if not 1.0 <= timeout_s < math.inf:
-            raise ConfigError(f"backend.timeout_s is {timeout_s}; give a second at least")
-        wait_s = seconds(wait_for_server, "backend.wait_for_server")
-        self._server = Server(url, timeout_s, wait_s, auth_env, verify)
+        self._server = Server(url, timeout_s, wait_for_server, auth_env, verify)
         self._clip_skip, self._timeout_s = clip_skip, timeout_s
         self._merged: Graph = {}
-        self._inputs: dict[
-            str, Mapping[str, Any]
-        ] = {}  # of each node, as the server describes them
+        # Of each node, as the server describes them.
+        self._inputs: dict[str, Mapping[str, Any]] = {}
 
     def check(
         self,

@@ -38,7 +38,7 @@ from bayesian_merger.guard import (
 )
 from bayesian_merger.pictures import decoded
 from bayesian_merger.registry import nearest
-from bayesian_merger.server import Refused, Server, Slow, Strange, seconds
+from bayesian_merger.server import Refused, Server, Slow, Strange
 
 _log = logging.getLogger(__name__)
 _API = "/sdapi/v1"
@@ -113,17 +113,17 @@ class WebUI:
         verify: bool = True,
     ) -> None:
         """ConfigError for options that cannot be."""
-        if not 1.0 <= timeout_s < math.inf:
-            raise ConfigError(f"backend.timeout_s is {timeout_s}; give a second at least")
-        wait_s = seconds(wait_for_server, "backend.wait_for_server")
-        self._server = Server(url, timeout_s, wait_s, auth_env, verify)
+        self._server = Server(url, timeout_s, wait_for_server, auth_env, verify)
         self._given_dir = models_dir
-        self._models_dir = models_dir
+        self._models_dir: Path | None = None
+        self._tells_jobs = True
         self._lists: _Lists | None = None
         self._former: dict[str, str] = {}  # the server's setting before the run
         self._held: Path | None = None  # the file of the merge that it has
         self._n_lost = 0
-        self._guard_of = partial(Guard, auth_env=auth_env, verify=verify, wait_s=wait_s)
+        self._guard_of = partial(
+            Guard, auth_env=auth_env, verify=verify, wait_s=self._server.wait_s
+        )
         self._guard: Guard | None = None
         self._lock: FileLock | None = None
 
@@ -149,7 +149,10 @@ class WebUI:
             mistakes.append(str(error))
         if mistakes:
             raise ConfigError("\n".join(dict.fromkeys(mistakes)))
-        kind = "SD.Next" if self._is_next() else "Forge" if _is_forge(options) else "webui"
+        is_next = isinstance(self._optional("version"), dict)
+        # Each part of an image is a job of its own there.
+        self._tells_jobs = not is_next
+        kind = "SD.Next" if is_next else "Forge" if _is_forge(options) else "webui"
         notes = [f"{kind} at {self._server.url}; each merge is a file in {self._models_dir}"]
         vae = options.get("sd_vae")
         if isinstance(vae, str) and vae not in ("Automatic", "None", "Default", ""):
@@ -228,9 +231,6 @@ class WebUI:
         if not isinstance(found, dict) or "sd_model_checkpoint" not in found:
             raise ConfigError(f"backend.url: {url} is no webui that is known")
         return found
-
-    def _is_next(self) -> bool:
-        return isinstance(self._optional("version"), dict)
 
     def _optional(self, name: str) -> Any:
         """What only some servers have."""
@@ -360,27 +360,29 @@ class WebUI:
             return folder
         try:
             folder.mkdir(exist_ok=True)
-            lock = FileLock(folder / ".lock")
-            lock.acquire(timeout=0)
+            if not self._lock:
+                lock = FileLock(folder / ".lock")
+                lock.acquire(timeout=0)
+                self._lock = lock
+            # First of all, so that the guard of a run before leaves the folder alone.
+            before, token = journal_of(folder), secrets.token_hex(8)
+            _note(folder, {**before, "token": token})
         except Timeout:
             raise ConfigError(
                 f"{folder}: another run has the server at {self._server.url}; wait for it or stop it"
             ) from None
         except OSError as error:
             raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from error
-        self._lock = lock
         now = self._asked("get", f"{_API}/options").get("sd_model_checkpoint")
         now = now if isinstance(now, str) else ""
         if STEM in now:  # of a run that was killed, and so was its guard
-            now = journal_of(folder).get("sd_model_checkpoint", "")
+            now = str(before.get("sd_model_checkpoint", ""))
         if not now or STEM in now:
             models = _tables(self._asked("get", f"{_API}/sd-models"))
             titles = [str(one.get("title")) for one in models]
             now = next((title for title in titles if STEM not in title), "")
         self._former = {"sd_model_checkpoint": now} if now else {}
-        token = secrets.token_hex(8)
-        text = json.dumps({**self._former, "token": token})
-        (folder / JOURNAL).write_text(text, encoding="utf-8")
+        _note(folder, {**self._former, "token": token})
         sweep(folder)
         self._guard = self._guard_of(
             self._server.url, f"{_API}/options", self._former, folder, token
@@ -471,7 +473,7 @@ class WebUI:
         state = self._asked("get", f"{_API}/progress?skip_current_image=true").get("state")
         state = state if isinstance(state, dict) else {}
         ours, latest = told.get("job_timestamp"), state.get("job_timestamp")
-        is_whole = not ours or not latest or ours == latest
+        is_whole = not (self._tells_jobs and ours and latest) or ours == latest
         # Of another job that has begun since, the state says nothing of ours.
         if is_whole and (state.get("interrupted") or state.get("skipped")):
             raise TrialError("the image was interrupted in the webui")
@@ -578,8 +580,8 @@ def _mistaken_fields(prompt: Prompt, lists: _Lists, options: Mapping[str, Any]) 
     if prompt.extra.get("enable_hr") and prompt.extra.get("hr_sampler_name"):
         chosen.append(("sampler", prompt.extra["hr_sampler_name"], lists.samplers))
     for kind, wanted, known in chosen:
-        spellings = {spelling.casefold() for spelling in known}
-        if spellings and str(wanted).casefold() not in spellings:
+        names = {name.casefold() for name in known}
+        if names and str(wanted).casefold() not in names:
             hint = nearest(str(wanted), known)
             found.append(f"{where}: the server has no {kind} {wanted!r}{hint}")
     return found
@@ -588,6 +590,10 @@ def _mistaken_fields(prompt: Prompt, lists: _Lists, options: Mapping[str, Any]) 
 def _changes_size(prompt: Prompt) -> bool:
     """Whether an image may have another size than its prompt: hires fix, scripts."""
     return any(prompt.extra.get(k) for k in ("enable_hr", "script_name", "alwayson_scripts"))
+
+
+def _note(folder: Path, journal: Mapping[str, str]) -> None:
+    (folder / JOURNAL).write_text(json.dumps(journal), encoding="utf-8")
 
 
 def _is_forge(options: Mapping[str, Any]) -> bool:
