@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fastapi import HTTPException
 from http_fake import FakeServer, head
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 from toy_plugin import TENSORS
+from webui_modules import webui
 
 A1111, OLD, FORGE, NEXT = "webui 1.10.1", "webui 1.8.0", "Forge", "SD.Next"
 KINDS = (A1111, OLD, FORGE, NEXT)
@@ -47,10 +50,12 @@ class FakeWebUI(FakeServer):
     `twist` may change any answer before it is sent: it gets the path, the body and the answer. `cut`
     and `slow` are numbers of further images whose answer breaks off or comes drop by drop, `errors` of
     requests that fail with 500, `others` of images after which somebody else's job begins. `asked`
-    counts the requests by path.
+    counts the requests by path. With a `home` it has our extension, whose merges lie there.
     """
 
-    def __init__(self, kind: str, folder: Path, auth: str = "", port: int = 0) -> None:
+    def __init__(
+        self, kind: str, folder: Path, auth: str = "", port: int = 0, home: Path | None = None
+    ) -> None:
         self.kind, self.folder, self.auth = kind, folder, auth
         self.cut = self.slow = self.errors = 0
         self.asked: Counter[str] = Counter()
@@ -62,6 +67,9 @@ class FakeWebUI(FakeServer):
         self.salt = ""
         self._refresh()
         self.chosen = self.loaded = next(iter(self._files))
+        # The merge that the extension has made the model, by its name.
+        self.live: dict[str, Mapping[str, Tensor]] = {}
+        self.extension = webui(home, self._made_live, can_force=kind != OLD)[0] if home else None
         self.interrupted = False
         self.serve(port)
 
@@ -113,8 +121,21 @@ class FakeWebUI(FakeServer):
             "/openapi.json": self._described,
         }
         known = handlers.get(name)
-        found = known(body) if known else (404, {"detail": "Not Found"})
+        if self.extension and name.startswith("/bayesian-merger/v1/"):
+            found = self._extended(name.rpartition("/")[2], body)
+        else:
+            found = known(body) if known else (404, {"detail": "Not Found"})
         return self.twist(path, body, found)
+
+    def _extended(self, name: str, body: Any) -> Answer:
+        try:
+            return 200, getattr(self.extension, name)(body)
+        except HTTPException as error:
+            return error.status_code, {"detail": error.detail}
+
+    def _made_live(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.live = {name: {n.replace(".wrapped", ""): x for n, x in tensors.items()}}
+        self.chosen = self.loaded = name
 
     def _refreshed(self, _: Any) -> Answer:
         self._refresh()
@@ -200,11 +221,12 @@ class FakeWebUI(FakeServer):
         if (sampler, scheduler) == ("DPM++ 2M", "Karras"):
             scheduler = "Automatic"
         width, height = (body[side] // 8 * 8 for side in ("width", "height"))
-        path = self._files[self.loaded]
+        state = self.live.get(self.loaded) or load_file(self._files[self.loaded])
+        stem = self.loaded.removesuffix(".safetensors")
         schedule = f", Schedule type: {scheduler}" if self.kind in (A1111, FORGE) else ""
         text = (
             f"{body['prompt']}\nSteps: {body['steps']}, Sampler: {sampler}{schedule}, CFG scale: "
-            f"{body['cfg_scale']}, Seed: {body['seed']}, Size: {width}x{height}, Model: {path.stem}"
+            f"{body['cfg_scale']}, Seed: {body['seed']}, Size: {width}x{height}, Model: {stem}"
         )
         info = {
             "seed": body["seed"],
@@ -219,17 +241,16 @@ class FakeWebUI(FakeServer):
             "index_of_first_image": int(bool(body.get("save_images"))),
         }
         if self.kind != NEXT:
-            info["sd_model_name"] = path.stem
-        images = [self._painted(path, body, (width, height))]
+            info["sd_model_name"] = stem
+        images = [self._painted(state, body, (width, height))]
         if body.get("save_images"):
             images.insert(0, "no picture")  # the grid
         if body.get("send_images") is False:
             images = []
         return 200, {"images": images, "parameters": body, "info": json.dumps(info)}
 
-    def _painted(self, path: Path, body: Any, size: tuple[int, int]) -> str:
+    def _painted(self, state: Mapping[str, Tensor], body: Any, size: tuple[int, int]) -> str:
         """The mean of each block's tensor as the grey of a stripe, with noise of the seed."""
-        state = load_file(path)
         values = np.array([float(state[name].float().mean()) for name in TENSORS.values()])
         noise = np.random.default_rng(body["seed"]).normal(0, 0.05, len(values))
         grey = np.clip((values + noise) * 128 + 64, 0, 255).astype(np.uint8)
@@ -241,4 +262,6 @@ class FakeWebUI(FakeServer):
         return base64.b64encode(data.getvalue()).decode()
 
     def _title(self, name: str) -> str:
+        if name in self.live:
+            return name
         return f"{name} [{abs(hash(name + self.salt)) % 10**10:010}]"

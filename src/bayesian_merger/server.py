@@ -129,10 +129,10 @@ class Server:
         with suppress(_Lost, Slow):
             self._once("POST", path, body)
 
-    def look(self, path: str) -> Any:
-        """`get` of a server that should be there: ConfigError if it is not, without waiting."""
+    def look(self, path: str, body: Any = None) -> Any:
+        """`get`, or `post` of a body, where a server should be: ConfigError if none is, at once."""
         try:
-            return self._once("GET", path, None)
+            return self._once("GET" if body is None else "POST", path, body)
         except (_Lost, Slow) as error:
             raise ConfigError(f"backend.url: nothing answers at {self.url} ({error})") from error
 

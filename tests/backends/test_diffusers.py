@@ -13,7 +13,7 @@ import bayesian_merger
 from bayesian_merger.backends import Key, Merge
 from bayesian_merger.backends import diffusers as module
 from bayesian_merger.backends.diffusers import Diffusers
-from bayesian_merger.checkpoint import Checkpoint
+from bayesian_merger.checkpoint import Checkpoint, Layout
 from bayesian_merger.data import Prompt, Recipe
 from bayesian_merger.errors import ConfigError, TrialError
 from bayesian_merger.merge import Merged, Merger, even_weights
@@ -122,6 +122,10 @@ class Plain(Merge):
 
     def __len__(self) -> int:
         return len(self._merged)
+
+    @property
+    def layout(self) -> Mapping[str, Layout]:
+        return {name: Layout(tuple(x.shape), x.dtype) for name, x in self._merged.items()}
 
     def write_file(self, path: Path) -> None:
         raise NotImplementedError

@@ -503,26 +503,159 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("way", ["file", "memory"])
 @pytest.mark.parametrize("whom", ["run", "guard"])
 def test_checkpoint_of_the_server_is_given_back_when_the_run_is_killed(
-    folder: Path, begin: Begin, whom: str
+    folder: Path, begin: Begin, whom: str, way: str
 ) -> None:
     """By its guard, or if that was killed too, by the next run."""
-    fake = begin(auth="me:secret")
+    fake = begin(auth="me:secret", home=folder / "home" if way == "memory" else None)
     command = [sys.executable, "-c", KILLED, str(folder), f"backend.url={fake.url}", whom]
     secret = {"BAYESIAN_MERGER_AUTH": "me:secret"}
     killed = subprocess.run(command, env={**os.environ, **secret}, check=False)
     assert killed.returncode == -signal.SIGKILL
     if whom == "guard":
         assert "bayesian-merger" in fake.chosen
-        assert len(ours(folder)) == 3  # the folder, the merge, the journal
+        # The merge and the journal, and for files their folder.
+        assert len(ours(folder) + places(folder)) == 3
         fake.auth = ""
         loaded(folder, fake, name="a").backend.close()
     end = time.monotonic() + 20
-    while ours(folder) and time.monotonic() < end:
+    while ours(folder) + places(folder) and time.monotonic() < end:
         time.sleep(0.05)
     assert fake.chosen == "own.safetensors"
-    assert ours(folder) == []
+    assert ours(folder) + places(folder) == []
+
+
+def in_memory(folder: Path, begin: Begin, kind: str = A1111, **options: Any) -> FakeWebUI:
+    """A webui that has our extension, and no folder of checkpoints that could be written to."""
+    (folder / "models").chmod(0o500)
+    return begin(kind, home=folder / "home", **options)
+
+
+def places(folder: Path) -> list[str]:
+    """What is in the extension's folder, but for its token."""
+    return sorted(p.name for p in (folder / "home").glob("*/*") if p.name != "token")
+
+
+@pytest.mark.parametrize("kind", [A1111, OLD])
+def test_run_by_the_extension_is_the_same_as_by_files(
+    folder: Path, begin: Begin, kind: str
+) -> None:
+    whole = start(folder, begin(kind), into="files")
+    fake = in_memory(folder, begin, kind)
+    outcome = start(folder, fake, into="memory")
+    assert [r.scores for r in outcome.results] == [r.scores for r in whole.results]
+    assert [r.images for r in outcome.results] == [r.images for r in whole.results]
+    assert fake.chosen == "own.safetensors"
+    assert fake.asked["/sdapi/v1/refresh-checkpoints"] == 1  # at the end
+    assert places(folder) == []
+
+
+def test_merge_in_memory_comes_back_after_another_choice_and_a_restart(
+    folder: Path, begin: Begin
+) -> None:
+    fake = in_memory(folder, begin)
+    chosen = loaded(folder, fake, "backend.wait_for_server=20s")
+    (before,) = chosen.backend.generate(chosen.panel[:1])
+    fake.chosen = "one.safetensors"
+    (after,) = chosen.backend.generate(chosen.panel[:1])
+    assert after.image.tobytes() == before.image.tobytes()
+    fake.stop()
+    again = in_memory(folder, begin, port=fake.port)
+    (after,) = chosen.backend.generate(chosen.panel[:1])
+    assert after.image.tobytes() == before.image.tobytes()
+    chosen.backend.close()
+    assert again.chosen == "own.safetensors"
+    assert places(folder) == []
+
+
+def receipt(**changes: Any) -> Callable[[str, Any, Answer], Answer]:
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        return (200, {**answer[1], **changes}) if path.endswith("/load") else answer
+
+    return twist
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "own"}, "did not take the merge, it has own"),
+        ({"name": None}, "did not take the merge, it has None"),
+        ({"generation": 1}, None),
+        ({"generation": 0}, "an old one, number 0"),
+        ({"generation": "new"}, "an old one, number new"),
+        ({"live": {}}, "does not tell of its model's tensors"),
+        ({"live": None}, "does not tell of its model's tensors"),
+    ],
+)
+def test_wrong_receipt_fails_the_trial(
+    folder: Path, begin: Begin, changes: dict[str, Any], said: str | None
+) -> None:
+    fake = in_memory(folder, begin)
+    fake.twist = receipt(**changes)
+    if said is None:
+        loaded(folder, fake).backend.close()
+    else:
+        with pytest.raises(TrialError, match=said):
+            loaded(folder, fake)
+
+
+def test_model_that_the_webui_keeps_in_spite_of_the_merge_fails_the_trial(
+    folder: Path, begin: Begin
+) -> None:
+    """As Forge does where only the dictionary of the weights is given to it."""
+    fake = in_memory(folder, begin)
+    chosen = loaded(folder, fake, name="a")
+    known = fake.extension.sd_models  # type: ignore[union-attr]
+    known.reload_model_weights = lambda model, info: setattr(model, "sd_checkpoint_info", info)
+    recipe = chosen.baseline("b")
+    with pytest.raises(TrialError, match="the server's model is not the merge"):
+        chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    chosen.backend.close()
+    assert fake.chosen == "own.safetensors"
+
+
+def test_extension_of_another_machine_leaves_files_as_the_way(folder: Path, begin: Begin) -> None:
+    fake = begin(home=folder / "home")
+
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        elsewhere = {"folder": "/nowhere/bayesian-merger-01234567"}
+        return (200, {**answer[1], **elsewhere}) if path.endswith("/place") else answer
+
+    fake.twist = twist
+    chosen = loaded(folder, fake)
+    assert "/nowhere/bayesian-merger-01234567 cannot be seen from here" in chosen.notes[0]
+    assert f"each merge is a file in {folder / 'models'}" in chosen.notes[0]
+    chosen.backend.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((507, {"detail": "no room for 2.1 GB in /dev/shm or /tmp"}), "no room for 2.1 GB"),
+        ((200, []), "names no place"),
+        ((200, {"folder": "/tmp", "token": "0" * 32}), "names no place"),
+        ((405, {"detail": "Method Not Allowed"}), ""),
+        ((200, b"<html>"), ""),
+    ],
+)
+def test_extension_without_a_place_leaves_files_as_the_way(
+    folder: Path, begin: Begin, answer: Answer, said: str
+) -> None:
+    fake = begin()
+    fake.twist = lambda path, body, found: answer if path.endswith("/place") else found
+    chosen = ready(folder, fake)
+    chosen.backend.close()
+    assert f"each merge is a file in {folder / 'models'}" in chosen.notes[0]
+    assert said in chosen.notes[0]
+    assert ("our extension" in chosen.notes[0]) == bool(said)
+
+
+def test_extension_may_be_left_aside(folder: Path, begin: Begin) -> None:
+    chosen = ready(folder, begin(home=folder / "home"), "backend.extension=false")
+    chosen.backend.close()
+    assert "each merge is a file" in chosen.notes[0]
 
 
 def order(folder: Path, url: str) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from bayesian_merger.checkpoint import Layout
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.registry import Registry
 
@@ -33,6 +34,11 @@ class Followed(NamedTuple):
 
 class Merge(Mapping[str, Tensor]):
     """A merge as a back end gets it: tensors by name, each computed when it is read."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> Mapping[str, Layout]:
+        """Shape and type of each tensor."""
 
     @abstractmethod
     def moved_by(self, name: str) -> Sequence[Key]:

@@ -8,7 +8,6 @@ read back from its answer.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import logging
 import math
@@ -25,6 +24,7 @@ from PIL import Image
 
 from bayesian_merger.backends import Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
+from bayesian_merger.delivery import API, ByFile, Delivery, IntoMemory, offered
 from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
 from bayesian_merger.guard import (
     JOURNAL,
@@ -41,7 +41,6 @@ from bayesian_merger.registry import nearest
 from bayesian_merger.server import Refused, Server, Slow, Strange
 
 _log = logging.getLogger(__name__)
-_API = "/sdapi/v1"
 _AUTOMATIC = "Automatic"
 # The schedules of stable-diffusion-webui 1.9.0 to 1.9.2, which have them and do not list them.
 _UNLISTED = ("Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform")
@@ -92,10 +91,12 @@ class _Lists(NamedTuple):
 class WebUI:
     """A running stable-diffusion-webui, Forge, reForge or SD.Next, started with --api.
 
-    Each merge goes as a file into `models_dir`, the server's folder of checkpoints as it is seen from
-    here (by default the one that the server names), and is removed after the next; at the end the server
-    has its former checkpoint again. `timeout_s` is the longest that an image or the loading of a
-    checkpoint may take, `wait_for_server` how long a server that has gone away is waited for ("10m").
+    If the webui has our extension and runs on this machine, each merge goes straight into its memory,
+    unless `extension` is false. Otherwise it goes as a file into `models_dir`, the server's folder of
+    checkpoints as it is seen from here (by default the one that the server names), and is removed after
+    the next. At the end the server has its former checkpoint again. `timeout_s` is the longest that an
+    image or the loading of a checkpoint may take, `wait_for_server` how long a server that has gone away
+    is waited for ("10m").
     The environment variable `auth_env` may hold "user:password" (--api-auth) or "Bearer TOKEN". `verify`
     false takes any TLS certificate.
     """
@@ -107,6 +108,7 @@ class WebUI:
         self,
         url: str = "http://127.0.0.1:7860",
         models_dir: Path | None = None,
+        extension: bool = True,
         timeout_s: float = 600.0,
         wait_for_server: str | float = "10m",
         auth_env: str = "BAYESIAN_MERGER_AUTH",
@@ -115,11 +117,11 @@ class WebUI:
         """ConfigError for options that cannot be."""
         self._server = Server(url, timeout_s, wait_for_server, auth_env, verify)
         self._given_dir = models_dir
-        self._models_dir: Path | None = None
+        self._wants_extension = extension
+        self._delivery: Delivery | None = None
         self._tells_jobs = True
         self._lists: _Lists | None = None
         self._former: dict[str, str] = {}  # the server's setting before the run
-        self._held: Path | None = None  # the file of the merge that it has
         self._n_lost = 0
         self._guard_of = partial(
             Guard, auth_env=auth_env, verify=verify, wait_s=self._server.wait_s
@@ -144,7 +146,7 @@ class WebUI:
                 mistakes.append(str(error))
             mistakes += _mistaken_fields(prompt, lists, options)
         try:
-            self._models_dir = self._folder(lists.models)
+            way = self._way(lists.models, shapes)
         except ConfigError as error:
             mistakes.append(str(error))
         if mistakes:
@@ -153,7 +155,7 @@ class WebUI:
         # Each part of an image is a job of its own there.
         self._tells_jobs = not is_next
         kind = "SD.Next" if is_next else "Forge" if _is_forge(options) else "webui"
-        notes = [f"{kind} at {self._server.url}; each merge is a file in {self._models_dir}"]
+        notes = [f"{kind} at {self._server.url}; {way}"]
         vae = options.get("sd_vae")
         if isinstance(vae, str) and vae not in ("Automatic", "None", "Default", ""):
             notes.append(f"the server uses its own VAE, {vae}, and not that of the merge")
@@ -175,18 +177,11 @@ class WebUI:
         return notes
 
     def load(self, recipe: Recipe, merged: Merge) -> None:
-        """Write the merge into the server's folder, have it chosen, and read back that it is."""
-        folder = self._taken_folder()
-        path = folder / f"{STEM}{recipe.digest()}.safetensors"
-        if self._held != path:
-            merged.write_file(path)
-            try:
-                self._choose(path)
-            except BaseException:
-                sweep(folder, self._held)
-                raise
-            self._held = path
-            sweep(folder, path)
+        """Have the server make its images by the merge, and read back that it does."""
+        self._taken_folder()
+        assert self._delivery is not None
+        self._n_lost = self._server.n_lost
+        self._delivery.bring(recipe, merged)
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
         """Images one by one, each with what the server says it was made with read back."""
@@ -214,7 +209,7 @@ class WebUI:
         """The server's settings, which tell that it is a webui; ConfigError if it is none."""
         url = self._server.url
         try:
-            found = self._server.look(f"{_API}/options")
+            found = self._server.look(f"{API}/options")
         except Refused as error:
             if error.status == 404:
                 raise ConfigError(
@@ -225,7 +220,7 @@ class WebUI:
                     f"backend.url: {url} asks for a user and a password; put user:password into the "
                     f"environment variable {self._server.auth_env}"
                 ) from error
-            raise ConfigError(f"backend.url: {url}{_API}/options: {error}") from error
+            raise ConfigError(f"backend.url: {url}{API}/options: {error}") from error
         except Strange as error:
             raise ConfigError(f"backend.url: {url} is no webui: {error}") from error
         if not isinstance(found, dict) or "sd_model_checkpoint" not in found:
@@ -235,16 +230,16 @@ class WebUI:
     def _optional(self, name: str) -> Any:
         """What only some servers have."""
         try:
-            return self._server.look(f"{_API}/{name}")
+            return self._server.look(f"{API}/{name}")
         except (Refused, Strange):
             return None
 
     def _needed(self, name: str) -> Any:
         """What every server has."""
         try:
-            return self._server.look(f"{_API}/{name}")
+            return self._server.look(f"{API}/{name}")
         except (Refused, Strange) as error:
-            raise ConfigError(f"backend.url: {self._server.url}{_API}/{name}: {error}") from error
+            raise ConfigError(f"backend.url: {self._server.url}{API}/{name}: {error}") from error
 
     def _read_lists(self) -> _Lists:
         samplers: dict[str, _Sampler] = {}
@@ -277,15 +272,32 @@ class WebUI:
         """The fields of a payload that the server knows, by its own description; none if unknown."""
         try:
             described = self._server.look("/openapi.json")
-            body = described["paths"][f"{_API}/txt2img"]["post"]["requestBody"]
+            body = described["paths"][f"{API}/txt2img"]["post"]["requestBody"]
             name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
             return list(described["components"]["schemas"][name]["properties"])
         except (Refused, Strange, KeyError, TypeError, AttributeError):
             return []
 
+    def _way(
+        self, models: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]
+    ) -> str:
+        """Choose how merges reach the server, and say it; ConfigError if there is no way."""
+        url, why = self._server.url, ""
+        if self._wants_extension:
+            offer = offered(self._server, shapes)
+            if offer.folder:
+                self._delivery = IntoMemory(offer.folder, offer.token, self._asked)
+                return f"our extension there takes each merge into its memory ({offer.folder})"
+            if offer.fault:
+                why = f" (it has our extension, but: {offer.fault})"
+        folder = self._folder(models)
+        self._delivery = ByFile(url, folder, self._asked)
+        return f"each merge is a file in {folder}{why}"
+
     def _folder(self, models: Sequence[Mapping[str, Any]]) -> Path:
         """The server's folder of checkpoints, as it is seen from here."""
         files = [str(one.get("filename") or "") for one in models]
+        files = [file for file in files if STEM not in file]
         if self._given_dir is not None:
             folder = self._given_dir
             if not folder.is_dir():
@@ -353,9 +365,8 @@ class WebUI:
 
         On the disk too, and with a guard, as this process may be killed.
         """
-        assert self._models_dir is not None
-        place = hashlib.sha256(self._server.url.encode()).hexdigest()[:8]
-        folder = self._models_dir / f"bayesian-merger-{place}"
+        assert self._delivery is not None
+        folder = self._delivery.folder
         if self._guard:
             return folder
         try:
@@ -373,19 +384,19 @@ class WebUI:
             ) from None
         except OSError as error:
             raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from error
-        now = self._asked("get", f"{_API}/options").get("sd_model_checkpoint")
+        now = self._asked("get", f"{API}/options").get("sd_model_checkpoint")
         now = now if isinstance(now, str) else ""
         if STEM in now:  # of a run that was killed, and so was its guard
             now = str(before.get("sd_model_checkpoint", ""))
         if not now or STEM in now:
-            models = _tables(self._asked("get", f"{_API}/sd-models"))
+            models = _tables(self._asked("get", f"{API}/sd-models"))
             titles = [str(one.get("title")) for one in models]
             now = next((title for title in titles if STEM not in title), "")
         self._former = {"sd_model_checkpoint": now} if now else {}
         _note(folder, {**self._former, "token": token})
         sweep(folder)
         self._guard = self._guard_of(
-            self._server.url, f"{_API}/options", self._former, folder, token
+            self._server.url, f"{API}/options", self._former, folder, token
         )
         return folder
 
@@ -396,44 +407,32 @@ class WebUI:
             raise TrialError(f"the server does not take {self._former['sd_model_checkpoint']}")
         assert self._guard
         self._guard.dismiss()
-        self._guard = self._held = None
+        self._guard = None
+        if self._delivery:
+            self._delivery.forget()
         if self._lock:
             self._lock.release()
         leave_folder(folder)
-        self._asked("post", f"{_API}/refresh-checkpoints")
+        self._asked("post", f"{API}/refresh-checkpoints")
 
     def _takes(self, settings: Mapping[str, str]) -> bool:
         """Whether the server has the settings when it was asked to."""
         with suppress(TrialError):
-            self._asked("post", f"{_API}/options", settings)
-            return is_given(self._asked("get", f"{_API}/options"), settings)
+            self._asked("post", f"{API}/options", settings)
+            return is_given(self._asked("get", f"{API}/options"), settings)
         return False
 
-    def _choose(self, path: Path) -> None:
-        """Have the server load the file; RunError if it sees none, TrialError if it does not load."""
+    def _choose(self) -> None:
+        assert self._delivery is not None
         self._n_lost = self._server.n_lost
-        self._asked("post", f"{_API}/refresh-checkpoints")
-        models = _tables(self._asked("get", f"{_API}/sd-models"))
-        title = next(
-            (str(one.get("title")) for one in models if path.stem in str(one.get("title"))), None
-        )
-        if title is None:
-            raise RunError(
-                f"the server at {self._server.url} does not see {path}; name the folder in which it "
-                f"finds its checkpoints as backend.models_dir"
-            )
-        self._asked("post", f"{_API}/options", {"sd_model_checkpoint": title})
-        now = str(self._asked("get", f"{_API}/options").get("sd_model_checkpoint"))
-        if path.stem not in now:
-            raise TrialError(f"the server did not take the merge, it has {now}")
+        self._delivery.choose()
 
     def _image(self, prompt: Prompt) -> Image.Image:
         """The image of a prompt, made by the merge though the connection be lost in between."""
-        assert self._held is not None
         is_other, doubtful = False, set()
         for _ in range(_ROUNDS):
             if self._server.n_lost > self._n_lost or is_other:
-                self._choose(self._held)  # the server may have been started anew
+                self._choose()  # the server may have been started anew
             is_other = False
             try:
                 image, is_whole = self._made(prompt)
@@ -465,12 +464,12 @@ class WebUI:
             **self._named(prompt),
         }
         always = {"batch_size": 1, "n_iter": 1, "save_images": False, "send_images": True}
-        answer = self._asked("post", f"{_API}/txt2img", {**always, **prompt.extra, **wanted})
+        answer = self._asked("post", f"{API}/txt2img", {**always, **prompt.extra, **wanted})
         images = answer.get("images")
         if not isinstance(images, list) or not images:
             raise TrialError("the server answered without an image")
         told = self._read_back(wanted, answer.get("info"))
-        state = self._asked("get", f"{_API}/progress?skip_current_image=true").get("state")
+        state = self._asked("get", f"{API}/progress?skip_current_image=true").get("state")
         state = state if isinstance(state, dict) else {}
         ours, latest = told.get("job_timestamp"), state.get("job_timestamp")
         is_whole = not (self._tells_jobs and ours and latest) or ours == latest
@@ -488,8 +487,7 @@ class WebUI:
 
     def _read_back(self, wanted: Mapping[str, Any], info: object) -> Mapping[str, Any]:
         """What the server tells of an image; TrialError if it was made with anything else."""
-        assert self._held is not None
-        assert self._lists is not None
+        assert self._delivery is not None
         try:
             told = json.loads(info) if isinstance(info, str) else info
         except (ValueError, RecursionError):
@@ -513,8 +511,8 @@ class WebUI:
                 )
         model = str(told.get("sd_model_name") or said.get("Model") or "")
         if not model:  # the webui can be told not to say it
-            model = str(self._asked("get", f"{_API}/options").get("sd_model_checkpoint"))
-        if self._held.stem not in model:
+            model = str(self._asked("get", f"{API}/options").get("sd_model_checkpoint"))
+        if not self._delivery.name or self._delivery.name not in model:
             raise _OtherModelError(f"the image was made by {model[:80]}, not by the merge")
         return told
 

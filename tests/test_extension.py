@@ -1,0 +1,186 @@
+"""The extension for webuis, by its real routes, in a webui of stand-ins; what it refuses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_plugin
+import webui_modules
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from torch import Tensor
+
+NAMES = [f"bayesian-merger-{i:016x}" for i in range(3)]
+U_NET = toy_plugin.TENSORS["IN00"]
+TEXT = toy_plugin.TENSORS["base"]
+
+
+class Webui:
+    """The extension's routes, and what the webui has loaded, in order."""
+
+    def __init__(self, home: Path, **options: Any) -> None:
+        self.loaded: list[str] = []
+        self.extension, data = webui_modules.webui(home, self._add, **options)
+        app = FastAPI()
+        for begin in data.started:
+            begin(None, app)
+        self.client = TestClient(app)
+
+    def _add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.loaded.append(name)
+
+    def post(self, name: str, body: Any, **options: Any) -> Any:
+        return self.client.post(f"/bayesian-merger/v1/{name}", json=body, **options)
+
+    def placed(self) -> dict[str, str]:
+        found: dict[str, str] = self.post("place", {"bytes": 1000}).json()
+        return found
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Webui:
+    return Webui(tmp_path / "home")
+
+
+def put(place: Mapping[str, str], value: float, name: str = NAMES[0]) -> str:
+    """A merge in the place, and the name of its file."""
+    return toy_plugin.write_model(Path(place["folder"]) / f"{name}.safetensors", value).name
+
+
+def order(place: Mapping[str, str], **changes: Any) -> dict[str, Any]:
+    file = f"{NAMES[0]}.safetensors"
+    asked = {"token": place["token"], "file": file, "name": NAMES[1], "live": [U_NET, TEXT, "x"]}
+    return {**asked, **changes}
+
+
+@pytest.mark.parametrize("can_force", [True, False])
+def test_receipt_tells_of_the_model_that_is_live(tmp_path: Path, can_force: bool) -> None:
+    one = Webui(tmp_path / "home", can_force=can_force)
+    place = one.placed()
+    generation = 0
+    for name, value in zip(NAMES, (0.25, 0.5, 0.75), strict=True):
+        put(place, value)  # the same file, changed
+        receipt = one.post("load", order(place, name=name)).json()
+        assert receipt["loader"] == "webui"
+        assert receipt["name"] == name
+        assert receipt["generation"] > generation
+        expected = {"type": "float32", "values": [value] * 8}
+        assert receipt["live"] == {U_NET: expected, TEXT: expected}
+        generation = receipt["generation"]
+    assert one.loaded == NAMES
+
+
+def test_webui_lists_the_merge_once_and_chooses_it(one: Webui) -> None:
+    place = one.placed()
+    for name in NAMES:
+        put(place, 0.5)
+        one.post("load", order(place, name=name))
+    assert list(one.extension.sd_models.checkpoints_list) == [NAMES[-1]]
+    assert list(one.extension.sd_models.checkpoint_aliases) == [NAMES[-1]]
+    assert one.extension.shared.opts.data["sd_model_checkpoint"] == NAMES[-1]
+
+
+def test_prompts_are_read_anew_by_the_merge_s_text_encoder(one: Webui) -> None:
+    place = one.placed()
+    put(place, 0.5)
+    one.post("load", order(place))
+    kinds = one.extension.processing
+    assert kinds.StableDiffusionProcessing.cached_c == [None, None]
+    assert kinds.StableDiffusionProcessing.cached_uc == [None, None]
+    assert kinds.StableDiffusionProcessingTxt2Img.cached_hr_c == [None, None]
+
+
+def test_merge_waits_for_the_image_that_is_made(one: Webui) -> None:
+    place = one.placed()
+    put(place, 0.5)
+    lock = one.extension.call_queue.queue_lock
+    with lock:
+        asking = threading.Thread(target=one.post, args=("load", order(place)))
+        asking.start()
+        asking.join(0.3)
+        assert one.loaded == []
+        # Other requests are answered meanwhile.
+        assert one.post("place", {"bytes": 1000}).status_code == 200
+    asking.join()
+    assert one.loaded == [NAMES[1]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"token": "0" * 32}, 403),
+        ({"token": None}, 403),
+        ({"file": "../own.safetensors"}, 400),
+        ({"file": "/etc/passwd"}, 400),
+        ({"file": f"x/{NAMES[0]}.safetensors"}, 400),
+        ({"file": 3}, 400),
+        ({"file": f"{NAMES[2]}.safetensors"}, 404),
+        ({"name": "own"}, 400),
+        ({"name": None}, 400),
+        ({"live": "everything"}, 400),
+        ({"live": ["x"] * 101}, 400),
+    ],
+)
+def test_order_that_is_none_is_refused(one: Webui, changes: dict[str, Any], status: int) -> None:
+    place = one.placed()
+    put(place, 0.5)
+    toy_plugin.write_model(Path(place["folder"]).parent / "own.safetensors", 0.5)
+    assert one.post("load", order(place, **changes)).status_code == status
+    assert one.loaded == []
+
+
+def test_file_that_is_none_leaves_the_webui_its_model(one: Webui) -> None:
+    place = one.placed()
+    file = Path(place["folder"]) / f"{NAMES[0]}.safetensors"
+    file.write_bytes(b"\x80\x04\x95 a pickle")
+    answer = one.post("load", order(place))
+    assert answer.status_code == 400
+    assert "cannot be read" in answer.json()["detail"]
+    assert one.loaded == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and owners are of Unix")
+def test_folder_or_file_that_others_have_made_is_not_used(one: Webui, tmp_path: Path) -> None:
+    place = one.placed()
+    folder = Path(place["folder"])
+    assert folder.stat().st_mode & 0o777 == 0o700
+    target = toy_plugin.write_model(tmp_path / "other.safetensors", 0.5)
+    (folder / f"{NAMES[0]}.safetensors").symlink_to(target)
+    assert one.post("load", order(place)).status_code == 404
+    folder.chmod(0o770)
+    assert one.post("place", {"bytes": 1000}).status_code == 507
+    shutil.rmtree(folder)
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert one.post("place", {"bytes": 1000}).status_code == 507
+
+
+@pytest.mark.parametrize(("n_bytes", "status"), [(10**18, 507), (0, 400), ("many", 400)])
+def test_place_without_room_is_none(one: Webui, n_bytes: object, status: int) -> None:
+    assert one.post("place", {"bytes": n_bytes}).status_code == status
+
+
+def test_only_users_of_the_webui_are_answered(tmp_path: Path) -> None:
+    one = Webui(tmp_path / "home", auth="ann:secret, bob:hidden")
+    for auth, status in {
+        None: 401,
+        ("ann", "hidden"): 401,
+        ("ann", "secret"): 200,
+        ("bob", "hidden"): 200,
+    }.items():
+        assert one.post("place", {"bytes": 1000}, auth=auth).status_code == status
+    assert one.post("load", {}).status_code == 401
+
+
+def test_webui_without_its_api_gets_no_routes(tmp_path: Path) -> None:
+    extension, data = webui_modules.webui(tmp_path / "home", lambda name, tensors: None)
+    extension.shared.cmd_opts.api = False
+    app = FastAPI()
+    data.started[0](None, app)
+    assert TestClient(app).post("/bayesian-merger/v1/place").status_code == 404
