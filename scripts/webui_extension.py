@@ -80,7 +80,7 @@ def load(body: dict[str, Any] = Body(...)) -> dict[str, Any]:  # noqa: B008
             "loader": _loader(),
             "generation": _generation,
             "name": held,
-            "live": _values(_tensors(model), [str(one) for one in live]),
+            "live": live_values(_tensors(model), [str(one) for one in live]),
         }
 
 
@@ -192,7 +192,7 @@ def _tensors(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def _values(tensors: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, Any]:
+def live_values(tensors: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, Any]:
     """Some values of each tensor that is there: the first, the last, and between them."""
     found = {}
     for name in names:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
+from comfyui_modules import node
 from http_fake import FakeServer, head
 from PIL import Image
 from safetensors.torch import load_file
@@ -35,10 +36,13 @@ class FakeComfyUI(FakeServer):
 
     `forgets` is a number of further jobs that it loses, as if it had been started anew, `fails` of jobs
     that end with an error, `interrupts` of jobs that somebody interrupts, `hangs` of jobs that
-    never end.
+    never end. With a `home` it has our node, whose merges lie there and whose receipts `receipts` may
+    change.
     """
 
-    def __init__(self, folder: Path, sub: str = "") -> None:
+    def __init__(self, folder: Path, sub: str = "", home: Path | None = None) -> None:
+        self.ours: Any = node(home) if home else None
+        self.receipts: Callable[[Any], Any] = lambda receipt: receipt
         self.folder, self.sub = folder, sub
         self.forgets = self.fails = self.interrupts = self.hangs = 0
         self.new_style = self.twins = False
@@ -60,6 +64,9 @@ class FakeComfyUI(FakeServer):
         name, _, rest = path.lstrip("/").partition("/")
         if name == "system_stats":
             return 200, {"system": {"comfyui_version": "0.3.64"}}
+        if path == "/bayesian-merger/v1/place" and self.ours:
+            status, found = self.ours.place(body["bytes"])
+            return status, found
         if name == "object_info":
             return 200, {rest: {"input": {"required": self._inputs(rest)}}}
         if name == "prompt":
@@ -115,9 +122,14 @@ class FakeComfyUI(FakeServer):
         else:
             self._pictures[f"{job}.png"] = self._painted(graph)
             images = [{"filename": f"{job}.png", "subfolder": "", "type": "temp"}]
+            outputs: dict[str, Any] = {"shown": {"images": images}}
+            if "merge" in graph:
+                loader = self.ours.BayesianMergerLoader()
+                told = loader.load(**graph["merge"]["inputs"])["ui"]
+                outputs["merge"] = self.receipts(told)
             self._history[job] = {
                 "status": {"status_str": "success", "completed": True, "messages": []},
-                "outputs": {"shown": {"images": images}},
+                "outputs": outputs,
             }
         return 200, {"prompt_id": job, "number": 1, "node_errors": {}}
 
@@ -148,6 +160,9 @@ class FakeComfyUI(FakeServer):
         if kind == "CheckpointLoaderSimple":
             state = load_file(self._checkpoints()[inputs["ckpt_name"]])
             return {block: float(state[n].float().mean()) for block, n in TENSORS.items()}
+        if kind == "BayesianMergerLoader":
+            model = self.ours.BayesianMergerLoader().load(**inputs)["result"][0]
+            return {block: float(model.tensors[n].float().mean()) for block, n in TENSORS.items()}
         if kind == "CLIPSetLastLayer":
             return of("clip")
         first, second = ("model1", "model2") if kind.startswith("Model") else ("clip1", "clip2")

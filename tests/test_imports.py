@@ -63,7 +63,7 @@ HOMES = {
     "yaml": {"guide", "prompts"},
     "jinja2": {"report"},
     "safetensors": {"checkpoint", "scorers"},
-    "filelock": {"run", "backends"},
+    "filelock": {"delivery", "run"},
     "click": {"cli"},
     "rich": {"cli"},
     "diffusers": {"backends"},

@@ -1,17 +1,21 @@
-"""The ways in which a merge reaches a webui: as a file in its folder, or into its memory."""
+"""The ways in which a merge reaches a server: as a file in its folder, or into its memory."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from filelock import FileLock, Timeout
+
 from bayesian_merger.data import Recipe
-from bayesian_merger.errors import RunError, TrialError
-from bayesian_merger.guard import STEM, sweep
+from bayesian_merger.errors import ConfigError, RunError, TrialError
+from bayesian_merger.guard import JOURNAL, STEM, Guard, journal_of, leave_folder, sweep
 from bayesian_merger.handover import Handed, Handover
 from bayesian_merger.server import Refused, Server, Strange
 
@@ -20,6 +24,77 @@ Ask = Callable[..., Any]
 
 API = "/sdapi/v1"
 _EXTENSION = "/bayesian-merger/v1"
+
+
+class Claim:
+    """The folder of our merges for a server, which one run has at a time.
+
+    If this process is killed, a guard gives the server its settings back and empties the folder.
+    """
+
+    def __init__(self, folder: Path, url: str, auth_env: str, verify: bool, wait_s: float) -> None:
+        self.folder = folder
+        self._url, self._options = url, (auth_env, verify, wait_s)
+        self._lock: FileLock | None = None
+        self._guard: Guard | None = None
+        self._token = ""
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the guard is there."""
+        return self._guard is not None
+
+    def take(self) -> Mapping[str, Any]:
+        """Have the folder, and what its journal says of the run before.
+
+        ConfigError if another run has it, or if it cannot be written.
+        """
+        try:
+            self.folder.mkdir(exist_ok=True)
+            if not self._lock:
+                lock = FileLock(self.folder / ".lock")
+                lock.acquire(timeout=0)
+                self._lock = lock
+            # First of all, so that the guard of a run before leaves the folder alone.
+            before, self._token = journal_of(self.folder), secrets.token_hex(8)
+            self._note(before)
+        except Timeout:
+            raise ConfigError(
+                f"{self.folder}: another run has the server at {self._url}; wait for it or stop it"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: cannot be written ({error.strerror})") from error
+        return before
+
+    def watch(self, path: str = "", settings: Mapping[str, str] | None = None) -> None:
+        """Empty the folder and note the settings, which are posted to `path` if we are killed."""
+        settings = settings or {}
+        self._note(settings)
+        sweep(self.folder)
+        self._guard = Guard(self._url, path, settings, self.folder, self._token, *self._options)
+
+    def leave(self) -> None:
+        """Nothing is to be given back any more: empty the folder, for anybody to have it."""
+        if self._guard:
+            self._guard.dismiss()
+        self._end()
+        leave_folder(self.folder)
+
+    def abandon(self) -> None:
+        """Leave it to the guard, or to the next run."""
+        if self._guard:
+            self._guard.leave()
+        self._end()
+
+    def _end(self) -> None:
+        self._guard = None
+        if self._lock:
+            self._lock.release()
+            self._lock = None
+
+    def _note(self, journal: Mapping[str, Any]) -> None:
+        text = json.dumps({**journal, "token": self._token})
+        (self.folder / JOURNAL).write_text(text, encoding="utf-8")
 
 
 class Delivery(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import socket
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -18,6 +20,7 @@ import pytest
 import torch
 import toy_plugin
 from comfyui_fake import FakeComfyUI
+from comfyui_modules import NODE
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_names import known_layout
@@ -198,6 +201,130 @@ def test_what_its_nodes_cannot_merge_is_said_before_an_image(
     assert fake.graphs == []
 
 
+@pytest.fixture
+def with_node(folder: Path) -> Iterator[FakeComfyUI]:
+    """A ComfyUI that has our node."""
+    server = FakeComfyUI(folder / "models", home=folder / "home")
+    yield server
+    server.stop()
+
+
+def places(folder: Path) -> list[str]:
+    """What is in our node's folder, but for its token."""
+    return sorted(p.name for p in (folder / "home").glob("*/*") if p.name != "token")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("merge.method=slerp",),
+        ("merge.clip=true",),
+        ("search.ranges={ IN03_alpha = [0.0, 1.5] }",),
+    ],
+)
+def test_what_its_nodes_cannot_merge_our_node_loads(
+    folder: Path, with_node: FakeComfyUI, options: tuple[str, ...]
+) -> None:
+    image = painted(folder, with_node.url, *options)
+    graph = with_node.graphs[-1]
+    assert graph["merge"]["class_type"] == "BayesianMergerLoader"
+    assert "model" not in graph
+    assert float(np.asarray(image).mean()) == pytest.approx(64 + 128 * 0.5, abs=4)
+    assert places(folder) == []
+
+
+def test_run_by_our_node_shows_each_merge(folder: Path, with_node: FakeComfyUI) -> None:
+    outcome = start(folder, with_node.url, "merge.method=slerp", "backend.clip_skip=2")
+    assert outcome.finished
+    assert with_node.graphs[-1]["positive"]["inputs"]["clip"] == ["skip", 0]
+    digests = {name for r in outcome.results for name in r.images.values()}
+    assert len(digests) == sum(len(r.images) for r in outcome.results)
+    assert outcome.gain["over_even"].mean > 0
+    assert places(folder) == []
+
+
+def test_what_its_own_nodes_can_merge_is_left_to_them(
+    folder: Path, with_node: FakeComfyUI
+) -> None:
+    painted(folder, with_node.url)
+    assert with_node.graphs[-1]["model"]["class_type"] == "ModelMergeSD1"
+    assert places(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("receipt", "said"),
+    [
+        ({}, "tells nothing of the model"),
+        ({"bayesian_merger": []}, "tells nothing of the model"),
+        ({"bayesian_merger": ["x"]}, "tells nothing of the model"),
+        (
+            {"bayesian_merger": ['{"name": "own", "live": {}}']},
+            "did not take the merge, it has own",
+        ),
+    ],
+)
+def test_wrong_receipt_of_our_node_fails_the_trial(
+    folder: Path, with_node: FakeComfyUI, receipt: object, said: str
+) -> None:
+    with_node.receipts = lambda told: receipt
+    with pytest.raises(TrialError, match=said):
+        painted(folder, with_node.url, "merge.method=slerp")
+    assert places(folder) == []
+
+
+def test_model_that_is_another_fails_the_trial(folder: Path, with_node: FakeComfyUI) -> None:
+    chosen = ready(folder, with_node.url, "merge.method=slerp")
+    first: list[dict[str, Any]] = []
+
+    def stale(told: Any) -> Any:
+        receipt = json.loads(told["bayesian_merger"][0])
+        first.append(receipt)
+        return {"bayesian_merger": [json.dumps({**receipt, "live": first[0]["live"]})]}
+
+    with_node.receipts = stale
+    for name in ("a", "b"):
+        recipe = chosen.baseline(name)
+        if name == "b":
+            with pytest.raises(TrialError, match="the server's model is not the merge"):
+                chosen.backend.load(recipe, chosen.merger.merge(recipe))
+        else:
+            chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    chosen.backend.close()
+
+
+def test_two_runs_do_not_share_our_node(folder: Path, with_node: FakeComfyUI) -> None:
+    first, second = (ready(folder, with_node.url, "merge.method=slerp") for _ in range(2))
+    recipe = first.baseline("even")
+    first.backend.load(recipe, first.merger.merge(recipe))
+    with pytest.raises(ConfigError, match="another run has the server"):
+        second.backend.load(recipe, second.merger.merge(recipe))
+    first.backend.close()
+    second.backend.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [(1000, 200), (0, 400), ("many", 400), (None, 400), (10**18, 507)]
+)
+def test_our_node_has_a_place_for_merges_if_there_is_room(
+    with_node: FakeComfyUI, body: object, status: int
+) -> None:
+    assert with_node.ours.place(body)[0] == status
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and owners are of Unix")
+@pytest.mark.parametrize("name", ["bayesian-merger-0123456789abcdef", "../own", "/etc/passwd", ""])
+def test_our_node_loads_nothing_but_merges(
+    folder: Path, with_node: FakeComfyUI, name: str
+) -> None:
+    place = Path(with_node.ours.place(1000)[1]["folder"])
+    (place / "bayesian-merger-0123456789abcdef.safetensors").symlink_to(
+        folder / "models" / "one.safetensors"
+    )
+    toy_plugin.write_model(place.parent / "own.safetensors", 0.5)
+    with pytest.raises(ValueError, match=r"no merge|no file of a merge"):
+        with_node.ours.BayesianMergerLoader().load(name, "x", "[]")
+
+
 def test_vae_that_would_be_searched_is_refused(folder: Path, fake: FakeComfyUI) -> None:
     for name, value in {"zero": 0.0, "one": 1.0}.items():
         path = folder / "models" / f"{name}.safetensors"
@@ -315,7 +442,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    command = [python, "main.py", "--cpu", "--disable-all-custom-nodes", "--port", str(port)]
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "bayesian_merger").symlink_to(NODE.parent)
+    command = [python, "main.py", "--cpu", "--port", str(port)]
     with (base / "log.txt").open("w") as log:
         server = subprocess.Popen(
             [*command, "--base-directory", str(base)], cwd=place, stdout=log, stderr=log
@@ -355,12 +484,9 @@ def own(url: str, prompt: Prompt, checkpoint: str) -> bytes:
     """What the server makes of a prompt with a checkpoint as it is."""
     engine = module.ComfyUI(url)
     loader = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}}
-    engine._merged = dict.fromkeys(("model", "clip", "vae"), loader)
-    workflow = engine._workflow(prompt)
-    for name in ("positive", "negative"):
-        workflow[name]["inputs"]["clip"] = ["clip", 1]
+    engine._merged = module._Model({"all": loader}, *(["all", slot] for slot in range(3)))
     try:
-        return engine._made(workflow)
+        return engine._picture(engine._done(engine._workflow(prompt)))
     finally:
         engine.close()
 
@@ -387,6 +513,30 @@ def test_real_server_makes_the_images_of_a_and_b_and_of_our_merge(
         theirs = Image.open(io.BytesIO(own(url, prompt, f"{file}.safetensors"))).convert("RGB")
         apart = [abs(x - y) for x, y in zip(sample.image.tobytes(), theirs.tobytes(), strict=True)]
         assert max(apart) <= reach
+    chosen.backend.close()
+
+
+@pytest.mark.comfyui
+def test_real_server_loads_a_merge_of_any_method_by_our_node(
+    real: tuple[str, Path], folder: Path
+) -> None:
+    url, base = real
+    checkpoints = base / "models" / "checkpoints"
+    (folder / "portrait.toml").write_text('prompt = "x"\nwidth = 64\nheight = 64\nsteps = 2\n')
+    options = [
+        f"models.{m}={checkpoints}/{n}.safetensors" for m, n in (("a", "first"), ("b", "second"))
+    ]
+    more = ("merge.method=slerp", "backend.timeout_s=600")
+    chosen = ready(folder, url, *options, *more)
+    prompt = chosen.panel[0]
+    for name in ("a", "even"):
+        recipe = chosen.baseline(name)
+        merged = chosen.merger.merge(recipe)
+        merged.save(checkpoints / f"slerp-{name}.safetensors")
+        chosen.backend.load(recipe, merged)
+        (sample,) = chosen.backend.generate([prompt])
+        file = own(url, prompt, f"slerp-{name}.safetensors")
+        assert sample.image.tobytes() == Image.open(io.BytesIO(file)).convert("RGB").tobytes()
     chosen.backend.close()
 
 

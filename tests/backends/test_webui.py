@@ -497,7 +497,7 @@ chosen = setup.prepare(config.load(folder / "config.toml", [sys.argv[2]]), folde
 recipe = chosen.baseline("even")
 chosen.backend.load(recipe, chosen.merger.merge(recipe))
 if sys.argv[3] == "guard":
-    chosen.backend._guard._process.kill()
+    chosen.backend._claim._guard._process.kill()
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -695,7 +695,7 @@ def test_guard_of_a_run_leaves_the_next_run_alone(folder: Path, begin: Begin) ->
 def test_run_ends_well_though_its_guard_was_killed(folder: Path, begin: Begin) -> None:
     fake = begin()
     chosen = loaded(folder, fake)
-    process = chosen.backend._guard._process  # type: ignore[attr-defined]
+    process = chosen.backend._claim._guard._process  # type: ignore[attr-defined]
     process.kill()
     process.wait()
     recipe = chosen.baseline("a")
@@ -730,11 +730,11 @@ def test_checkpoint_whose_hash_has_changed_is_given_back(
     chosen = loaded(folder, fake)
     fake.salt = "2"
     if by == "guard":
-        process = chosen.backend._guard._process  # type: ignore[attr-defined]
-        chosen.backend._guard.leave()  # type: ignore[attr-defined]
+        process = chosen.backend._claim._guard._process  # type: ignore[attr-defined]
+        chosen.backend._claim._guard.leave()  # type: ignore[attr-defined]
         process.wait()
         assert fake.chosen == "own.safetensors"
-        chosen.backend._guard = None  # type: ignore[attr-defined]
+        chosen.backend._claim._guard = None  # type: ignore[attr-defined]
     chosen.backend.close()
     assert fake.chosen == "own.safetensors"
     assert ours(folder) == []

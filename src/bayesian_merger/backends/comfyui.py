@@ -1,27 +1,42 @@
 """Images by a running ComfyUI, which merges its checkpoints with its own nodes: nothing is installed.
 
 Its nodes ModelMergeSD1, ModelMergeSDXL and CLIPMergeSimple take the share of the first model, which is
-1 - alpha.
+1 - alpha. What these cannot merge is merged here, and loaded by a node of ours where ComfyUI has it.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import PureWindowsPath
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import urlencode
 
 from bayesian_merger.backends import Key, Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
+from bayesian_merger.delivery import Claim, Offer, offered
 from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.guard import STEM
+from bayesian_merger.handover import Handover
 from bayesian_merger.pictures import decoded
 from bayesian_merger.registry import nearest
 from bayesian_merger.server import Refused, Server, Slow, Strange
 
 Graph: TypeAlias = dict[str, dict[str, Any]]
 """A workflow as the API takes it: a node's name -> its class and inputs."""
+
+
+class _Model(NamedTuple):
+    """Nodes that make a model, and the results of these that are its parts: [node, number]."""
+
+    nodes: Graph
+    model: list[Any]
+    clip: list[Any]
+    vae: list[Any]
+
 
 # The samplers and schedulers of stable-diffusion-webui by ComfyUI's names.
 _SAMPLERS = {
@@ -49,6 +64,7 @@ _SCHEDULERS = {
     "DDIM": "ddim_uniform",
     "Beta": "beta",
 }
+_OURS = "BayesianMergerLoader"
 _NODES = {"sd1": "ModelMergeSD1", "sdxl": "ModelMergeSDXL"}
 _METHODS = ("weighted_sum", "add_difference")
 _UNET = "model.diffusion_model."
@@ -66,7 +82,8 @@ _ROUNDS = 5
 class ComfyUI:
     """A running ComfyUI, whose folder of checkpoints has the models under the names of their files.
 
-    Merges by `weighted_sum` and `add_difference`. `clip_skip` counts as in stable-diffusion-webui.
+    Merges by `weighted_sum` and `add_difference`; by any method, and whatever the weights, if it runs on
+    this machine and has our node. `clip_skip` counts as in stable-diffusion-webui.
     `timeout_s` is the longest that an image may take, `wait_for_server` how long a server that has gone
     away is waited for. The environment variable `auth_env` may hold "user:password" or "Bearer TOKEN",
     for a proxy before it. `verify` false takes any TLS certificate.
@@ -89,7 +106,19 @@ class ComfyUI:
             raise ConfigError("backend.clip_skip must be 1 or more")
         self._server = Server(url, timeout_s, wait_for_server, auth_env, verify)
         self._clip_skip, self._timeout_s = clip_skip, timeout_s
-        self._merged: Graph = {}
+        self._claimed = partial(
+            Claim,
+            url=self._server.url,
+            auth_env=auth_env,
+            verify=verify,
+            wait_s=self._server.wait_s,
+        )
+        # Where merges lie for our node, if ComfyUI has it; whether they are all made by it.
+        self._offer = Offer()
+        self._is_ours = False
+        self._handover: Handover | None = None
+        self._claim: Claim | None = None
+        self._merged = _Model({}, [], [], [])
         # Of each node, as the server describes them.
         self._inputs: dict[str, Mapping[str, Any]] = {}
 
@@ -106,11 +135,13 @@ class ComfyUI:
             version = str(system.get("comfyui_version", "of unknown version"))[:40]
         except (Refused, Strange, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"backend.url: {url} is no ComfyUI ({error})") from error
-        if architecture not in _NODES:
+        self._offer = offered(self._server, shapes)
+        if architecture not in _NODES and not self._offer.folder:
             raise ConfigError(
                 f"back end comfyui merges {' and '.join(_NODES)}, and the models are {architecture}"
             )
-        for node in ("KSampler", "CheckpointLoaderSimple", _NODES[architecture]):
+        needed = ["KSampler", "CheckpointLoaderSimple"]
+        for node in (*needed, *([_NODES[architecture]] if architecture in _NODES else [])):
             self._inputs[node] = self._required(node)
         samplers = self._choices("KSampler", "sampler_name")
         schedulers = self._choices("KSampler", "scheduler")
@@ -128,30 +159,95 @@ class ComfyUI:
                     )
         if mistakes:
             raise ConfigError("\n".join(dict.fromkeys(mistakes)))
-        notes = [f"ComfyUI {version} at {url} merges the models with its own nodes"]
+        notes = [f"ComfyUI {version} at {url}; {self._way()}"]
         if extra := sorted({key for prompt in prompts for key in prompt.extra}):
             notes.append(f"payload fields this back end does not use: {', '.join(extra)}")
         return notes
 
     def require(self, recipe: Recipe, merged: Merge) -> None:
-        """ConfigError for a merge that ComfyUI's nodes cannot make."""
-        self._nodes(recipe, merged)
+        """ConfigError for a merge that ComfyUI's nodes cannot make, if it has not ours."""
+        try:
+            self._nodes(recipe, merged)
+        except ConfigError as error:
+            if not self._offer.folder:
+                why = (
+                    f"; our node cannot be used: {self._offer.fault}" if self._offer.fault else ""
+                )
+                raise ConfigError(
+                    f"{error}, or install our node (docs/comfyui.md){why}"
+                ) from error
+            self._is_ours = True
 
     def load(self, recipe: Recipe, merged: Merge) -> None:
-        """Make the nodes of the merge; ConfigError for one that ComfyUI's nodes cannot make."""
-        self._merged = self._nodes(recipe, merged)
+        """Make the nodes of the merge; TrialError if ComfyUI's model is not the merge.
+
+        ConfigError for one that its nodes cannot make.
+        """
+        self.require(recipe, merged)
+        if self._is_ours:
+            self._hand_over(recipe, merged)
+            return
+        self._merged = self._skipping(self._nodes(recipe, merged))
         # ComfyUI merges when an image is made, so the smallest one is, which also proves that it can.
-        self._made(self._workflow(_PROOF))
+        self._done(self._workflow(_PROOF))
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
         """Images one by one, in the server's queue."""
         for prompt in prompts:
-            image = decoded(self._made(self._workflow(prompt)), (prompt.width, prompt.height))
+            made = self._picture(self._done(self._workflow(prompt)))
+            image = decoded(made, (prompt.width, prompt.height))
             yield Sample(image, prompt)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, and remove the merge."""
+        if self._handover:
+            self._handover.close()
+        if self._claim:
+            self._claim.leave()
+        self._handover = self._claim = None
         self._server.close()
+
+    def _way(self) -> str:
+        """How it merges, in words."""
+        if self._offer.folder:
+            return (
+                f"it merges with its own nodes, or loads merges by our node ({self._offer.folder})"
+            )
+        fault = f" (it has our node, but: {self._offer.fault})" if self._offer.fault else ""
+        return f"it merges the models with its own nodes{fault}"
+
+    def _hand_over(self, recipe: Recipe, merged: Merge) -> None:
+        """Have our node load the merge, and tell what the model then is."""
+        assert self._offer.folder
+        if self._handover is None:
+            claim = self._claimed(self._offer.folder)
+            claim.take()
+            claim.watch()
+            self._claim = claim
+            file = self._offer.folder / f"{STEM}{self._offer.token[:16]}.safetensors"
+            self._handover = Handover(file)
+        self._handover.put(merged)
+        name, live = f"{STEM}{recipe.digest()}", self._handover.probes()
+        order = {"file": self._handover.path.stem, "name": name, "live": json.dumps(live)}
+        nodes = {"merge": _node(_OURS, **order)}
+        self._merged = self._skipping(_Model(nodes, *(["merge", slot] for slot in range(3))))
+        done = self._done(self._workflow(_PROOF))
+        try:
+            receipt = json.loads(done["outputs"]["merge"]["bayesian_merger"][0])
+            told, values = receipt["name"], receipt["live"]
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise TrialError("ComfyUI tells nothing of the model that it has loaded") from error
+        if told != name:
+            raise TrialError(f"ComfyUI did not take the merge, it has {str(told)[:80]}")
+        self._handover.confirm(values, live)
+
+    def _skipping(self, merged: _Model) -> _Model:
+        """The model whose text encoder stops at the layer that `clip_skip` names."""
+        if self._clip_skip == 1:
+            return merged
+        skipped = {"clip": merged.clip, "stop_at_clip_layer": -self._clip_skip}
+        nodes = {**merged.nodes, "skip": _node("CLIPSetLastLayer", **skipped)}
+        return merged._replace(nodes=nodes, clip=["skip", 0])
 
     def _required(self, node: str) -> Mapping[str, Any]:
         """The inputs of a node, as the server describes them."""
@@ -172,8 +268,10 @@ class ComfyUI:
             first = rest[0].get("options") if rest and isinstance(rest[0], dict) else []
         return [str(option) for option in first] if isinstance(first, list) else []
 
-    def _nodes(self, recipe: Recipe, merged: Merge) -> Graph:
-        """The loaders of the models, and what merges them; "model", "clip" and "vae" are results."""
+    def _nodes(self, recipe: Recipe, merged: Merge) -> _Model:
+        """The loaders of the models, and what merges them."""
+        if recipe.architecture not in _NODES:
+            raise ConfigError(f"ComfyUI has no node that merges {recipe.architecture}")
         if recipe.method not in _METHODS:
             raise ConfigError(
                 f"back end comfyui merges by {' and '.join(_METHODS)}, not by {recipe.method}"
@@ -205,11 +303,7 @@ class ComfyUI:
         ratio = 1.0 - _alpha(recipe, merged, [n for n in merged if n.startswith(_TEXT)], "base")
         clip2 = ["text sum", 0] if other == "sum" else ["b", 1]
         graph["clip"] = _node("CLIPMergeSimple", clip1=["a", 1], clip2=clip2, ratio=ratio)
-        if self._clip_skip > 1:
-            skipped = {"clip": ["clip", 0], "stop_at_clip_layer": -self._clip_skip}
-            graph["skip"] = _node("CLIPSetLastLayer", **skipped)
-        graph["vae"] = graph[recipe.vae]
-        return graph
+        return _Model(graph, ["model", 0], ["clip", 0], [recipe.vae, 2])
 
     def _shares(self, recipe: Recipe, merged: Merge) -> dict[str, float]:
         """The share of the first model in each part of the U-Net that ComfyUI's node knows."""
@@ -245,17 +339,17 @@ class ComfyUI:
 
     def _workflow(self, prompt: Prompt) -> Graph:
         """The whole workflow of an image."""
-        clip = ["skip" if "skip" in self._merged else "clip", 0]
+        clip = self._merged.clip
         sampler, scheduler = _sampler(prompt)
         size = {"width": prompt.width, "height": prompt.height, "batch_size": 1}
         return {
-            **self._merged,
+            **self._merged.nodes,
             "positive": _node("CLIPTextEncode", text=prompt.prompt, clip=clip),
             "negative": _node("CLIPTextEncode", text=prompt.negative_prompt, clip=clip),
             "latent": _node("EmptyLatentImage", **size),
             "sampler": _node(
                 "KSampler",
-                model=["model", 0],
+                model=self._merged.model,
                 positive=["positive", 0],
                 negative=["negative", 0],
                 latent_image=["latent", 0],
@@ -266,12 +360,12 @@ class ComfyUI:
                 scheduler=scheduler,
                 denoise=1.0,
             ),
-            "image": _node("VAEDecode", samples=["sampler", 0], vae=["vae", 2]),
+            "image": _node("VAEDecode", samples=["sampler", 0], vae=self._merged.vae),
             "shown": _node("PreviewImage", images=["image", 0]),
         }
 
-    def _made(self, workflow: Graph) -> bytes:
-        """The PNG of a workflow, begun anew if the server forgets it."""
+    def _done(self, workflow: Graph) -> Mapping[str, Any]:
+        """What the server tells of a workflow when it has succeeded; begun anew if it forgets it."""
         for _ in range(_ROUNDS):
             job = self._begun(workflow)
             try:
@@ -280,7 +374,8 @@ class ComfyUI:
                 self._forget(job)
                 raise
             if done is not None:
-                return self._picture(done)
+                _require_success(done)
+                return done
         raise TrialError("ComfyUI forgets its jobs again and again")
 
     def _begun(self, workflow: Graph) -> str:
@@ -334,20 +429,7 @@ class ComfyUI:
                 self._server.try_post("/interrupt", {"prompt_id": job})
 
     def _picture(self, done: Mapping[str, Any]) -> bytes:
-        status = done.get("status")
-        status = status if isinstance(status, dict) else {}
-        if status.get("status_str") != "success":
-            messages = status.get("messages")
-            pairs = [m for m in (messages if isinstance(messages, list) else []) if _is_message(m)]
-            told = {name: entry for name, entry in pairs}
-            if "execution_interrupted" in told:
-                raise TrialError("the image was interrupted in ComfyUI")
-            error = told.get("execution_error", {})
-            kind, said = (
-                error.get("exception_type", ""),
-                error.get("exception_message", "no reason"),
-            )
-            raise TrialError(f"ComfyUI: {kind} {' '.join(str(said).split())[:300]}")
+        """The PNG that a workflow has made."""
         try:
             (image,) = done["outputs"]["shown"]["images"]
             place = {key: str(image[key]) for key in ("filename", "subfolder", "type")}
@@ -357,6 +439,22 @@ class ComfyUI:
             return self._server.fetch(f"/view?{urlencode(place)}")
         except (Refused, Strange, Slow) as error:
             raise TrialError(f"ComfyUI: {error}") from error
+
+
+def _require_success(done: Mapping[str, Any]) -> None:
+    """TrialError for a job that failed or was interrupted."""
+    status = done.get("status")
+    status = status if isinstance(status, dict) else {}
+    if status.get("status_str") == "success":
+        return
+    messages = status.get("messages")
+    pairs = [m for m in (messages if isinstance(messages, list) else []) if _is_message(m)]
+    told = {name: entry for name, entry in pairs}
+    if "execution_interrupted" in told:
+        raise TrialError("the image was interrupted in ComfyUI")
+    error = told.get("execution_error", {})
+    kind, said = error.get("exception_type", ""), error.get("exception_message", "no reason")
+    raise TrialError(f"ComfyUI: {kind} {' '.join(str(said).split())[:300]}")
 
 
 def _jobs(queue: object, name: str) -> list[object]:

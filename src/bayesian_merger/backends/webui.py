@@ -12,30 +12,19 @@ import json
 import logging
 import math
 import re
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from bayesian_merger.backends import Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
-from bayesian_merger.delivery import API, ByFile, Delivery, IntoMemory, offered
+from bayesian_merger.delivery import API, ByFile, Claim, Delivery, IntoMemory, offered
 from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
-from bayesian_merger.guard import (
-    JOURNAL,
-    STEM,
-    Guard,
-    is_given,
-    journal_of,
-    leave_folder,
-    spellings,
-    sweep,
-)
+from bayesian_merger.guard import STEM, is_given, spellings
 from bayesian_merger.pictures import decoded
 from bayesian_merger.registry import nearest
 from bayesian_merger.server import Refused, Server, Slow, Strange
@@ -123,11 +112,14 @@ class WebUI:
         self._lists: _Lists | None = None
         self._former: dict[str, str] = {}  # the server's setting before the run
         self._n_lost = 0
-        self._guard_of = partial(
-            Guard, auth_env=auth_env, verify=verify, wait_s=self._server.wait_s
+        self._claim: Claim | None = None
+        self._claimed = partial(
+            Claim,
+            url=self._server.url,
+            auth_env=auth_env,
+            verify=verify,
+            wait_s=self._server.wait_s,
         )
-        self._guard: Guard | None = None
-        self._lock: FileLock | None = None
 
     def check(
         self,
@@ -178,7 +170,7 @@ class WebUI:
 
     def load(self, recipe: Recipe, merged: Merge) -> None:
         """Have the server make its images by the merge, and read back that it does."""
-        self._taken_folder()
+        self._take()
         assert self._delivery is not None
         self._n_lost = self._server.n_lost
         self._delivery.bring(recipe, merged)
@@ -191,18 +183,19 @@ class WebUI:
     def close(self) -> None:
         """Give the server its former checkpoint back and remove the merge."""
         try:
-            if self._guard:
-                self._server.wait_s = 0.0
-                self._give_back()
+            if self._claim:
+                if self._claim.is_watched:
+                    self._server.wait_s = 0.0
+                    self._give_back()
+                else:
+                    self._claim.abandon()
         except (RunError, TrialError) as error:
             # The guard does it, if the server is back soon, or the next run.
             _log.warning("the webui has not got its checkpoint back yet: %s", error)
-            if self._guard:
-                self._guard.leave()
+            if self._claim:
+                self._claim.abandon()
         finally:
-            self._guard = None
-            if self._lock:
-                self._lock.release()
+            self._claim = None
             self._server.close()
 
     def _options(self) -> Mapping[str, Any]:
@@ -360,30 +353,16 @@ class WebUI:
             "scheduler": schedule.label if schedule else _AUTOMATIC,
         }
 
-    def _taken_folder(self) -> Path:
-        """The folder for our merges, below the server's; the server's checkpoint is kept for later.
+    def _take(self) -> None:
+        """Have the folder for our merges; the server's own checkpoint is kept for later.
 
         On the disk too, and with a guard, as this process may be killed.
         """
         assert self._delivery is not None
-        folder = self._delivery.folder
-        if self._guard:
-            return folder
-        try:
-            folder.mkdir(exist_ok=True)
-            if not self._lock:
-                lock = FileLock(folder / ".lock")
-                lock.acquire(timeout=0)
-                self._lock = lock
-            # First of all, so that the guard of a run before leaves the folder alone.
-            before, token = journal_of(folder), secrets.token_hex(8)
-            _note(folder, {**before, "token": token})
-        except Timeout:
-            raise ConfigError(
-                f"{folder}: another run has the server at {self._server.url}; wait for it or stop it"
-            ) from None
-        except OSError as error:
-            raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from error
+        self._claim = self._claim or self._claimed(self._delivery.folder)
+        if self._claim.is_watched:
+            return
+        before = self._claim.take()
         now = self._asked("get", f"{API}/options").get("sd_model_checkpoint")
         now = now if isinstance(now, str) else ""
         if STEM in now:  # of a run that was killed, and so was its guard
@@ -393,26 +372,16 @@ class WebUI:
             titles = [str(one.get("title")) for one in models]
             now = next((title for title in titles if STEM not in title), "")
         self._former = {"sd_model_checkpoint": now} if now else {}
-        _note(folder, {**self._former, "token": token})
-        sweep(folder)
-        self._guard = self._guard_of(
-            self._server.url, f"{API}/options", self._former, folder, token
-        )
-        return folder
+        self._claim.watch(f"{API}/options", self._former)
 
     def _give_back(self) -> None:
         """RunError or TrialError if the server does not take its checkpoint."""
-        folder = self._taken_folder()
         if self._former and not any(map(self._takes, spellings(self._former))):
             raise TrialError(f"the server does not take {self._former['sd_model_checkpoint']}")
-        assert self._guard
-        self._guard.dismiss()
-        self._guard = None
-        if self._delivery:
-            self._delivery.forget()
-        if self._lock:
-            self._lock.release()
-        leave_folder(folder)
+        assert self._claim
+        assert self._delivery
+        self._delivery.forget()
+        self._claim.leave()
         self._asked("post", f"{API}/refresh-checkpoints")
 
     def _takes(self, settings: Mapping[str, str]) -> bool:
@@ -588,10 +557,6 @@ def _mistaken_fields(prompt: Prompt, lists: _Lists, options: Mapping[str, Any]) 
 def _changes_size(prompt: Prompt) -> bool:
     """Whether an image may have another size than its prompt: hires fix, scripts."""
     return any(prompt.extra.get(k) for k in ("enable_hr", "script_name", "alwayson_scripts"))
-
-
-def _note(folder: Path, journal: Mapping[str, str]) -> None:
-    (folder / JOURNAL).write_text(json.dumps(journal), encoding="utf-8")
 
 
 def _is_forge(options: Mapping[str, Any]) -> bool:
