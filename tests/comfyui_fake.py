@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
@@ -12,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 from comfyui_modules import node
-from http_fake import FakeServer, head
+from http_fake import FakeServer, frame, head, upgrade
 from PIL import Image
 from safetensors.torch import load_file
 from toy_plugin import TENSORS, UNET
@@ -27,6 +28,18 @@ PARTS = [
     "out.",
 ]
 
+KINDS = {
+    "CheckpointLoaderSimple": ["MODEL", "CLIP", "VAE"],
+    "CLIPTextEncode": ["CONDITIONING"],
+    "EmptyLatentImage": ["LATENT"],
+    "KSampler": ["LATENT"],
+    "VAEDecode": ["IMAGE"],
+    "SaveImage": [],
+    "ModelMergeSD1": ["MODEL"],
+    "ModelMergeSDXL": ["MODEL"],
+}
+"""The nodes that it tells of, and the kinds of their results."""
+
 State = Mapping[str, float]
 """A model as the mean of each of its tensors."""
 
@@ -36,8 +49,8 @@ class FakeComfyUI(FakeServer):
 
     `forgets` is a number of further jobs that it loses, as if it had been started anew, `fails` of jobs
     that end with an error, `interrupts` of jobs that somebody interrupts, `hangs` of jobs that
-    never end. With a `home` it has our node, whose merges lie there and whose receipts `receipts` may
-    change.
+    never end. A job takes `takes_s`; of its end it tells by a websocket if `listeners` is a table.
+    With a `home` it has our node, whose merges lie there and whose receipts `receipts` may change.
     """
 
     def __init__(self, folder: Path, sub: str = "", home: Path | None = None) -> None:
@@ -52,11 +65,20 @@ class FakeComfyUI(FakeServer):
         self._history: dict[str, Any] = {}
         self._running: list[str] = []
         self._pictures: dict[str, bytes] = {}
+        self.takes_s = 0.0
+        # Who listens, by the name that is given, and what the server says beside what it must.
+        self.listeners: dict[str, BaseHTTPRequestHandler] | None = None
+        self.babble: list[Any] = []
         self.serve()
 
     def reply(self, to: BaseHTTPRequestHandler, body: Any) -> None:
         split = urlsplit(to.path)
-        self.asked[split.path] += 1
+        self.asked["/history" if split.path.startswith("/history/") else split.path] += 1
+        if split.path == "/ws" and self.listeners is not None:
+            upgrade(to)
+            self.listeners[parse_qs(split.query)["clientId"][0]] = to
+            to.rfile.read()  # till it hangs up
+            return
         status, found = self.answer(split.path, parse_qs(split.query), body)
         to.wfile.write(head(to, status, b"" if found is None else found))
 
@@ -68,9 +90,12 @@ class FakeComfyUI(FakeServer):
             status, found = self.ours.place(body["bytes"])
             return status, found
         if name == "object_info":
-            return 200, {rest: {"input": {"required": self._inputs(rest)}}}
+            if rest not in KINDS:
+                return 200, {}
+            described = {"input": {"required": self._inputs(rest)}, "output": KINDS[rest]}
+            return 200, {rest: described}
         if name == "prompt":
-            return self._begin(body["prompt"])
+            return self._begin(body["prompt"], body["client_id"])
         if name == "history":
             return 200, {rest: self._history[rest]} if rest in self._history else {}
         if name == "queue" and body is None:
@@ -101,8 +126,8 @@ class FakeComfyUI(FakeServer):
             }
         return dict.fromkeys(("model1", "model2", *PARTS))
 
-    def _begin(self, graph: dict[str, Any]) -> tuple[int, Any]:
-        sampler = graph["sampler"]["inputs"]
+    def _begin(self, graph: dict[str, Any], client: str) -> tuple[int, Any]:
+        sampler = one_of(graph, "KSampler")
         if sampler["sampler_name"] not in SAMPLERS:
             kind = "prompt_outputs_failed_validation"
             return 400, {"error": {"type": kind, "message": "Prompt outputs failed validation"}}
@@ -127,24 +152,32 @@ class FakeComfyUI(FakeServer):
                 loader = self.ours.BayesianMergerLoader()
                 told = loader.load(**graph["merge"]["inputs"])["ui"]
                 outputs["merge"] = self.receipts(told)
-            self._history[job] = {
+            done = {
                 "status": {"status_str": "success", "completed": True, "messages": []},
                 "outputs": outputs,
             }
+            threading.Timer(self.takes_s, self._end, (job, done, client)).start()
         return 200, {"prompt_id": job, "number": 1, "node_errors": {}}
+
+    def _end(self, job: str, done: Any, client: str) -> None:
+        self._history[job] = done
+        if self.listeners and client in self.listeners:
+            last = {"type": "executing", "data": {"node": None, "prompt_id": job}}
+            for told in (*self.babble, last):
+                self.listeners[client].wfile.write(frame(told))
+            self.listeners[client].wfile.flush()
 
     def _painted(self, graph: dict[str, Any]) -> bytes:
         """The mean of each block's tensor as the grey of a stripe, with noise of the seed."""
-        unet = self._evaluated(graph, graph["sampler"]["inputs"]["model"][0])
-        text = self._evaluated(graph, graph["positive"]["inputs"]["clip"][0])
+        sampler, size = one_of(graph, "KSampler"), one_of(graph, "EmptyLatentImage")
+        positive = graph[sampler["positive"][0]]["inputs"]
+        unet = self._evaluated(graph, sampler["model"][0])
+        text = self._evaluated(graph, positive["clip"][0])
         values = np.array([text["base"], *(unet[block] for block in TENSORS if block != "base")])
-        noise = np.random.default_rng(graph["sampler"]["inputs"]["seed"]).normal(
-            0, 0.05, len(values)
-        )
+        noise = np.random.default_rng(sampler["seed"]).normal(0, 0.05, len(values))
         grey = np.clip((values + noise) * 128 + 64, 0, 255).astype(np.uint8)
-        size = (graph["latent"]["inputs"]["width"], graph["latent"]["inputs"]["height"])
         image = Image.fromarray(np.repeat(grey[None, :], 4, 0)).resize(
-            size, Image.Resampling.NEAREST
+            (size["width"], size["height"]), Image.Resampling.NEAREST
         )
         data = io.BytesIO()
         image.convert("RGB").save(data, format="PNG")
@@ -178,3 +211,9 @@ class FakeComfyUI(FakeServer):
             share = inputs.get("ratio", 1.0) if share is None else share
             found[block] = share * a[block] + (1 - share) * b[block]
         return found
+
+
+def one_of(graph: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The inputs of the first node of a class."""
+    found: dict[str, Any] = next(n["inputs"] for n in graph.values() if n["class_type"] == kind)
+    return found

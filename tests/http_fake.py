@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -67,3 +69,26 @@ def head(to: BaseHTTPRequestHandler, status: int, found: Any) -> bytes:
     to.send_header("content-length", str(len(data)))
     to.end_headers()
     return data
+
+
+def upgrade(to: BaseHTTPRequestHandler) -> None:
+    """Agree to a websocket (RFC 6455, section 4.2)."""
+    key = to.headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+    to.send_response(101)
+    for name, value in {
+        "upgrade": "websocket",
+        "connection": "Upgrade",
+        "sec-websocket-accept": accept,
+    }.items():
+        to.send_header(name, value)
+    to.end_headers()
+    to.wfile.flush()
+
+
+def frame(told: Any) -> bytes:
+    """A message of a websocket's server, of JSON or of bytes as they are (section 5.2)."""
+    is_text = not isinstance(told, bytes)
+    data = json.dumps(told).encode() if is_text else told
+    assert len(data) < 126
+    return bytes([0x81 if is_text else 0x82, len(data)]) + data

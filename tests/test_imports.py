@@ -29,6 +29,7 @@ LAYERS = (
         "pictures",
         "registry",
         "server",
+        "workflow",
     ),
     ("handover", "slopes"),
     ("delivery",),
@@ -68,6 +69,7 @@ HOMES = {
     "rich": {"cli"},
     "diffusers": {"backends"},
     "httpx": {"server"},
+    "websockets": {"server"},
     "transformers": {"backends"},
     "sd_mecha": {"methods"},
     "llvmlite": {"kernels"},
@@ -162,7 +164,7 @@ def test_plugin_knows_neither_the_config_nor_the_study_nor_another_plugin(module
         {"methods.mecha"} if module == "methods" else set()
     )  # which get() asks, by the prefix
     if top(module) == "backends":
-        allowed |= {"delivery", "guard", "handover", "pictures", "server"}
+        allowed |= {"delivery", "guard", "handover", "pictures", "server", "workflow"}
     else:
         allowed -= {"checkpoint", "names", "toml"}
     assert ours(module) <= allowed

@@ -7,15 +7,19 @@ import logging
 import math
 import os
 import re
+import ssl
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any
+
+from websockets.exceptions import WebSocketException
+from websockets.sync.client import ClientConnection, connect
 
 from bayesian_merger.errors import ConfigError, RunError, one_line
 from bayesian_merger.guard import authorization, is_near
 
 _CONNECT_S, _WRITE_S = 10.0, 120.0
-_MOST_BYTES = 512 * 2**20
+_MOST_BYTES, _MOST_MESSAGE = 512 * 2**20, 64 * 2**20
 # How often an answer of 5xx is asked for again, and the first and longest pause between two tries.
 _AGAIN = 3
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
@@ -51,6 +55,38 @@ def _seconds(text: str | float, option: str) -> float:
     if not found:
         raise ConfigError(f"{option} is {text!r}; write a time as '90s', '10m' or '2h'")
     return float(found[1]) * _UNITS[found[2] or "s"]
+
+
+class Events:
+    """What a server tells by a websocket, as it happens."""
+
+    def __init__(self, opening: AbstractContextManager[ClientConnection]) -> None:
+        self._stack = ExitStack()
+        self._connection = self._stack.enter_context(opening)
+        self.is_open = True
+
+    def next(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next message that is a table of JSON; None if there is none in time, or none any more."""
+        end = time.monotonic() + timeout_s
+        while self.is_open and (left := end - time.monotonic()) > 0:
+            try:
+                message = self._connection.recv(left)
+                found = json.loads(message) if isinstance(message, str) else None
+            except TimeoutError:
+                return None
+            except (ValueError, RecursionError):
+                continue
+            except (WebSocketException, OSError):
+                self.close()
+                return None
+            if isinstance(found, dict):
+                return found
+        return None
+
+    def close(self) -> None:
+        """Hang up."""
+        self.is_open = False
+        self._stack.close()
 
 
 class Server:
@@ -101,6 +137,7 @@ class Server:
             )
         self.url, self.auth_env = str(address), auth_env
         self.n_lost = 0
+        self._header, self._verify = header, verify
         self.wait_s = _seconds(wait_for_server, "backend.wait_for_server")
         self._timeout_s = timeout_s
         self._client = httpx.Client(
@@ -135,6 +172,30 @@ class Server:
             return self._once("GET" if body is None else "POST", path, body)
         except (_Lost, Slow) as error:
             raise ConfigError(f"backend.url: nothing answers at {self.url} ({error})") from error
+
+    def listen(self, path: str) -> Events | None:
+        """What it tells by the websocket at `path`; None where it has none that can be had."""
+        scheme, _, rest = self.url.partition("://")
+        context = None
+        if scheme == "https":
+            context = ssl.create_default_context()
+            if not self._verify:
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        try:
+            return Events(
+                connect(
+                    f"{'wss' if context else 'ws'}://{rest.rstrip('/')}{path}",
+                    ssl=context,
+                    additional_headers=self._header,
+                    proxy=None if is_near(self._client.base_url.host) else True,
+                    open_timeout=_CONNECT_S,
+                    close_timeout=1.0,
+                    max_size=_MOST_MESSAGE,
+                )
+            )
+        except (WebSocketException, OSError) as error:
+            _log.info("%s has no websocket: %s", self.url, one_line(error))
+            return None
 
     def close(self) -> None:
         """Close the connections."""

@@ -31,7 +31,7 @@ METHOD = "method"
 BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
 # Options that a resumed run may have otherwise: where and how many at once, not what is made.
 _MAY_CHANGE = ("device", "batch")
-_WHERE = ("url", "models_dir", "timeout_s", "wait_for_server", "auth_env", "verify")
+_WHERE = ("url", "models_dir", "extension", "timeout_s", "wait_for_server", "auth_env", "verify")
 _MOST_IMAGES = 10_000
 _USUAL_IMAGES = 500
 # How much of the other a merge beside A or B has.

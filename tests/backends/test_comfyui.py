@@ -334,6 +334,69 @@ def test_vae_that_would_be_searched_is_refused(folder: Path, fake: FakeComfyUI) 
         ready(folder, fake.url, "search.ranges={ VAE = [0.0, 1.0] }")
 
 
+def with_workflow(folder: Path, **changes: dict[str, Any]) -> str:
+    """A workflow of the user's, some of whose nodes are changed, as an option."""
+    graph = {
+        name: {"class_type": kind, "inputs": inputs, **changes.get(f"n{name}", {})}
+        for name, kind, inputs in (
+            ("4", "CheckpointLoaderSimple", {"ckpt_name": "theirs"}),
+            ("6", "CLIPTextEncode", {"text": "theirs", "clip": ["4", 1]}),
+            ("7", "CLIPTextEncode", {"text": "theirs", "clip": ["4", 1]}),
+            ("5", "EmptyLatentImage", {"width": 32, "height": 32, "batch_size": 1}),
+            (
+                "3",
+                "KSampler",
+                {
+                    **{"model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0]},
+                    **{"latent_image": ["5", 0], "seed": 1, "steps": 3, "sampler_name": "euler"},
+                },
+            ),
+            ("8", "VAEDecode", {"samples": ["3", 0], "vae": ["4", 2]}),
+            ("9", "SaveImage", {"images": ["8", 0]}),
+        )
+    }
+    (folder / "mine.json").write_text(json.dumps(graph))
+    return "backend.workflow=mine.json"
+
+
+@pytest.mark.parametrize("by", ["their nodes", "our node"])
+def test_workflow_of_the_user_makes_the_images(
+    folder: Path, fake: FakeComfyUI, with_node: FakeComfyUI, by: str
+) -> None:
+    server = with_node if by == "our node" else fake
+    options = [with_workflow(folder), "backend.clip_skip=2"]
+    options += ["merge.method=slerp"] if by == "our node" else []
+    image = painted(folder, server.url, *options)
+    graph = server.graphs[-1]
+    assert graph["own 3"]["inputs"]["steps"] == 3
+    assert graph["own 6"]["inputs"] == {"text": "a portrait", "clip": ["skip", 0]}
+    assert "own 4" not in graph
+    assert image.size == (64, 64)
+    assert float(np.asarray(image).mean()) == pytest.approx(64 + 128 * 0.5, abs=4)
+
+
+def test_workflow_that_cannot_be_used_is_said_before_an_image(
+    folder: Path, fake: FakeComfyUI
+) -> None:
+    option = with_workflow(folder, n9={"class_type": "Magic"})
+    with pytest.raises(ConfigError, match=r"workflow: mine\.json: ComfyUI has no node 'Magic'"):
+        ready(folder, fake.url, option)
+    with pytest.raises(ConfigError, match=r"none\.json: cannot be read"):
+        ready(folder, fake.url, "backend.workflow=none.json")
+    assert fake.graphs == []
+
+
+def test_workflow_is_part_of_what_a_run_is(folder: Path, fake: FakeComfyUI) -> None:
+    option = with_workflow(folder)
+    first = ready(folder, fake.url, option)
+    first.backend.close()
+    assert any("are the workflow's" in note for note in first.notes)
+    before = first.identity
+    other = ready(folder, fake.url, with_workflow(folder, n7={"inputs": {"text": "x"}}))
+    other.backend.close()
+    assert other.identity != before
+
+
 def test_checkpoint_of_two_folders_is_refused(folder: Path, fake: FakeComfyUI) -> None:
     fake.twins = True
     with pytest.raises(ConfigError, match=r"has 2 checkpoints 'zero\.safetensors': .*rename one"):
@@ -399,6 +462,37 @@ def test_job_that_the_server_forgets_is_begun_anew(
     fake.forgets = 2
     assert painted(folder, fake.url).tobytes() == before.tobytes()
     assert fake.forgets == 0
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_end_of_a_job_is_known_at_once_where_the_server_tells_it(
+    folder: Path, fake: FakeComfyUI, is_told: bool
+) -> None:
+    """And soon where it does not."""
+    fake.takes_s = 0.5
+    other = {"type": "executing", "data": {"node": None, "prompt_id": "job-of-another"}}
+    if is_told:
+        fake.listeners = {}
+        fake.babble = [b"a preview", [], "x", {"type": "status"}, {"type": 1, "data": 2}, other]
+    chosen = ready(folder, fake.url)
+    recipe = chosen.baseline("even")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    before = fake.asked["/history"]
+    assert len(list(chosen.backend.generate(chosen.panel[:2]))) == 2
+    assert (fake.asked["/history"] - before == 4) == is_told
+    chosen.backend.close()
+
+
+def test_server_that_stops_telling_is_asked(folder: Path, fake: FakeComfyUI) -> None:
+    fake.takes_s, fake.listeners = 0.3, {}
+    chosen = ready(folder, fake.url)
+    recipe = chosen.baseline("even")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    (listener,) = fake.listeners.values()
+    listener.connection.shutdown(socket.SHUT_RDWR)
+    fake.listeners = None
+    assert len(list(chosen.backend.generate(chosen.panel[:2]))) == 2
+    chosen.backend.close()
 
 
 def test_job_that_hangs_is_stopped_and_fails_the_trial(folder: Path, fake: FakeComfyUI) -> None:

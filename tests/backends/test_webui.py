@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import toy_plugin
@@ -948,3 +949,57 @@ def test_back_end_by_itself_needs_no_server() -> None:
     with pytest.raises(ConfigError, match="nothing answers"):
         back_end.check(prompts, "sd1", {})
     back_end.close()
+
+
+def real_models(url: str) -> list[Path]:
+    """The first two checkpoints of the server, by their files."""
+    found = httpx.get(f"{url}/sdapi/v1/sd-models").json()
+    return [Path(one["filename"]) for one in found if "bayesian-merger" not in one["title"]][:2]
+
+
+def real_image(url: str, model: Path, prompt: Prompt) -> Image.Image:
+    """What the server makes of a prompt with a checkpoint of its folder."""
+    with httpx.Client(base_url=f"{url}/sdapi/v1", timeout=600) as client:
+        client.post("/refresh-checkpoints").raise_for_status()
+        client.post("/options", json={"sd_model_checkpoint": model.name}).raise_for_status()
+        asked = {
+            **{"prompt": prompt.prompt, "seed": prompt.seed, "steps": prompt.steps},
+            **{"width": prompt.width, "height": prompt.height, "cfg_scale": prompt.cfg_scale},
+            "sampler_name": prompt.sampler_name,
+        }
+        answer = client.post("/txt2img", json=asked).raise_for_status().json()
+    return Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).convert("RGB")
+
+
+@pytest.mark.webui
+@pytest.mark.parametrize("way", ["memory", "file"])
+def test_real_server_makes_the_images_of_its_models_and_of_their_merge(
+    folder: Path, way: str
+) -> None:
+    """To the bit; afterwards it has the checkpoint that it had, and no file of ours."""
+    url = os.environ.get("WEBUI_URL", "")
+    if not url:
+        pytest.skip("WEBUI_URL names no running webui")
+    a, b = real_models(url)
+    text = 'prompt = "a cat"\nwidth = 64\nheight = 64\nsteps = 2\nsampler_name = "Euler"\n'
+    (folder / "portrait.toml").write_text(text)
+    options = [f"backend.url={url}", f"models.a={a}", f"models.b={b}", "backend.timeout_s=600"]
+    options.append(f"backend.extension={str(way == 'memory').lower()}")
+    chosen = setup.prepare(configuration.load(folder / "config.toml", options), folder, "toy")
+    assert ("our extension there takes" in chosen.notes[0]) == (way == "memory"), chosen.notes
+    prompt, ours = chosen.panel[0], {}
+    for name in ("a", "even", "b"):
+        recipe = chosen.baseline(name)
+        chosen.backend.load(recipe, chosen.merger.merge(recipe))
+        (sample,) = chosen.backend.generate([prompt])
+        ours[name] = sample.image
+    chosen.backend.close()
+    even = a.parent / "even-of-a-test.safetensors"
+    chosen.merger.merge(chosen.baseline("even")).save(even)
+    try:
+        for name, model in {"a": a, "even": even, "b": b}.items():
+            assert ours[name].tobytes() == real_image(url, model, prompt).tobytes(), name
+    finally:
+        even.unlink()
+        real_image(url, a, prompt)
+    assert not list(a.parent.glob("bayesian-merger-*/*"))

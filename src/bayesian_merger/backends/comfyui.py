@@ -7,13 +7,14 @@ Its nodes ModelMergeSD1, ModelMergeSDXL and CLIPMergeSimple take the share of th
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import PureWindowsPath
-from typing import Any, NamedTuple, TypeAlias
-from urllib.parse import urlencode
+from pathlib import Path, PureWindowsPath
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlencode
 
 from bayesian_merger.backends import Key, Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
@@ -23,19 +24,17 @@ from bayesian_merger.guard import STEM
 from bayesian_merger.handover import Handover
 from bayesian_merger.pictures import decoded
 from bayesian_merger.registry import nearest
-from bayesian_merger.server import Refused, Server, Slow, Strange
-
-Graph: TypeAlias = dict[str, dict[str, Any]]
-"""A workflow as the API takes it: a node's name -> its class and inputs."""
+from bayesian_merger.server import Events, Refused, Server, Slow, Strange
+from bayesian_merger.workflow import SHOWN, Graph, Link, Workflow
 
 
 class _Model(NamedTuple):
-    """Nodes that make a model, and the results of these that are its parts: [node, number]."""
+    """Nodes that make a model, and the results of these that are its parts."""
 
     nodes: Graph
-    model: list[Any]
-    clip: list[Any]
-    vae: list[Any]
+    model: Link
+    clip: Link
+    vae: Link
 
 
 # The samplers and schedulers of stable-diffusion-webui by ComfyUI's names.
@@ -70,8 +69,10 @@ _METHODS = ("weighted_sum", "add_difference")
 _UNET = "model.diffusion_model."
 _TEXT = ("cond_stage_model.", "conditioner.")
 _PROOF = Prompt(0, "proof", "", 0, width=64, height=64, steps=1)
-# The first pause before it is looked whether an image is done, and the longest.
-_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.1
+# The first pause before it is looked whether an image is done, and the longest; the longest where the
+# server tells it. It does so by the last of the events "executing", or by one of these.
+_PAUSE_S, _LONGEST_PAUSE_S, _LONGEST_REST_S = 0.01, 0.1, 2.0
+_ENDS = ("execution_error", "execution_interrupted")
 # A job that is neither done nor in the queue, so often in a row, is lost.
 _LOST = 5
 # How often a job is begun anew.
@@ -82,11 +83,12 @@ _ROUNDS = 5
 class ComfyUI:
     """A running ComfyUI, whose folder of checkpoints has the models under the names of their files.
 
-    Merges by `weighted_sum` and `add_difference`; by any method, and whatever the weights, if it runs on
-    this machine and has our node. `clip_skip` counts as in stable-diffusion-webui.
-    `timeout_s` is the longest that an image may take, `wait_for_server` how long a server that has gone
-    away is waited for. The environment variable `auth_env` may hold "user:password" or "Bearer TOKEN",
-    for a proxy before it. `verify` false takes any TLS certificate.
+    Merges by `weighted_sum` and `add_difference`; by any method, and whatever the weights, if it runs
+    on this machine and has our node. `workflow` is a file of the menu's Export (API), in which our model
+    and prompts take the place of its own. `clip_skip` counts as in stable-diffusion-webui. `timeout_s`
+    is the longest that an image may take, `wait_for_server` how long a server that has gone away is
+    waited for. The environment variable `auth_env` may hold "user:password" or "Bearer TOKEN", for a
+    proxy before it. `verify` false takes any TLS certificate.
     """
 
     batch = 1
@@ -95,6 +97,7 @@ class ComfyUI:
     def __init__(
         self,
         url: str = "http://127.0.0.1:8188",
+        workflow: Path | None = None,
         clip_skip: int = 1,
         timeout_s: float = 600.0,
         wait_for_server: str | float = "10m",
@@ -105,6 +108,9 @@ class ComfyUI:
         if clip_skip < 1:
             raise ConfigError("backend.clip_skip must be 1 or more")
         self._server = Server(url, timeout_s, wait_for_server, auth_env, verify)
+        # What the server tells of our jobs; the name by which it knows us.
+        self._events: Events | None = None
+        self._client = secrets.token_hex(16)
         self._clip_skip, self._timeout_s = clip_skip, timeout_s
         self._claimed = partial(
             Claim,
@@ -119,6 +125,8 @@ class ComfyUI:
         self._handover: Handover | None = None
         self._claim: Claim | None = None
         self._merged = _Model({}, [], [], [])
+        self._workflow_file = workflow
+        self._own: Workflow | None = None
         # Of each node, as the server describes them.
         self._inputs: dict[str, Mapping[str, Any]] = {}
 
@@ -143,6 +151,15 @@ class ComfyUI:
         needed = ["KSampler", "CheckpointLoaderSimple"]
         for node in (*needed, *([_NODES[architecture]] if architecture in _NODES else [])):
             self._inputs[node] = self._required(node)
+        notes = [f"ComfyUI {version} at {url}; {self._way()}"]
+        if self._workflow_file:
+            self._own = Workflow(self._workflow_file, self._kinds)
+            self._own.of([[""], [""], [""]], _PROOF)
+            return [
+                *notes,
+                "steps, CFG scale, sampler and all else but prompts, seeds and sizes are the workflow's",
+                *self._own.notes,
+            ]
         samplers = self._choices("KSampler", "sampler_name")
         schedulers = self._choices("KSampler", "scheduler")
         mistakes = []
@@ -159,7 +176,6 @@ class ComfyUI:
                     )
         if mistakes:
             raise ConfigError("\n".join(dict.fromkeys(mistakes)))
-        notes = [f"ComfyUI {version} at {url}; {self._way()}"]
         if extra := sorted({key for prompt in prompts for key in prompt.extra}):
             notes.append(f"payload fields this back end does not use: {', '.join(extra)}")
         return notes
@@ -189,13 +205,14 @@ class ComfyUI:
             return
         self._merged = self._skipping(self._nodes(recipe, merged))
         # ComfyUI merges when an image is made, so the smallest one is, which also proves that it can.
-        self._done(self._workflow(_PROOF))
+        self._done(self._built_in(_PROOF))
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
         """Images one by one, in the server's queue."""
         for prompt in prompts:
             made = self._picture(self._done(self._workflow(prompt)))
-            image = decoded(made, (prompt.width, prompt.height))
+            # A workflow of the user's may enlarge what it makes.
+            image = decoded(made, None if self._own else (prompt.width, prompt.height))
             yield Sample(image, prompt)
 
     def close(self) -> None:
@@ -204,7 +221,9 @@ class ComfyUI:
             self._handover.close()
         if self._claim:
             self._claim.leave()
-        self._handover = self._claim = None
+        if self._events:
+            self._events.close()
+        self._handover = self._claim = self._events = None
         self._server.close()
 
     def _way(self) -> str:
@@ -231,7 +250,7 @@ class ComfyUI:
         order = {"file": self._handover.path.stem, "name": name, "live": json.dumps(live)}
         nodes = {"merge": _node(_OURS, **order)}
         self._merged = self._skipping(_Model(nodes, *(["merge", slot] for slot in range(3))))
-        done = self._done(self._workflow(_PROOF))
+        done = self._done(self._built_in(_PROOF))
         try:
             receipt = json.loads(done["outputs"]["merge"]["bayesian_merger"][0])
             told, values = receipt["name"], receipt["live"]
@@ -258,6 +277,14 @@ class ComfyUI:
                 f"backend.url: the ComfyUI at {self._server.url} has no node {node}; update it"
             ) from error
         return found if isinstance(found, dict) else {}
+
+    def _kinds(self, node: str) -> list[str] | None:
+        """The kinds of a node's results; None if there is no such node."""
+        try:
+            found = self._server.look(f"/object_info/{quote(node)}")[node]["output"]
+        except (Refused, Strange, KeyError, TypeError):
+            return None
+        return [str(kind) for kind in found] if isinstance(found, list) else []
 
     def _choices(self, node: str, name: str) -> list[str]:
         """What an input of a node may be."""
@@ -339,6 +366,13 @@ class ComfyUI:
 
     def _workflow(self, prompt: Prompt) -> Graph:
         """The whole workflow of an image."""
+        if self._own is None:
+            return self._built_in(prompt)
+        model = self._merged
+        return {**model.nodes, **self._own.of([model.model, model.clip, model.vae], prompt)}
+
+    def _built_in(self, prompt: Prompt) -> Graph:
+        """The workflow of one sampler."""
         clip = self._merged.clip
         sampler, scheduler = _sampler(prompt)
         size = {"width": prompt.width, "height": prompt.height, "batch_size": 1}
@@ -361,7 +395,7 @@ class ComfyUI:
                 denoise=1.0,
             ),
             "image": _node("VAEDecode", samples=["sampler", 0], vae=self._merged.vae),
-            "shown": _node("PreviewImage", images=["image", 0]),
+            SHOWN: _node("PreviewImage", images=["image", 0]),
         }
 
     def _done(self, workflow: Graph) -> Mapping[str, Any]:
@@ -380,7 +414,9 @@ class ComfyUI:
 
     def _begun(self, workflow: Graph) -> str:
         try:
-            answer = self._server.post("/prompt", {"prompt": workflow})
+            if self._events is None or not self._events.is_open:
+                self._events = self._server.listen(f"/ws?clientId={self._client}")
+            answer = self._server.post("/prompt", {"prompt": workflow, "client_id": self._client})
             return str(answer["prompt_id"])
         except Refused as error:
             raise TrialError(f"ComfyUI refuses the workflow: {error}") from error
@@ -409,9 +445,23 @@ class ComfyUI:
                 if is_pending or self._server.n_lost > n_lost:
                     n_lost = self._server.n_lost
                     end = time.monotonic() + self._timeout_s
-            time.sleep(pause)
+            self._rest(job, pause)
             pause = min(1.3 * pause, _LONGEST_PAUSE_S)
         raise TrialError(f"ComfyUI has made no image in {self._timeout_s:g} s")
+
+    def _rest(self, job: str, pause: float) -> None:
+        """Wait a little, or till the server tells that the job is done."""
+        if self._events is None or not self._events.is_open:
+            time.sleep(pause)
+            return
+        end = time.monotonic() + _LONGEST_REST_S
+        while self._events.is_open and (left := end - time.monotonic()) > 0:
+            told = self._events.next(left)
+            data = told.get("data") if told else None
+            if told and isinstance(data, dict) and data.get("prompt_id") == job:
+                is_last = told.get("type") == "executing" and data.get("node") is None
+                if is_last or told.get("type") in _ENDS:
+                    return
 
     def _asked(self, path: str) -> Mapping[str, Any]:
         try:
@@ -431,9 +481,9 @@ class ComfyUI:
     def _picture(self, done: Mapping[str, Any]) -> bytes:
         """The PNG that a workflow has made."""
         try:
-            (image,) = done["outputs"]["shown"]["images"]
+            image = done["outputs"][SHOWN]["images"][0]
             place = {key: str(image[key]) for key in ("filename", "subfolder", "type")}
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, IndexError):
             raise TrialError("ComfyUI was done without an image") from None
         try:
             return self._server.fetch(f"/view?{urlencode(place)}")
