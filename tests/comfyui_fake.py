@@ -6,6 +6,7 @@ import io
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,13 @@ class FakeComfyUI(FakeServer):
             return 200, self._pictures[query["filename"][0]]
         return 404, None
 
+    def tidy(self) -> None:
+        """Forget all jobs that nobody waits for any more, but the last."""
+        self.graphs[:-1] = []
+        for job in list(self._history)[:-8]:
+            self._history.pop(job)
+            self._pictures.pop(f"{job}.png", None)
+
     def _checkpoints(self) -> dict[str, Path]:
         files = sorted(self.folder.glob("*.safetensors"))
         subs = ("old/", "new/") if self.twins else (self.sub,)
@@ -163,9 +171,10 @@ class FakeComfyUI(FakeServer):
         self._history[job] = done
         if self.listeners and client in self.listeners:
             last = {"type": "executing", "data": {"node": None, "prompt_id": job}}
-            for told in (*self.babble, last):
-                self.listeners[client].wfile.write(frame(told))
-            self.listeners[client].wfile.flush()
+            with suppress(OSError, ValueError):  # who has hung up
+                for told in (*self.babble, last):
+                    self.listeners[client].wfile.write(frame(told))
+                self.listeners[client].wfile.flush()
 
     def _painted(self, graph: dict[str, Any]) -> bytes:
         """The mean of each block's tensor as the grey of a stripe, with noise of the seed."""

@@ -191,6 +191,9 @@ class Server:
                     open_timeout=_CONNECT_S,
                     close_timeout=1.0,
                     max_size=_MOST_MESSAGE,
+                    # A listener that is slow to read would hold up the server.
+                    max_queue=None,
+                    ping_interval=None,
                 )
             )
         except (WebSocketException, OSError) as error:
