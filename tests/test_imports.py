@@ -35,6 +35,7 @@ LAYERS = (
     ("delivery",),
     ("bayes", "blocks", "folders", "lora", "plots", *PLUGINS),
     (
+        "adopt",
         "config",
         "curves",
         "guide",
@@ -61,7 +62,7 @@ HOMES = {
     "sqlalchemy": {"study"},
     "matplotlib": {"plots"},
     "pydantic": {"config", "guide", "registry", "prompts"},
-    "yaml": {"guide", "prompts"},
+    "yaml": {"adopt", "guide", "prompts"},
     "jinja2": {"report"},
     "safetensors": {"checkpoint", "scorers"},
     "filelock": {"delivery", "run"},

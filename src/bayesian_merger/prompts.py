@@ -58,6 +58,15 @@ class _Fields(BaseModel):
         return self
 
 
+# What sd-webui-bayesian-merger called them in its versions; what stands first goes before.
+_OLD_NAMES = {
+    "cfg": "cfg_scale",
+    "sampler": "sampler_name",
+    "sampler_index": "sampler_name",
+    "neg_prompt": "negative_prompt",
+}
+
+
 @dataclass(frozen=True)
 class Payload:
     """One payload file as read: its name and checked fields."""
@@ -224,7 +233,7 @@ def _tables(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Old names of fields under their present ones."""
     renamed = dict(fields)
-    for old, new in (("cfg", "cfg_scale"), ("sampler_index", "sampler_name")):
+    for old, new in _OLD_NAMES.items():
         if old in renamed:
             value = renamed.pop(old)
             renamed.setdefault(new, value)

@@ -49,7 +49,7 @@ COMMANDS = {
     ),
     "import": (
         "search",
-        "Begin the run of CONFIG_FILE with the best merges of LOG, one of sd-webui-bayesian-merger.",
+        "Bring the settings, or the log, of sd-webui-bayesian-merger.",
     ),
     "merge": (
         "merging",

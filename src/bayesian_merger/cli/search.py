@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bayesian_merger import adopt, run, warm
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
-from bayesian_merger import run, warm
 from bayesian_merger.cli.screen import out, plain
 from bayesian_merger.data import RIVALS, Outcome, Result
 from bayesian_merger.errors import ConfigError
@@ -219,23 +219,47 @@ def fork_command(
 
 
 @click.command()
-@click.argument("log", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("config_file", type=click.Path(path_type=Path))
 @_run_dir_option
 @_run_options
 def import_command(
-    log: Path,
+    file: Path,
     config_file: Path,
     run_dir: Path | None,
     overrides: Sequence[str],
     **counts: int | None,
 ) -> None:
-    """Begin the run of CONFIG_FILE with the best merges of LOG, one of sd-webui-bayesian-merger."""
+    """Bring the settings, or the log, of sd-webui-bayesian-merger.
+
+    From its conf/config.yaml or config.ini CONFIG_FILE is written. With a log, the .json of its bayes,
+    the run of CONFIG_FILE begins with the best merges in it.
+    """
+    if file.suffix.lower() in adopt.SUFFIXES:
+        if run_dir or overrides or any(count is not None for count in counts.values()):
+            raise ConfigError(f"{file}: settings take no options; change {config_file} afterwards")
+        _adopt(file, config_file)
+        return
     folder = run_dir or _default_run_dir(config_file)
     setup = _prepared(_load(config_file, overrides, **counts), config_file)
     with closing(setup.backend):
-        brought = warm.import_log(log, setup, folder)
+        brought = warm.import_log(file, setup, folder)
     _say_begun(brought, config_file, run_dir, bool(overrides or any(counts.values())))
+
+
+def _adopt(settings: Path, config_file: Path) -> None:
+    if config_file.exists():
+        raise ConfigError(f"{config_file} exists already and is left as it is; name another")
+    text, notes = adopt.adopted(settings)
+    try:
+        with config_file.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigError(f"{config_file}: cannot be written ({error.strerror})") from error
+    for note in notes:
+        out.print(f"note: {plain(note)}", soft_wrap=True)
+    out.print(f"wrote {config_file}", soft_wrap=True)
+    out.print(f"next: bayesian-merger check {config_file}", soft_wrap=True)
 
 
 def _prepared(config: configuration.Config, path: Path, title: str = "") -> Setup:
