@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -66,7 +67,7 @@ class FakeComfyUI(FakeServer):
         self._history: dict[str, Any] = {}
         self._running: list[str] = []
         self._pictures: dict[str, bytes] = {}
-        self.takes_s = 0.0
+        self.takes_s = self.busy_s = 0.0
         # Who listens, by the name that is given, and what the server says beside what it must.
         self.listeners: dict[str, BaseHTTPRequestHandler] | None = None
         self.babble: list[Any] = []
@@ -80,8 +81,10 @@ class FakeComfyUI(FakeServer):
             self.listeners[parse_qs(split.query)["clientId"][0]] = to
             to.rfile.read()  # till it hangs up
             return
+        start = time.perf_counter()
         status, found = self.answer(split.path, parse_qs(split.query), body)
         to.wfile.write(head(to, status, b"" if found is None else found))
+        self.busy_s += time.perf_counter() - start
 
     def answer(self, path: str, query: Mapping[str, list[str]], body: Any) -> tuple[int, Any]:
         name, _, rest = path.lstrip("/").partition("/")

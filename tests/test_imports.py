@@ -45,6 +45,7 @@ LAYERS = (
         "recipes",
         "prompts",
         "report",
+        "spread",
         "values",
     ),
     ("setup",),

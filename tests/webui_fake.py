@@ -38,7 +38,8 @@ _FIELDS = (
         "sampler_name",
     ),
     *("scheduler", "batch_size", "n_iter", "save_images", "send_images", "styles", "enable_hr"),
-    *("hr_upscaler", "hr_scale", "override_settings", "alwayson_scripts", "script_name", "tiling"),
+    *("hr_upscaler", "hr_scale", "hr_sampler_name", "hr_scheduler", "refiner_checkpoint"),
+    *("override_settings", "alwayson_scripts", "script_name", "tiling"),
 )
 
 Answer = tuple[int, Any]

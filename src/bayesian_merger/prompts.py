@@ -49,7 +49,8 @@ class _Fields(BaseModel):
     @model_validator(mode="after")
     def _extra_is_meant_and_can_be_stored(self) -> _Fields:
         for name, value in (self.model_extra or {}).items():
-            if meant := nearest(name, type(self).model_fields, cutoff=0.85):
+            meant = nearest(name, type(self).model_fields, cutoff=0.85)
+            if meant and not name.startswith("hr_"):  # fields of webuis: hr_scheduler
                 raise ValueError(f"unknown field {name!r}{meant}")
             try:
                 json.dumps(value, allow_nan=False)

@@ -227,11 +227,26 @@ def _judge_and_follow(
 def _plain(setup: Setup, panel: Sequence[Prompt], done: Set[int]) -> Iterator[_Piece]:
     """Images in batches, without those batches that are done.
 
-    The panel is cut at the same places whatever is missing, so that each image repeats exactly.
+    The panel is cut at the same places whatever is missing, so that each image repeats exactly. One that
+    is made elsewhere does so by itself.
     """
+    if getattr(setup.backend, "is_remote", False):
+        yield from _one_by_one(setup, [prompt for prompt in panel if prompt.index not in done])
+        return
     for batch in list(_batches(panel, setup.backend.batch)):
         if any(prompt.index not in done for prompt in batch):
             yield _Piece(_generate(setup, batch), None)
+
+
+def _one_by_one(setup: Setup, prompts: Sequence[Prompt]) -> Iterator[_Piece]:
+    """Images as they come, in order; TrialError if any is not to be had."""
+    samples = setup.backend.generate(prompts)
+    for i, prompt in enumerate(prompts):
+        with _no_value("the back end", passing=_NOT_OF_ONE_TRIAL):
+            sample = next(samples, None)
+        if sample is None or sample.prompt.index != prompt.index:
+            raise TrialError(f"the back end made {i} images for {len(prompts)} prompts, or others")
+        yield _Piece([sample], None)
 
 
 def _followed(setup: Setup, prompts: Sequence[Prompt], yardstick: Yardstick) -> Iterator[_Piece]:

@@ -24,6 +24,7 @@ from bayesian_merger.merge import Merger, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import DifferentiableScorer, Scorer, scorer
 from bayesian_merger.space import Parameter, Space
+from bayesian_merger.spread import Spread
 from bayesian_merger.study.proposals import FRESH, Objective, Params, Plan, Stop
 from bayesian_merger.values import shares
 
@@ -214,7 +215,8 @@ class Setup:
         found = {f"plugins.{i}.{p.name}": p for i, p in enumerate(self.config.plugins)}
         if self.config.search.guide:
             found["search.guide"] = self.config.search.guide
-        for key, path in backend.files(engine.name, engine.options, self.folder).items():
+        options = _of_server(engine.options, 0)
+        for key, path in backend.files(engine.name, options, self.folder).items():
             found[f"backend.{key}"] = path
         for name, entry in chosen.items():
             for key, path in scorer.files(name, entry.options, self.folder).items():
@@ -246,7 +248,7 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
         name: attempt(partial(scorer.build, name, chosen.options, folder))
         for name, chosen in config.scorers.items()
     }
-    engine = attempt(lambda: backend.build(config.backend.name, config.backend.options, folder))
+    engine = attempt(lambda: _engine(config, folder))
     plan = (
         attempt(lambda: _plan(config, found, merger.architecture, panels.search, engine, scorers))
         if merger and found and panels
@@ -291,6 +293,42 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
             setup.backend.close()
             raise
     return setup
+
+
+def _engine(config: Config, folder: Path) -> Backend:
+    """The back end; with a list of addresses one for each, side by side.
+
+    Other options of where and how it is may be lists as well. ConfigError if their lengths differ.
+    """
+    name, options = config.backend.name, config.backend.options
+    urls = options.get("url")
+    if not isinstance(urls, list):
+        engine: Backend = backend.build(name, options, folder)
+        return engine
+    for key, value in options.items():
+        if key in _WHERE and isinstance(value, list) and len(value) != len(urls):
+            raise ConfigError(f"backend.{key} has {len(value)} entries, backend.url {len(urls)}")
+    if not urls or len(set(map(str, urls))) < len(urls):
+        raise ConfigError("backend.url names no server, or one twice")
+    engines: list[Backend] = []
+    try:
+        for i in range(len(urls)):
+            engines.append(backend.build(name, _of_server(options, i), folder))
+    except MergerError:
+        for engine in engines:
+            engine.close()
+        raise
+    return Spread(engines)
+
+
+def _of_server(options: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The options of one of several servers."""
+    if not isinstance(options.get("url"), list):
+        return dict(options)
+    return {
+        key: value[i] if key in _WHERE and isinstance(value, list) else value
+        for key, value in options.items()
+    }
 
 
 def _check_backend(engine: Backend, merger: Merger, panel: Sequence[Prompt]) -> list[str]:

@@ -213,6 +213,8 @@ def test_samplers_go_by_the_names_that_the_server_has(
         (OLD, 'scheduler = "Karras"', "no sampler 'Euler Karras'; leave out the scheduler"),
         (A1111, 'styles = ["mody"]', "no style 'mody'; did you mean 'moody'"),
         (A1111, 'enable_hr = true\nhr_upscaler = "Latnt"', "no upscaler 'Latnt'"),
+        (A1111, 'enable_hr = true\nhr_sampler_name = "Eulr"', "no sampler 'Eulr'"),
+        (A1111, 'enable_hr = true\nhr_scheduler = "Karas"', "no scheduler 'Karas'"),
         (A1111, "alwayson_scripts = { controlnett = {} }", "no script 'controlnett'"),
         (A1111, "tilling = true", "no field 'tilling'; did you mean 'tiling'"),
         (A1111, "send_images = false", "leave out send_images, the images are needed"),
@@ -235,6 +237,19 @@ def test_what_the_server_lacks_is_said_before_the_run(
     payload(folder, text)
     with pytest.raises(ConfigError, match=said):
         ready(folder, begin(kind))
+
+
+def test_webui_that_is_too_old_is_said(folder: Path, begin: Begin) -> None:
+    fake = begin()
+
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        if path == "/openapi.json":
+            del answer[1]["components"]["schemas"]["Txt2Img"]["properties"]["refiner_checkpoint"]
+        return answer
+
+    fake.twist = twist
+    with pytest.raises(ConfigError, match=r"older than version 1\.6; update it"):
+        ready(folder, fake)
 
 
 def test_fields_of_a_payload_go_to_the_server_as_they_are(folder: Path, begin: Begin) -> None:
@@ -949,6 +964,80 @@ def test_back_end_by_itself_needs_no_server() -> None:
     with pytest.raises(ConfigError, match="nothing answers"):
         back_end.check(prompts, "sd1", {})
     back_end.close()
+
+
+def several(*fakes: FakeWebUI) -> str:
+    return f"backend.url={json.dumps([fake.url for fake in fakes])}"
+
+
+def test_several_servers_make_the_images_of_one(folder: Path, begin: Begin) -> None:
+    whole = start(folder, begin(), into="whole")
+    fakes = [begin(), begin(), begin(home=folder / "home")]
+    outcome = start(folder, fakes[0], several(*fakes))
+    assert [r.scores for r in outcome.results] == [r.scores for r in whole.results]
+    assert [r.images for r in outcome.results] == [r.images for r in whole.results]
+    for i, fake in enumerate(fakes):
+        seeds = {body["seed"] for body in fake.bodies}
+        others = {b["seed"] for other in fakes if other is not fake for b in other.bodies}
+        assert seeds, i
+        assert not seeds & others  # an image has one server, whatever the merge
+        assert fake.chosen == "own.safetensors"
+    assert ours(folder) + places(folder) == []
+
+
+def test_images_of_several_servers_are_made_side_by_side(folder: Path, begin: Begin) -> None:
+    fakes = [begin(), begin()]
+    chosen = loaded(folder, fakes[0], several(*fakes), "panel.batch_size=4")
+    barrier = threading.Barrier(2, timeout=20)
+
+    def together(path: str, body: Any, answer: Answer) -> Answer:
+        if path.endswith("txt2img"):
+            barrier.wait()  # breaks, if only one server is at work
+        return answer
+
+    for fake in fakes:
+        fake.twist = together
+    made = list(chosen.backend.generate(chosen.panel))
+    assert [sample.prompt for sample in made] == list(chosen.panel)
+    chosen.backend.close()
+
+
+def test_one_of_several_servers_that_fails_fails_the_trial(folder: Path, begin: Begin) -> None:
+    fakes = [begin(), begin()]
+    chosen = loaded(folder, fakes[0], several(*fakes))
+    fakes[1].twist = replied({"images": []})
+    samples = chosen.backend.generate(chosen.panel)
+    assert next(samples).prompt == chosen.panel[0]
+    with pytest.raises(TrialError, match="answered without an image"):
+        next(samples)
+    chosen.backend.close()
+    assert [fake.chosen for fake in fakes] == ["own.safetensors"] * 2
+
+
+def test_mistakes_for_several_servers_are_told_of_each(folder: Path, begin: Begin) -> None:
+    payload(folder, 'sampler_name = "Nonesuch"')
+    fakes = [begin(), begin(OLD)]
+    with pytest.raises(ConfigError, match=r"(?s)Nonesuch.*it has: .*\n.*Nonesuch.*2M Karras"):
+        ready(folder, fakes[0], several(*fakes))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("backend.url=[]",), "names no server, or one twice"),
+        (('backend.url=["http://x", "http://x"]',), "names no server, or one twice"),
+        (('backend.url=["http://x", 3]',), "url"),
+        (
+            ('backend.url=["http://x", "http://y"]', 'backend.models_dir=["a"]'),
+            "backend.models_dir has 1 entries, backend.url 2",
+        ),
+    ],
+)
+def test_lists_of_servers_that_cannot_be_are_refused(
+    folder: Path, begin: Begin, options: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ready(folder, begin(), *options)
 
 
 def real_models(url: str) -> list[Path]:

@@ -42,6 +42,8 @@ _REFUSED = {
 }
 _OF_MODELS = ("sd_model_checkpoint", "sd_checkpoint_hash", "sd_unet", "forge_additional_modules")
 _SETTINGS = "override_settings"
+# A field that payloads have since 1.6 of stable-diffusion-webui.
+_OF_1_6 = "refiner_checkpoint"
 # How often an image is begun anew when the connection is lost.
 _ROUNDS = 5
 
@@ -130,6 +132,10 @@ class WebUI:
         """Look up all that the prompts name in the server's lists; ConfigError with every mistake."""
         options = self._options()
         self._lists = lists = self._read_lists()
+        if lists.fields and _OF_1_6 not in lists.fields:
+            raise ConfigError(
+                f"backend.url: the webui at {self._server.url} is older than version 1.6; update it"
+            )
         mistakes: list[str] = []
         for prompt in prompts:
             try:
@@ -542,10 +548,16 @@ def _mistaken_fields(prompt: Prompt, lists: _Lists, options: Mapping[str, Any]) 
     ]
     if prompt.extra.get("script_name"):
         chosen.append(("script", prompt.extra["script_name"], lists.scripts))
-    if prompt.extra.get("enable_hr") and prompt.extra.get("hr_upscaler"):
-        chosen.append(("upscaler", prompt.extra["hr_upscaler"], lists.upscalers))
-    if prompt.extra.get("enable_hr") and prompt.extra.get("hr_sampler_name"):
-        chosen.append(("sampler", prompt.extra["hr_sampler_name"], lists.samplers))
+    if prompt.extra.get("enable_hr"):
+        same = ("Use same sampler", "Use same scheduler")
+        of_hr: Mapping[str, tuple[str, Iterable[str]]] = {
+            "hr_upscaler": ("upscaler", lists.upscalers),
+            "hr_sampler_name": ("sampler", [*lists.samplers, *same]),
+            "hr_scheduler": ("scheduler", [*lists.schedulers, *same] if lists.schedulers else ()),
+        }
+        for name, (kind, known) in of_hr.items():
+            if prompt.extra.get(name):
+                chosen.append((kind, prompt.extra[name], known))
     for kind, wanted, known in chosen:
         names = {name.casefold() for name in known}
         if names and str(wanted).casefold() not in names:
