@@ -635,6 +635,36 @@ def test_real_server_loads_a_merge_of_any_method_by_our_node(
 
 
 @pytest.mark.comfyui
+def test_real_server_adds_a_difference_as_our_merge_does(
+    real: tuple[str, Path], folder: Path
+) -> None:
+    url, base = real
+    checkpoints = base / "models" / "checkpoints"
+    chance = torch.Generator().manual_seed(2)
+    third = {
+        name: tensor
+        if not tensor.is_floating_point() or name.startswith("first_stage")
+        else (tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=chance)).half()
+        for name, tensor in load_file(checkpoints / "first.safetensors").items()
+    }
+    save_file(third, checkpoints / "third.safetensors")
+    (folder / "portrait.toml").write_text('prompt = "x"\nwidth = 64\nheight = 64\nsteps = 2\n')
+    names = (("a", "first"), ("b", "second"), ("c", "third"))
+    options = [f"models.{m}={checkpoints}/{n}.safetensors" for m, n in names]
+    more = ("merge.method=add_difference", "backend.timeout_s=900")
+    chosen = ready(folder, url, *options, *more)
+    prompt, recipe = chosen.panel[0], chosen.baseline("even")
+    merged = chosen.merger.merge(recipe)
+    merged.save(checkpoints / "added.safetensors")
+    chosen.backend.load(recipe, merged)
+    (sample,) = chosen.backend.generate([prompt])
+    theirs = Image.open(io.BytesIO(own(url, prompt, "added.safetensors"))).convert("RGB")
+    apart = [abs(x - y) for x, y in zip(sample.image.tobytes(), theirs.tobytes(), strict=True)]
+    assert max(apart) <= 3
+    chosen.backend.close()
+
+
+@pytest.mark.comfyui
 def test_real_server_is_searched(real: tuple[str, Path], folder: Path) -> None:
     url, base = real
     checkpoints = base / "models" / "checkpoints"

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import toy_plugin
 from PIL import Image
+from proxy_fake import Fault, Proxy, cuts, told_otherwise
 from test_run import Silent
 from webui_fake import A1111, FORGE, KINDS, NEXT, OLD, Answer, FakeWebUI
 
@@ -1092,3 +1093,40 @@ def test_real_server_makes_the_images_of_its_models_and_of_their_merge(
         even.unlink()
         real_image(url, a, prompt)
     assert not list(a.parent.glob("bayesian-merger-*/*"))
+
+
+@pytest.mark.webui
+def test_real_server_behind_a_bad_proxy_is_searched_as_without_it(folder: Path) -> None:
+    """Three merges and the parents; what breaks is made again, what is false fails its trial only."""
+    url = os.environ.get("WEBUI_URL", "")
+    if not url:
+        pytest.skip("WEBUI_URL names no running webui")
+    a, b = real_models(url)
+    for name in ("portrait", "landscape"):
+        text = f'prompt = "a {name}"\nwidth = 64\nheight = 64\nsteps = 1\n'
+        (folder / f"{name}.toml").write_text(text)
+    options = [f"models.a={a}", f"models.b={b}", "search.images=3", "search.images_per_trial=1"]
+    options += ["heldout.images=2", "heldout.select_images=2", "heldout.candidates=1"]
+
+    def searched(into: str, **faults: Fault) -> tuple[Outcome, Proxy]:
+        proxy = Proxy(url, **faults)
+        own = [*options, f"backend.url={proxy.url}", "backend.wait_for_server=2m"]
+        chosen = setup.prepare(configuration.load(folder / "config.toml", own), folder, "toy")
+        try:
+            return run.run(chosen, folder / into, Silent()), proxy
+        finally:
+            chosen.backend.close()
+            proxy.stop()
+
+    whole, _ = searched("whole")
+    broken, proxy = searched("broken", txt2img=cuts(5), options=cuts(4), load=cuts(3))
+    assert proxy.met["txt2img"] >= 4
+    assert [r.images for r in broken.results] == [r.images for r in whole.results]
+    assert [r.scores for r in broken.results] == [r.scores for r in whole.results]
+    # Six images are of the parents and the even merge; the eighth is of the second trial.
+    false, proxy = searched("false", txt2img=told_otherwise(8, sampler_name="DPM++ 2M"))
+    assert proxy.met["txt2img"] == 1
+    assert false.finished
+    faults = [r.reason for r in false.results if r.state == "failed"]
+    assert len(faults) == 1
+    assert "sampler_name Euler, and made with DPM++ 2M" in faults[0]
