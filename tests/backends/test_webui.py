@@ -240,6 +240,21 @@ def test_what_the_server_lacks_is_said_before_the_run(
         ready(folder, begin(kind))
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (A1111, "stable-diffusion-webui 1.9.3 or later at http"),
+        (OLD, "stable-diffusion-webui 1.6 to 1.8 at http"),
+        (FORGE, "Forge at http"),
+        (NEXT, "SD.Next 058a7f0 at http"),
+    ],
+)
+def test_server_is_recognised(folder: Path, begin: Begin, kind: str, said: str) -> None:
+    chosen = ready(folder, begin(kind))
+    chosen.backend.close()
+    assert chosen.notes[0].startswith(said)
+
+
 def test_webui_that_is_too_old_is_said(folder: Path, begin: Begin) -> None:
     fake = begin()
 

@@ -149,10 +149,15 @@ class WebUI:
             mistakes.append(str(error))
         if mistakes:
             raise ConfigError("\n".join(dict.fromkeys(mistakes)))
-        is_next = isinstance(self._optional("version"), dict)
+        version = self._optional("version")
+        is_next = isinstance(version, dict)
         # Each part of an image is a job of its own there.
         self._tells_jobs = not is_next
-        kind = "SD.Next" if is_next else "Forge" if _is_forge(options) else "webui"
+        kind = (
+            f"SD.Next {version.get('commit', '')}".strip()[:40]
+            if is_next
+            else _kind(options, lists)
+        )
         notes = [f"{kind} at {self._server.url}; {way}"]
         vae = options.get("sd_vae")
         if isinstance(vae, str) and vae not in ("Automatic", "None", "Default", ""):
@@ -571,8 +576,14 @@ def _changes_size(prompt: Prompt) -> bool:
     return any(prompt.extra.get(k) for k in ("enable_hr", "script_name", "alwayson_scripts"))
 
 
-def _is_forge(options: Mapping[str, Any]) -> bool:
-    return any(name.startswith("forge_") for name in options)
+def _kind(options: Mapping[str, Any], lists: _Lists) -> str:
+    """Which webui it is; of stable-diffusion-webui which versions, as far as they differ for us."""
+    for start, name in {"reforge_": "reForge", "forge_": "Forge"}.items():
+        if any(option.startswith(start) for option in options):
+            return name
+    labels = {known.label for known in lists.schedulers.values()}
+    versions = "1.6 to 1.8" if not labels else "1.9.3 or later"
+    return f"stable-diffusion-webui {'1.9.0 to 1.9.2' if labels == {*_UNLISTED} else versions}"
 
 
 def _tables(value: object) -> list[Mapping[str, Any]]:
