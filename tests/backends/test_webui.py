@@ -602,6 +602,28 @@ def test_merge_in_memory_comes_back_after_another_choice_and_a_restart(
     assert places(folder) == []
 
 
+@pytest.mark.parametrize("way", ["file", "memory"])
+def test_losses_while_the_merge_is_loaded_do_not_count_for_images(
+    folder: Path, begin: Begin, way: str
+) -> None:
+    fake = begin(home=folder / "home" if way == "memory" else None)
+    chosen = ready(folder, fake, "backend.wait_for_server=20s")
+    left = {"/bayesian-merger/v1/load": 2, "/sdapi/v1/options": 3}
+
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        left[path] = left.get(path, 0) - 1
+        return (502, b"<html>bad gateway") if left[path] >= 0 else answer
+
+    fake.twist = twist
+    recipe = chosen.baseline("even")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    loads = fake.asked["/bayesian-merger/v1/load"], fake.asked["/sdapi/v1/refresh-checkpoints"]
+    list(chosen.backend.generate(chosen.panel[:1]))
+    again = fake.asked["/bayesian-merger/v1/load"], fake.asked["/sdapi/v1/refresh-checkpoints"]
+    assert again == loads
+    chosen.backend.close()
+
+
 def receipt(**changes: Any) -> Callable[[str, Any, Answer], Answer]:
     def twist(path: str, body: Any, answer: Answer) -> Answer:
         return (200, {**answer[1], **changes}) if path.endswith("/load") else answer

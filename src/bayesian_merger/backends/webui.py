@@ -44,6 +44,8 @@ _OF_MODELS = ("sd_model_checkpoint", "sd_checkpoint_hash", "sd_unet", "forge_add
 _SETTINGS = "override_settings"
 # A field that payloads have since 1.6 of stable-diffusion-webui.
 _OF_1_6 = "refiner_checkpoint"
+# How long a server that is away at the end is waited for; then its guard does so.
+_LAST_WAIT_S = 3.0
 # How often an image is begun anew when the connection is lost.
 _ROUNDS = 5
 
@@ -183,8 +185,11 @@ class WebUI:
         """Have the server make its images by the merge, and read back that it does."""
         self._take()
         assert self._delivery is not None
-        self._n_lost = self._server.n_lost
+        before = self._delivery.name
         self._delivery.bring(recipe, merged)
+        if self._delivery.name != before:
+            # What was lost till it was read back that the server has it is of no account.
+            self._n_lost = self._server.n_lost
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
         """Images one by one, each with what the server says it was made with read back."""
@@ -196,7 +201,7 @@ class WebUI:
         try:
             if self._claim:
                 if self._claim.is_watched:
-                    self._server.wait_s = 0.0
+                    self._server.wait_s = min(self._server.wait_s, _LAST_WAIT_S)
                     self._give_back()
                 else:
                     self._claim.abandon()
@@ -404,8 +409,8 @@ class WebUI:
 
     def _choose(self) -> None:
         assert self._delivery is not None
-        self._n_lost = self._server.n_lost
         self._delivery.choose()
+        self._n_lost = self._server.n_lost
 
     def _image(self, prompt: Prompt) -> Image.Image:
         """The image of a prompt, made by the merge though the connection be lost in between."""
