@@ -68,6 +68,7 @@ class FakeComfyUI(FakeServer):
         self._running: list[str] = []
         self._pictures: dict[str, bytes] = {}
         self.takes_s = self.busy_s = 0.0
+        self._n_jobs = 0
         # Who listens, by the name that is given, and what the server says beside what it must.
         self.listeners: dict[str, BaseHTTPRequestHandler] | None = None
         self.babble: list[Any] = []
@@ -143,7 +144,8 @@ class FakeComfyUI(FakeServer):
             kind = "prompt_outputs_failed_validation"
             return 400, {"error": {"type": kind, "message": "Prompt outputs failed validation"}}
         self.graphs.append(graph)
-        job = f"job-{len(self.graphs)}"
+        self._n_jobs += 1
+        job = f"job-{self._n_jobs}"
         if self.forgets:
             self.forgets -= 1
         elif self.hangs:
