@@ -72,6 +72,7 @@ class FakeWebUI(FakeServer):
         self.live: dict[str, Mapping[str, Tensor]] = {}
         self.extension = webui(home, self._made_live, can_force=kind != OLD)[0] if home else None
         self.interrupted = False
+        self.changed: dict[str, Any] = {"samples_format": "jpg"}
         self.serve(port)
 
     def reply(self, to: BaseHTTPRequestHandler, body: Any) -> None:
@@ -114,11 +115,8 @@ class FakeWebUI(FakeServer):
             "refresh-checkpoints": self._refreshed,
             "txt2img": self._image,
             "progress": self._progress,
-            "version": lambda _: (
-                (200, {"commit": "058a7f0"})
-                if self.kind == NEXT
-                else (404, {"detail": "Not Found"})
-            ),
+            "version": lambda _: self._of_next({"app": "sd.next", "commit": "058a7f0"}),
+            "checkpoint": lambda _: self._of_next({"title": self._title(self.chosen)}),
             "/openapi.json": self._described,
         }
         known = handlers.get(name)
@@ -127,6 +125,9 @@ class FakeWebUI(FakeServer):
         else:
             found = known(body) if known else (404, {"detail": "Not Found"})
         return self.twist(path, body, found)
+
+    def _of_next(self, told: Any) -> Answer:
+        return (200, told) if self.kind == NEXT else (404, {"detail": "Not Found"})
 
     def _extended(self, name: str, body: Any) -> Answer:
         try:
@@ -155,6 +156,8 @@ class FakeWebUI(FakeServer):
     def _options(self, body: Any) -> Answer:
         if body is None:
             own = {"forge_preset": "sd"} if self.kind == FORGE else {}
+            if self.kind == NEXT:  # which tells of what was ever changed
+                return 200, dict(self.changed)
             return 200, {
                 "sd_model_checkpoint": self._title(self.chosen),
                 "sd_vae": "Automatic",
@@ -168,6 +171,7 @@ class FakeWebUI(FakeServer):
                     return 200, {"updated": []}
                 return 500, {"error": "RuntimeError", "errors": f"model {title!r} not found"}
             self.chosen = name
+            self.changed["sd_model_checkpoint"] = self._title(name)
             if self.kind != FORGE:  # which loads with the next image
                 self.loaded = name
         return 200, None

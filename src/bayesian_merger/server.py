@@ -23,6 +23,8 @@ _MOST_BYTES, _MOST_MESSAGE = 512 * 2**20, 64 * 2**20
 # How often an answer of 5xx is asked for again, and the first and longest pause between two tries.
 _AGAIN = 3
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+# "Too many requests": SD.Next takes 60 images a minute.
+_TOO_MANY, _AGAIN_LATER = 429, 9
 # What a proxy says of a server that is not there.
 _AWAY = (502, 503, 504)
 _log = logging.getLogger(__name__)
@@ -93,9 +95,10 @@ class Server:
     """JSON in, JSON out, by the options that back ends have for it.
 
     A connection that is lost, or a proxy's word that the server is (502 to 504), is tried again for
-    `wait_for_server` ("10m", or a number of seconds), another answer of 5xx three times, one of 4xx
-    never. Nor is one that takes longer than `timeout_s`, which the server may still be at. `n_lost`
-    counts the losses. The environment variable `auth_env` may hold "user:password" or "Bearer TOKEN".
+    `wait_for_server` ("10m", or a number of seconds), another answer of 5xx three times, "too many
+    requests" (429) for two minutes, another of 4xx never. Nor is one that takes longer than `timeout_s`,
+    which the server may still be at. `n_lost` counts the losses. The environment variable `auth_env`
+    may hold "user:password" or "Bearer TOKEN".
     """
 
     def __init__(
@@ -223,7 +226,9 @@ class Server:
                     ) from error
             except Refused as error:
                 refusals += 1
-                if error.status < 500 or refusals >= _AGAIN:
+                if error.status == _TOO_MANY and refusals < _AGAIN_LATER:
+                    pause = _LONGEST_PAUSE_S
+                elif error.status < 500 or refusals >= _AGAIN:
                     raise
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)

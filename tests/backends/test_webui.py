@@ -220,6 +220,11 @@ def test_samplers_go_by_the_names_that_the_server_has(
         (A1111, "tilling = true", "no field 'tilling'; did you mean 'tiling'"),
         (A1111, "send_images = false", "leave out send_images, the images are needed"),
         (A1111, "override_settings = { clip = 2 }", "no setting 'clip'"),
+        (
+            NEXT,
+            "override_settings = { sd_vae = 2, sd_unet = 3 }",
+            "sd_unet would take another model",
+        ),
         (A1111, "override_settings = 2", "override_settings is no table"),
         (A1111, 'alwayson_scripts = "controlnet"', "alwayson_scripts is no table"),
         (A1111, 'styles = "moody"', "styles is no list"),
@@ -388,6 +393,26 @@ def test_failures_of_the_server_are_asked_again_and_those_of_ours_are_not(
         list(chosen.backend.generate(chosen.panel[:1]))
     assert fake.asked["/sdapi/v1/txt2img"] == before + 1
     fake.twist = lambda path, body, answer: answer
+    chosen.backend.close()
+
+
+def test_server_that_is_asked_too_often_is_asked_later(folder: Path, begin: Begin) -> None:
+    """As SD.Next says after 60 images in a minute."""
+    fake = begin(NEXT)
+    chosen = loaded(folder, fake)
+    left = 5
+
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        nonlocal left
+        left -= 1
+        return (429, {"error": "rate limit"}) if left > 0 else answer
+
+    fake.twist = twist
+    assert len(list(chosen.backend.generate(chosen.panel[:1]))) == 1
+    left = 50
+    with pytest.raises(TrialError, match="HTTP 429: rate limit"):
+        list(chosen.backend.generate(chosen.panel[:1]))
+    left = 0
     chosen.backend.close()
 
 
@@ -1081,14 +1106,17 @@ def test_lists_of_servers_that_cannot_be_are_refused(
 def real_models(url: str) -> list[Path]:
     """The first two checkpoints of the server, by their files."""
     found = httpx.get(f"{url}/sdapi/v1/sd-models").json()
-    return [Path(one["filename"]) for one in found if "bayesian-merger" not in one["title"]][:2]
+    files = [Path(one["filename"]) for one in found if "bayesian-merger" not in one["title"]]
+    return [file for file in files if file.suffix == ".safetensors" and file.is_file()][:2]
 
 
 def real_image(url: str, model: Path, prompt: Prompt) -> Image.Image:
     """What the server makes of a prompt with a checkpoint of its folder."""
     with httpx.Client(base_url=f"{url}/sdapi/v1", timeout=600) as client:
         client.post("/refresh-checkpoints").raise_for_status()
-        client.post("/options", json={"sd_model_checkpoint": model.name}).raise_for_status()
+        models = client.get("/sd-models").json()
+        title = next(one["title"] for one in models if Path(one["filename"]) == model)
+        client.post("/options", json={"sd_model_checkpoint": title}).raise_for_status()
         asked = {
             **{"prompt": prompt.prompt, "seed": prompt.seed, "steps": prompt.steps},
             **{"width": prompt.width, "height": prompt.height, "cfg_scale": prompt.cfg_scale},

@@ -113,6 +113,8 @@ class WebUI:
         self._wants_extension = extension
         self._delivery: Delivery | None = None
         self._tells_jobs = True
+        # SD.Next's, which alone tells it, and lists only those of its settings that were ever changed.
+        self._version: Mapping[str, Any] | None = None
         self._lists: _Lists | None = None
         self._former: dict[str, str] = {}  # the server's setting before the run
         self._n_lost = 0
@@ -134,7 +136,7 @@ class WebUI:
         """Look up all that the prompts name in the server's lists; ConfigError with every mistake."""
         options = self._options()
         self._lists = lists = self._read_lists()
-        if lists.fields and _OF_1_6 not in lists.fields:
+        if lists.fields and _OF_1_6 not in lists.fields and not self._version:
             raise ConfigError(
                 f"backend.url: the webui at {self._server.url} is older than version 1.6; update it"
             )
@@ -144,22 +146,18 @@ class WebUI:
                 self._named(prompt)
             except ConfigError as error:
                 mistakes.append(str(error))
-            mistakes += _mistaken_fields(prompt, lists, options)
+            mistakes += _mistaken_fields(prompt, lists, None if self._version else options)
         try:
             way = self._way(lists.models, shapes)
         except ConfigError as error:
             mistakes.append(str(error))
         if mistakes:
             raise ConfigError("\n".join(dict.fromkeys(mistakes)))
-        version = self._optional("version")
-        is_next = isinstance(version, dict)
         # Each part of an image is a job of its own there.
-        self._tells_jobs = not is_next
-        kind = (
-            f"SD.Next {version.get('commit', '')}".strip()[:40]
-            if is_next
-            else _kind(options, lists)
-        )
+        self._tells_jobs = not self._version
+        kind = _kind(options, lists)
+        if self._version:
+            kind = f"SD.Next {self._version.get('commit', '')}".strip()[:40]
         notes = [f"{kind} at {self._server.url}; {way}"]
         vae = options.get("sd_vae")
         if isinstance(vae, str) and vae not in ("Automatic", "None", "Default", ""):
@@ -232,7 +230,9 @@ class WebUI:
             raise ConfigError(f"backend.url: {url}{API}/options: {error}") from error
         except Strange as error:
             raise ConfigError(f"backend.url: {url} is no webui: {error}") from error
-        if not isinstance(found, dict) or "sd_model_checkpoint" not in found:
+        told = self._optional("version")
+        self._version = told if isinstance(told, dict) and "commit" in told else None
+        if not isinstance(found, dict) or not ("sd_model_checkpoint" in found or self._version):
             raise ConfigError(f"backend.url: {url} is no webui that is known")
         return found
 
@@ -383,6 +383,8 @@ class WebUI:
         now = now if isinstance(now, str) else ""
         if STEM in now:  # of a run that was killed, and so was its guard
             now = str(before.get("sd_model_checkpoint", ""))
+        if not now and isinstance(told := self._optional("checkpoint"), dict):
+            now = str(told.get("title") or "")  # SD.Next, before anything was chosen there
         if not now or STEM in now:
             models = _tables(self._asked("get", f"{API}/sd-models"))
             titles = [str(one.get("title")) for one in models]
@@ -526,7 +528,9 @@ class WebUI:
         return found if isinstance(found, dict | list) else {}
 
 
-def _mistaken_fields(prompt: Prompt, lists: _Lists, options: Mapping[str, Any]) -> list[str]:
+def _mistaken_fields(
+    prompt: Prompt, lists: _Lists, options: Mapping[str, Any] | None
+) -> list[str]:
     """What the server would ignore, replace or refuse of a prompt's further fields."""
     where, found = f"payload {prompt.payload}", []
     for name, value in prompt.extra.items():
@@ -543,7 +547,7 @@ def _mistaken_fields(prompt: Prompt, lists: _Lists, options: Mapping[str, Any]) 
     for name in settings:
         if name in _OF_MODELS:
             found.append(f"{where}: {_SETTINGS}.{name} would take another model than the merge")
-        elif name not in options:
+        elif options is not None and name not in options:
             found.append(f"{where}: the server has no setting {name!r}{nearest(name, options)}")
     styles, scripts = prompt.extra.get("styles") or [], prompt.extra.get("alwayson_scripts") or {}
     if not isinstance(styles, list):
