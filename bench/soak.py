@@ -1,23 +1,24 @@
 """Whether memory grows while servers make images for hours: python bench/soak.py [--minutes 120]
 
 Stand-ins for a webui (merges as files, and by our extension) and for ComfyUI (by its nodes, and by
-ours) run in a process of their own, lose connections and fail now and then. Prints how much memory this
-process has every tenth of the time, and by how much that grows in an hour, from the second tenth on.
+ours) run in a process of their own, lose connections and fail now and then; short whole runs follow
+each other. Prints how much memory this process holds every tenth of the time, and by how much that grows
+in an hour, from the second tenth on.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import multiprocessing
-import os
-import random
+import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import closing, contextmanager, suppress
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,10 +30,11 @@ import toy_plugin
 from comfyui_fake import FakeComfyUI
 from webui_fake import A1111, FakeWebUI
 
-from bayesian_merger import config, setup
-from bayesian_merger.errors import TrialError
+from bayesian_merger import config, run, setup
+from bayesian_merger.data import Result
+from bayesian_merger.errors import MergerError
 
-PAUSE_S, FAULT_S, N_IMAGES = 0.1, 20.0, 5
+FAULT_S = 20.0
 
 
 def main() -> None:
@@ -40,47 +42,61 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120.0)
     options = parser.parse_args()
     logging.disable()
-    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        urls = stack.enter_context(serving(folder))
-        chosen = [ready(folder, backend, url, *more) for backend, url, more in urls]
-        for one in chosen:
-            stack.callback(one.backend.close)
-        soak(chosen, options.minutes * 60)
+        with serving(folder) as servers:
+            soak(folder, servers, options.minutes * 60)
 
 
-def soak(chosen: list[setup.Setup], seconds: float) -> None:
-    """Merge and make images by each in turn, and print what memory it takes."""
-    begun, made, failed = time.monotonic(), 0, 0
+def soak(folder: Path, servers: list[tuple[str, str, tuple[str, ...]]], seconds: float) -> None:
+    """One short run after another, by each server in turn; prints what memory is held."""
+    begun, counted = time.monotonic(), Counted()
     measured: list[tuple[float, float]] = []
     for turn in count():
         now = time.monotonic() - begun
         if now >= seconds * (len(measured) + 1) / 10:
-            measured.append((now / 3600, resident_mib()))
+            gc.collect()
+            measured.append((now / 3600, held_mib()))
+            n_files = len(list(Path("/proc/self/fd").iterdir()))
             print(
-                f"{now / 60:.0f} min: {made} images, {failed} failures told, "
-                f"{measured[-1][1]:.1f} MiB",
+                f"{now / 60:.0f} min: {turn} runs, {counted.images} images, {counted.failed} trials "
+                f"failed; {measured[-1][1]:.1f} MiB, {n_files} files, "
+                f"{threading.active_count()} threads",
                 flush=True,
             )
             if len(measured) == 10:
                 break
-        one = chosen[turn % len(chosen)]
-        params = {name: random.random() for name in one.space.names}
-        recipe = one.recipe(params)
-        try:
-            one.backend.load(recipe, one.merger.merge(recipe))
-            wanted = [replace(one.panel[0], seed=turn * N_IMAGES + i) for i in range(N_IMAGES)]
-            made += len(list(one.backend.generate(wanted)))
-        except TrialError:
-            failed += 1
-        time.sleep(PAUSE_S)
+        backend, url, more = servers[turn % len(servers)]
+        # What a server answers while it is faulty ends a run, or keeps it from beginning.
+        with suppress(MergerError):
+            one = ready(folder, backend, url, f"search.seed={turn}", *more)
+            with closing(one.backend):
+                run.run(one, folder / "run", counted)
+        shutil.rmtree(folder / "run", ignore_errors=True)
     hours, mib = np.array(measured[1:]).T
     print(f"grows by {np.polyfit(hours, mib, 1)[0]:+.2f} MiB an hour")
 
 
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+class Counted:
+    """An observer that counts."""
+
+    images = failed = 0
+
+    def planned(self, images: int) -> None: ...
+    def started(self, stage: str, name: str, images: int) -> None: ...
+    def noted(self, text: str) -> None: ...
+
+    def judged(self, images: int, made: bool) -> None:
+        self.images += images if made else 0
+
+    def finished(self, result: Result, leader: Result | None) -> None:
+        self.failed += result.state == "failed"
+
+
+def held_mib() -> float:
+    """Memory that is this process's own: the files that it maps can be read again."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
 
 
 @contextmanager
@@ -136,6 +152,9 @@ def ready(folder: Path, backend: str, url: str, *more: str) -> setup.Setup:
         panel = {{ payloads = ["p.txt"], defaults = {{ width = 512, height = 512 }} }}
         backend = {{ name = "{backend}", url = "{url}" }}
         scorers = {{ exposure = {{}} }}
+        search = {{ images = 12, optimiser = "bayes", seed = 0 }}
+        heldout = {{ images = 4, select_images = 2 }}
+        output = {{ save_best = false }}
         """
     )
     return setup.prepare(config.load(folder / "config.toml", more), folder, "soak")
