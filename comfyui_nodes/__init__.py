@@ -1,8 +1,8 @@
 """A node for ComfyUI that loads the merges of bayesian-merger, of any method, from memory.
 
 Link or copy this folder into ComfyUI's custom_nodes. Each merge comes in a file that both processes
-map, in a folder that is chosen here: no path is taken from a request. `place` and `live_values` are
-those of scripts/webui_extension.py, as each of the two is installed without the other.
+map, in a folder that is chosen here: no path is taken from a request. Some functions are those of
+scripts/webui_extension.py, as each of the two is installed without the other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from aiohttp import web
 from comfy.cli_args import args
 from server import PromptServer
 
-PROTOCOL = 1
 # Where a merge may lie: in memory, or else where the system keeps what is read again soon.
 HOMES = (Path("/dev/shm"), Path(tempfile.gettempdir()))
 _NAME = re.compile(r"bayesian-merger-[0-9a-f]{16}")
@@ -35,14 +35,14 @@ _N_VALUES = 8
 
 
 def place(n_bytes: object) -> tuple[int, dict[str, Any]]:
-    """A folder with room for so many bytes, and what is in its file "token", by which it is known."""
+    """A folder with room for so many bytes; who can read its file "token" knows whose it is."""
     if not isinstance(n_bytes, int) or n_bytes <= 0:
         return 400, {"detail": "bytes is no number of bytes"}
     for home in HOMES:
         folder = _folder(home)
-        if home.is_dir() and _has_room(home, folder, n_bytes) and _is_made(folder):
-            answer = {"folder": str(folder), "token": _token(folder)}
-            return 200, {**answer, "protocol": PROTOCOL, "loader": "ComfyUI"}
+        if home.is_dir() and _is_made(folder) and _has_room(folder, n_bytes):
+            known_by = hashlib.sha256(_token(folder).encode()).hexdigest()
+            return 200, {"folder": str(folder), "token_sha256": known_by, "loader": "ComfyUI"}
     return 507, {"detail": f"no room for {n_bytes / 1e9:.1f} GB in {HOMES[0]} or {HOMES[1]}"}
 
 
@@ -64,15 +64,21 @@ def _is_made(folder: Path) -> bool:
     return os.name == "nt" or (found.st_uid == os.getuid() and not found.st_mode & 0o077)
 
 
-def _has_room(home: Path, folder: Path, n_bytes: int) -> bool:
-    held = sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
-    return shutil.disk_usage(home).free + held > 1.05 * n_bytes
+def _has_room(folder: Path, n_bytes: int) -> bool:
+    held = 0
+    for file in folder.glob("*"):
+        with suppress(OSError):  # another run has removed it
+            held += file.stat().st_size
+    return shutil.disk_usage(folder).free + held > 1.05 * n_bytes
 
 
 def _token(folder: Path) -> str:
+    """What is in the folder's file "token", which appears whole."""
     file = folder / "token"
     if not file.is_file():
-        file.write_text(secrets.token_hex(16), encoding="ascii")
+        part = folder / f"token.{secrets.token_hex(4)}"
+        part.write_text(secrets.token_hex(16), encoding="ascii")
+        part.replace(file)
     return file.read_text(encoding="ascii")
 
 
@@ -140,12 +146,13 @@ def live_values(tensors: Mapping[str, torch.Tensor], names: list[str]) -> dict[s
         if name in tensors and tensors[name].numel():
             flat = tensors[name].detach().reshape(-1)
             at = [i * (len(flat) - 1) // (_N_VALUES - 1) for i in range(_N_VALUES)]
-            values = flat[torch.tensor(at, device=flat.device)].float().tolist()
+            # One by one, as tensors of eight bits cannot be indexed otherwise.
+            values = [flat[i].float().item() for i in at]
             found[name] = {"type": str(flat.dtype).removeprefix("torch."), "values": values}
     return found
 
 
-@PromptServer.instance.routes.post(f"/bayesian-merger/v{PROTOCOL}/place")
+@PromptServer.instance.routes.post("/bayesian-merger/v1/place")
 async def _place(request: web.Request) -> web.Response:
     try:
         body = await request.json()

@@ -1,4 +1,4 @@
-"""Takes the merges of bayesian-merger into the memory of stable-diffusion-webui, Forge or reForge.
+"""Takes the merges of bayesian-merger into the memory of stable-diffusion-webui and its forks.
 
 The repository is an extension of these: the webui finds this file in its folder scripts/. Each merge
 comes in a file that both processes map, in a folder that is chosen here: no path is taken from a
@@ -8,7 +8,6 @@ that folder.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import os
@@ -17,8 +16,8 @@ import secrets
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +30,34 @@ from modules import call_queue, paths, processing, script_callbacks, sd_models, 
 if hasattr(sd_models, "forge_model_reload"):
     from modules_forge import main_entry
 
-PROTOCOL = 1
-PREFIX = f"/bayesian-merger/v{PROTOCOL}"
+PREFIX = "/bayesian-merger/v1"
 # Where a merge may lie: in memory, or else where the system keeps what is read again soon.
 HOMES = (Path("/dev/shm"), Path(tempfile.gettempdir()))
 _NAME = re.compile(r"bayesian-merger-[0-9a-f]{16}")
 _MOST_NAMES, _N_VALUES = 100, 8
-# Of the models that were made live, the last one's number; greater after the webui is started anew.
-_generation = time.time_ns() // 1_000_000
+# What the extension needs of a webui; SD.Next has some of it, and loads otherwise.
+_NEEDED = ("CheckpointInfo", "checkpoint_aliases", "checkpoints_list", "model_data")
+_LOADERS = ("forge_model_reload", "reload_model_weights")
 
 
 def place(body: dict[str, Any] = Body(...)) -> dict[str, Any]:  # noqa: B008
-    """A folder with room for `bytes`, and what is in its file "token", by which it is known."""
+    """A folder with room for `bytes`; who can read the secret in its file "token" may use it."""
     n_bytes = body.get("bytes")
     if not isinstance(n_bytes, int) or n_bytes <= 0:
         raise HTTPException(400, "bytes is no number of bytes")
     for home in HOMES:
         folder = _folder(home)
-        if home.is_dir() and _has_room(home, folder, n_bytes) and _is_made(folder):
-            answer = {"folder": str(folder), "token": _token(folder)}
-            return {**answer, "protocol": PROTOCOL, "loader": _loader()}
+        if home.is_dir() and _is_made(folder) and _has_room(folder, n_bytes):
+            known_by = hashlib.sha256(_token(folder).encode()).hexdigest()
+            return {"folder": str(folder), "token_sha256": known_by, "loader": _loader()}
     raise HTTPException(507, f"no room for {n_bytes / 1e9:.1f} GB in {HOMES[0]} or {HOMES[1]}")
 
 
 def load(body: dict[str, Any] = Body(...)) -> dict[str, Any]:  # noqa: B008
-    """Make the merge in `file` the model `name`; the receipt has values of the live tensors `live`."""
-    global _generation
+    """Make the merge in `file` the model `name`; the receipt has values of the live tensors `live`.
+
+    And `nonce`, by which it is known to be the answer to this request.
+    """
     file, name, live = (body.get(key) for key in ("file", "name", "live"))
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise HTTPException(400, "name is no name of a merge")
@@ -72,13 +73,12 @@ def load(body: dict[str, Any] = Body(...)) -> dict[str, Any]:  # noqa: B008
     except (OSError, safetensors.SafetensorError) as error:
         raise HTTPException(400, f"{file} cannot be read: {error}") from error
     with call_queue.queue_lock:
-        _generation += 1
         _make_live(_info(path, name))
         model = sd_models.model_data.get_sd_model()
         held = getattr(getattr(model, "sd_checkpoint_info", None), "name_for_extra", None)
         return {
             "loader": _loader(),
-            "generation": _generation,
+            "nonce": str(body.get("nonce"))[:80],
             "name": held,
             "live": live_values(_tensors(model), [str(one) for one in live]),
         }
@@ -102,15 +102,21 @@ def _is_made(folder: Path) -> bool:
     return os.name == "nt" or (found.st_uid == os.getuid() and not found.st_mode & 0o077)
 
 
-def _has_room(home: Path, folder: Path, n_bytes: int) -> bool:
-    held = sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
-    return shutil.disk_usage(home).free + held > 1.05 * n_bytes
+def _has_room(folder: Path, n_bytes: int) -> bool:
+    held = 0
+    for file in folder.glob("*"):
+        with suppress(OSError):  # another run has removed it
+            held += file.stat().st_size
+    return shutil.disk_usage(folder).free + held > 1.05 * n_bytes
 
 
 def _token(folder: Path) -> str:
+    """What is in the folder's file "token", which appears whole."""
     file = folder / "token"
     if not file.is_file():
-        file.write_text(secrets.token_hex(16), encoding="ascii")
+        part = folder / f"token.{secrets.token_hex(4)}"
+        part.write_text(secrets.token_hex(16), encoding="ascii")
+        part.replace(file)
     return file.read_text(encoding="ascii")
 
 
@@ -149,6 +155,27 @@ def _loader() -> str:
     return "reForge" if hasattr(sd_models, "complete_model_teardown") else "webui"
 
 
+def _hide(info: Any) -> list[tuple[Any, str, Any]]:
+    """Have no loaded model be one of the checkpoint's file; what was changed, to be put back.
+
+    Else it is taken for what it has by versions of stable-diffusion-webui before 1.8 and by Forge
+    Classic, which cannot be told to load anew.
+    """
+    data = sd_models.model_data
+    changed = []
+    for model in (data.get_sd_model(), *getattr(data, "loaded_sd_models", ())):
+        of_file = getattr(model, "sd_checkpoint_info", None)
+        for owner, name in (
+            (model, "filename"),
+            (model, "sd_model_checkpoint"),
+            (of_file, "filename"),
+        ):
+            if getattr(owner, name, None) == info.filename and owner is not info:
+                changed.append((owner, name, info.filename))
+                setattr(owner, name, "")
+    return changed
+
+
 def _make_live(info: Any) -> None:
     """Have the webui load the checkpoint, though it may have one of that file already."""
     if _loader() == "Forge":
@@ -158,14 +185,18 @@ def _make_live(info: Any) -> None:
         sd_models.forge_model_reload()
     else:
         model = sd_models.model_data.get_sd_model()
-        if model is not None:
-            # Else it is taken for what it has: versions before 1.8 cannot be told to load anew.
-            model.sd_checkpoint_info = copy.copy(model.sd_checkpoint_info)
-            model.sd_checkpoint_info.filename = model.sd_model_checkpoint = ""
         has_force = "forced_reload" in inspect.signature(sd_models.reload_model_weights).parameters
-        sd_models.reload_model_weights(
-            model, info, **({"forced_reload": True} if has_force else {})
-        )
+        # Forge Classic takes the word and does not heed it.
+        is_heeded = has_force and not (_loader() == "webui" and hasattr(model, "filename"))
+        hidden = [] if is_heeded else _hide(info)
+        try:
+            sd_models.reload_model_weights(
+                model, info, **({"forced_reload": True} if has_force else {})
+            )
+        except BaseException:
+            for owner, name, value in hidden:
+                setattr(owner, name, value)
+            raise
         shared.opts.data["sd_model_checkpoint"] = info.title
     # What the text encoder before has made of the prompts.
     for kind in ("StableDiffusionProcessing", "StableDiffusionProcessingTxt2Img"):
@@ -199,7 +230,8 @@ def live_values(tensors: Mapping[str, torch.Tensor], names: list[str]) -> dict[s
         if name in tensors and tensors[name].numel():
             flat = tensors[name].detach().reshape(-1)
             at = [i * (len(flat) - 1) // (_N_VALUES - 1) for i in range(_N_VALUES)]
-            values = flat[torch.tensor(at, device=flat.device)].float().tolist()
+            # One by one, as tensors of eight bits cannot be indexed otherwise.
+            values = [flat[i].float().item() for i in at]
             found[name] = {"type": str(flat.dtype).removeprefix("torch."), "values": values}
     return found
 
@@ -223,5 +255,7 @@ def _begin(_: object, app: FastAPI) -> None:
         app.add_api_route(path, route, methods=["POST"], dependencies=guards)
 
 
-if hasattr(sd_models, "reload_model_weights") and hasattr(sd_models, "model_data"):
+if all(hasattr(sd_models, name) for name in _NEEDED) and any(
+    hasattr(sd_models, name) for name in _LOADERS
+):
     script_callbacks.on_app_started(_begin)

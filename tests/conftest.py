@@ -1,7 +1,13 @@
 import os
+import sys
+import tempfile
 
 # As the command line does it, before torch is imported: see cli/__init__.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Processes of pytest-xdist share the cores; each takes one.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Where it is noted which run has a server.
+if sys.platform != "win32":
+    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="bayesian-merger-tests-")

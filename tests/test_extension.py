@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import threading
@@ -40,7 +41,10 @@ class Webui:
 
     def placed(self) -> dict[str, str]:
         found: dict[str, str] = self.post("place", {"bytes": 1000}).json()
-        return found
+        token = (Path(found["folder"]) / "token").read_text()
+        assert found["token_sha256"] == hashlib.sha256(token.encode()).hexdigest()
+        assert token not in found.values()
+        return {"folder": found["folder"], "token": token}
 
 
 @pytest.fixture
@@ -63,16 +67,14 @@ def order(place: Mapping[str, str], **changes: Any) -> dict[str, Any]:
 def test_receipt_tells_of_the_model_that_is_live(tmp_path: Path, can_force: bool) -> None:
     one = Webui(tmp_path / "home", can_force=can_force)
     place = one.placed()
-    generation = 0
     for name, value in zip(NAMES, (0.25, 0.5, 0.75), strict=True):
         put(place, value)  # the same file, changed
-        receipt = one.post("load", order(place, name=name)).json()
+        receipt = one.post("load", order(place, name=name, nonce=f"of {name}")).json()
         assert receipt["loader"] == "webui"
         assert receipt["name"] == name
-        assert receipt["generation"] > generation
+        assert receipt["nonce"] == f"of {name}"
         expected = {"type": "float32", "values": [value] * 8}
         assert receipt["live"] == {U_NET: expected, TEXT: expected}
-        generation = receipt["generation"]
     assert one.loaded == NAMES
 
 

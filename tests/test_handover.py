@@ -88,7 +88,21 @@ def test_model_that_is_the_merge_is_confirmed(
     asked = handover.probes()
     live = told(load_file(handover.path), dtype)
     handover.confirm(live, asked)
-    handover.confirm({name: live[name] for name in asked[:1]}, asked)
+    some = {name.partition(".")[0]: name for name in asked}
+    assert some.keys() == {"model", "cond_stage_model"}
+    handover.confirm({name: live[name] for name in some.values()}, asked)
+
+
+@pytest.mark.parametrize(("start", "part"), [("model.", "U-Net"), ("cond_", "text encoder")])
+def test_model_of_which_a_part_is_not_told_is_not(
+    merger: Merger, tmp_path: Path, start: str, part: str
+) -> None:
+    handover = Handover(tmp_path / "live.safetensors")
+    handover.put(merged(merger, 0.3))
+    asked = handover.probes()
+    live = told(load_file(handover.path), torch.float16)
+    with pytest.raises(TrialError, match=f"does not tell of its model's {part}"):
+        handover.confirm({n: x for n, x in live.items() if not n.startswith(start)}, asked)
 
 
 @pytest.mark.parametrize("block", ["base", "IN00", "OUT11"])

@@ -25,6 +25,7 @@ A1111, OLD, FORGE, NEXT = "webui 1.10.1", "webui 1.8.0", "Forge", "SD.Next"
 KINDS = (A1111, OLD, FORGE, NEXT)
 _SAMPLERS = ("Euler", "Euler a", "DPM++ 2M", "UniPC")
 _OLD_SAMPLERS = ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras", "UniPC")
+_DEFAULTS = {"sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1, "sd_unet": "Automatic"}
 _SCHEDULERS = ("Automatic", "Karras", "Exponential", "SGM Uniform")
 _FIELDS = (
     *(
@@ -72,6 +73,10 @@ class FakeWebUI(FakeServer):
         self.live: dict[str, Mapping[str, Tensor]] = {}
         self.extension = webui(home, self._made_live, can_force=kind != OLD)[0] if home else None
         self.interrupted = False
+        # Settings that its file has, and those that each image was made with.
+        self.settings: dict[str, Any] = {}
+        self.made_with: list[Mapping[str, Any]] = []
+        self.loras: list[str] = ["detail"]
         self.changed: dict[str, Any] = {"samples_format": "jpg"}
         self.serve(port)
 
@@ -111,6 +116,10 @@ class FakeWebUI(FakeServer):
             "upscalers": lambda _: (200, [{"name": "None"}, {"name": "R-ESRGAN 4x+"}]),
             "latent-upscale-modes": lambda _: (200, [{"name": "Latent"}]),
             "prompt-styles": lambda _: (200, [{"name": "moody"}]),
+            "loras": lambda _: (200, [{"name": one, "alias": one} for one in self.loras]),
+            "refresh-loras": self._refreshed,
+            "sd-vae": lambda _: (200, [{"model_name": "bright.vae.pt"}]),
+            "refresh-vae": self._refreshed,
             "scripts": lambda _: (200, {"txt2img": ["controlnet"], "img2img": []}),
             "refresh-checkpoints": self._refreshed,
             "txt2img": self._image,
@@ -160,10 +169,11 @@ class FakeWebUI(FakeServer):
                 return 200, dict(self.changed)
             return 200, {
                 "sd_model_checkpoint": self._title(self.chosen),
-                "sd_vae": "Automatic",
-                "CLIP_stop_at_last_layers": 1,
+                **_DEFAULTS,
+                **self.settings,
                 **own,
             }
+        self.settings |= {name: value for name, value in body.items() if name in _DEFAULTS}
         if (title := body.get("sd_model_checkpoint")) is not None:
             name = next((n for n in self._files if self._title(n) == title or n == title), None)
             if name is None:
@@ -213,6 +223,14 @@ class FakeWebUI(FakeServer):
     def _image(self, body: Any) -> Answer:
         self.bodies.append(body)
         self.loaded = self.chosen
+        overridden = body.get("override_settings") or {}
+        if self.kind != NEXT and not overridden.keys() <= _DEFAULTS.keys():
+            return 500, {"error": "KeyError", "errors": "no such setting"}
+        # What its file lacks is not put back.
+        before = {name: x for name, x in self.settings.items() if name in overridden}
+        self.settings |= overridden
+        self.made_with.append({**_DEFAULTS, **self.settings})
+        self.settings |= before
         sampler, scheduler = body["sampler_name"], body.get("scheduler", "Automatic")
         if self.kind != OLD and sampler.endswith(" Karras"):
             sampler, scheduler = sampler.removesuffix(" Karras"), "Karras"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
+from platformdirs import user_state_path
 
+from bayesian_merger.checkpoint import require_space
 from bayesian_merger.data import Recipe
 from bayesian_merger.errors import ConfigError, RunError, TrialError
-from bayesian_merger.guard import JOURNAL, STEM, Guard, journal_of, leave_folder, sweep
+from bayesian_merger.guard import JOURNAL, STEM, Former, Guard, clear, journal_of, sweep
 from bayesian_merger.handover import Handed, Handover
 from bayesian_merger.server import Refused, Server, Strange
 
@@ -24,17 +27,19 @@ Ask = Callable[..., Any]
 
 API = "/sdapi/v1"
 _EXTENSION = "/bayesian-merger/v1"
+_NOTHING = Former()
 
 
 class Claim:
-    """The folder of our merges for a server, which one run has at a time.
+    """A server, which one run of this user has at a time, whatever way its merges take.
 
-    If this process is killed, a guard gives the server its settings back and empties the folder.
+    If this process is killed, a guard gives the server what it had and empties `folder`.
     """
 
-    def __init__(self, folder: Path, url: str, auth_env: str, verify: bool, wait_s: float) -> None:
-        self.folder = folder
-        self._url, self._options = url, (auth_env, verify, wait_s)
+    def __init__(self, server: Server, folder: Path) -> None:
+        self._server, self._folder = server, folder
+        # On a disk, and not among the merges, which may lie in memory.
+        self._home = user_state_path("bayesian-merger", appauthor=False) / "servers" / server.key
         self._lock: FileLock | None = None
         self._guard: Guard | None = None
         self._token = ""
@@ -44,41 +49,54 @@ class Claim:
         """Whether the guard is there."""
         return self._guard is not None
 
-    def take(self) -> Mapping[str, Any]:
-        """Have the folder, and what its journal says of the run before.
+    def take(self) -> Former:
+        """Have the server; what the run before has noted of it, if that did not give it back.
 
-        ConfigError if another run has it, or if it cannot be written.
+        ConfigError if another run has it, or if nothing can be noted.
         """
         try:
-            self.folder.mkdir(exist_ok=True)
+            self._home.mkdir(parents=True, exist_ok=True)
             if not self._lock:
-                lock = FileLock(self.folder / ".lock")
+                lock = FileLock(self._home / ".lock")
                 lock.acquire(timeout=0)
                 self._lock = lock
-            # First of all, so that the guard of a run before leaves the folder alone.
-            before, self._token = journal_of(self.folder), secrets.token_hex(8)
+            # First of all, so that the guard of a run before leaves the server alone.
+            before, self._token = _former(journal_of(self._home)), secrets.token_hex(8)
             self._note(before)
         except Timeout:
             raise ConfigError(
-                f"{self.folder}: another run has the server at {self._url}; wait for it or stop it"
+                f"another run has the server at {self._server.url}; wait for it or stop it"
             ) from None
         except OSError as error:
-            raise ConfigError(f"{self.folder}: cannot be written ({error.strerror})") from error
+            raise ConfigError(f"{self._home}: cannot be written ({error.strerror})") from error
         return before
 
-    def watch(self, path: str = "", settings: Mapping[str, str] | None = None) -> None:
-        """Empty the folder and note the settings, which are posted to `path` if we are killed."""
-        settings = settings or {}
-        self._note(settings)
-        sweep(self.folder)
-        self._guard = Guard(self._url, path, settings, self.folder, self._token, *self._options)
+    def watch(self, former: Former = _NOTHING) -> None:
+        """Empty the folder and note what the server had, which it gets if we are killed."""
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self._folder}: cannot be made ({error.strerror})") from error
+        self._note(former)
+        sweep(self._folder)
+        of = self._server
+        self._guard = Guard(
+            of.url,
+            former,
+            self._folder,
+            self._home,
+            self._token,
+            of.auth_env,
+            of.verify,
+            of.wait_s,
+        )
 
     def leave(self) -> None:
-        """Nothing is to be given back any more: empty the folder, for anybody to have it."""
+        """Nothing is to be given back any more: empty the folder, for anybody to have the server."""
         if self._guard:
             self._guard.dismiss()
+        clear(self._folder, self._home)
         self._end()
-        leave_folder(self.folder)
 
     def abandon(self) -> None:
         """Leave it to the guard, or to the next run."""
@@ -92,9 +110,16 @@ class Claim:
             self._lock.release()
             self._lock = None
 
-    def _note(self, journal: Mapping[str, Any]) -> None:
-        text = json.dumps({**journal, "token": self._token})
-        (self.folder / JOURNAL).write_text(text, encoding="utf-8")
+    def _note(self, former: Former) -> None:
+        text = json.dumps({**former._asdict(), "url": self._server.url, "token": self._token})
+        (self._home / JOURNAL).write_text(text, encoding="utf-8")
+
+
+def _former(journal: Mapping[str, Any]) -> Former:
+    """What a journal says that the server had."""
+    found = (journal.get("settings"), journal.get("options"))
+    settings, options = ({**one} if isinstance(one, dict) else {} for one in found)
+    return Former(str(journal.get("path", "")), settings, options)
 
 
 class Delivery(Protocol):
@@ -102,6 +127,10 @@ class Delivery(Protocol):
 
     folder: Path
     name: str | None
+
+    def require(self, n_bytes: int) -> None:
+        """CheckpointError or ConfigError if there is no room for a merge of so many bytes."""
+        ...
 
     def bring(self, recipe: Recipe, merged: Handed) -> None:
         """Have the server make its images by the merge.
@@ -122,12 +151,15 @@ class Delivery(Protocol):
 class ByFile:
     """A file in the server's folder of checkpoints, which it is told to choose."""
 
-    def __init__(self, url: str, models_dir: Path, ask: Ask) -> None:
-        place = hashlib.sha256(url.encode()).hexdigest()[:8]
-        self.folder = models_dir / f"{STEM}{place}"
+    def __init__(self, server: Server, models_dir: Path, ask: Ask) -> None:
+        self.folder = models_dir / f"{STEM}{server.key}"
         self.name: str | None = None
-        self._url, self._ask = url, ask
+        self._url, self._ask = server.url, ask
         self._held: Path | None = None
+
+    def require(self, n_bytes: int) -> None:
+        # The merge before stays until the server has taken the next.
+        require_space(self.folder / f"{STEM}.safetensors", 2 * n_bytes)
 
     def bring(self, recipe: Recipe, merged: Handed) -> None:
         path = self.folder / f"{STEM}{recipe.digest()}.safetensors"
@@ -168,17 +200,23 @@ class ByFile:
 class IntoMemory:
     """A file that our extension in the server loads from memory; it tells what the model then is."""
 
-    def __init__(self, folder: Path, token: str, ask: Ask) -> None:
-        self.folder = folder
+    def __init__(self, server: Server, offer: Offer, ask: Ask) -> None:
+        assert offer.folder
+        self.folder = offer.folder
         self.name: str | None = None
-        self._token, self._ask = token, ask
+        self._server, self._token, self._ask = server, offer.token, ask
         self._file: Handover | None = None
-        self._generation = 0
+
+    def require(self, n_bytes: int) -> None:
+        if fault := offered(self._server, n_bytes).fault:
+            raise ConfigError(f"the server has no place for a merge: {fault}")
 
     def bring(self, recipe: Recipe, merged: Handed) -> None:
         name = f"{STEM}{recipe.digest()}"
         if self.name != name:
             self.name = None
+            if not self.folder.is_dir():
+                self._renew(merged)
             if self._file is None:
                 self._file = Handover(self.folder / f"{STEM}{self._token[:16]}.safetensors")
             self._file.put(merged)
@@ -194,19 +232,29 @@ class IntoMemory:
             self._file.close()
         self._file = self.name = None
 
+    def _renew(self, merged: Handed) -> None:
+        """Have the folder made again, which somebody has removed; RunError if it is not."""
+        self.forget()
+        offer = offered(self._server, size_of(merged))
+        if offer.folder != self.folder:
+            raise RunError(
+                f"{self.folder} is gone, and with it the place for merges; {offer.fault}"
+            )
+        self._token = offer.token
+
     def _load(self, name: str) -> None:
         """TrialError if the receipt is not that of the merge."""
         assert self._file is not None
-        live = self._file.probes()
-        order = {"token": self._token, "file": self._file.path.name, "name": name, "live": live}
+        live, nonce = self._file.probes(), secrets.token_hex(8)
+        file = {"token": self._token, "file": self._file.path.name}
+        order = {**file, "name": name, "nonce": nonce, "live": live}
         receipt = self._ask("post", f"{_EXTENSION}/load", order)
         receipt = receipt if isinstance(receipt, dict) else {}
-        generation = receipt.get("generation")
         if receipt.get("name") != name:
-            raise TrialError(f"the server did not take the merge, it has {receipt.get('name')}")
-        if not isinstance(generation, int) or generation <= self._generation:
-            raise TrialError(f"the server's receipt is an old one, number {generation}")
-        self._generation = generation
+            told = str(receipt.get("name"))[:80]
+            raise TrialError(f"the server did not take the merge, it has {told}")
+        if receipt.get("nonce") != nonce:
+            raise TrialError("the server's receipt is not of this merge, but an old one")
         self._file.confirm(receipt.get("live"), live)
 
 
@@ -219,9 +267,18 @@ class Offer(NamedTuple):
     fault: str = ""
 
 
-def offered(server: Server, shapes: Mapping[str, tuple[int, ...]]) -> Offer:
-    """Ask for a place for merges of two bytes a value; nothing and no fault without our extension."""
-    n_bytes = 2 * sum(math.prod(shape) for shape in shapes.values())
+def is_of_network(path: Path) -> bool:
+    """Whether Windows would ask another machine for it, and tell that who we are."""
+    return str(path).startswith(("\\\\", "//"))
+
+
+def size_of(merged: Handed) -> int:
+    """The bytes of a merge's tensors."""
+    return sum(entry.n_bytes for entry in merged.layout.values())
+
+
+def offered(server: Server, n_bytes: int) -> Offer:
+    """Ask for a place for so many bytes; nothing and no fault without our extension."""
     try:
         found = server.look(f"{_EXTENSION}/place", {"bytes": n_bytes})
     except Refused as error:
@@ -229,14 +286,25 @@ def offered(server: Server, shapes: Mapping[str, tuple[int, ...]]) -> Offer:
     except Strange:
         return Offer()
     found = found if isinstance(found, dict) else {}
-    folder, token = Path(str(found.get("folder"))), str(found.get("token"))
-    is_place = folder.is_absolute() and re.fullmatch(r"bayesian-merger-[0-9a-f]{8}", folder.name)
-    if not is_place or not re.fullmatch(r"[0-9a-f]{32}", token):
+    folder = Path(str(found.get("folder")))
+    is_near = folder.is_absolute() and not is_of_network(folder)
+    if not (is_near and re.fullmatch(r"bayesian-merger-[0-9a-f]{8}", folder.name)):
         return Offer(fault="its answer names no place for merges")
-    try:
-        is_here = (folder / "token").read_text(encoding="ascii") == token
-    except (OSError, ValueError):
-        is_here = False
-    if not is_here:
-        return Offer(fault=f"its folder {folder} cannot be seen from here")
+    token = _token_in(folder)
+    if not token or hashlib.sha256(token.encode()).hexdigest() != found.get("token_sha256"):
+        return Offer(fault=f"its folder {folder} cannot be seen from here, or is another's")
     return Offer(folder, token, str(found.get("loader"))[:40])
+
+
+def _token_in(folder: Path) -> str:
+    """What is in the file "token" of a folder of this user's alone; nothing if it is another's."""
+    file = folder / "token"
+    try:
+        of_folder, of_file = folder.lstat(), file.lstat()
+        if not (stat.S_ISDIR(of_folder.st_mode) and stat.S_ISREG(of_file.st_mode)):
+            return ""
+        if os.name != "nt" and (of_folder.st_uid != os.getuid() or of_folder.st_mode & 0o077):
+            return ""
+        return file.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return ""

@@ -19,10 +19,10 @@ import urllib.request
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 JOURNAL = "server.json"
-"""What the server had before, and whose the folder is, in the folder of the merges."""
+"""What the server had before, and which run has it, in the server's folder of ours."""
 
 STEM = "bayesian-merger-"
 _OURS = re.compile(rf"\.?{STEM}[0-9a-f]{{16}}\.safetensors(\.\d+\.part)?")
@@ -31,19 +31,30 @@ _TIMEOUT_S, _PAUSE_S = 600.0, 2.0
 _left: list[subprocess.Popen[str]] = []
 
 
-class Guard:
-    """Posts `settings` to `path` of the server when this process ends, and sweeps the folder.
+class Former(NamedTuple):
+    """What a server had before a run, and where it is posted to.
 
-    Unless the journal in the folder has another `token` by then: another run has begun there.
-    `auth_env` and `verify` are those of `Server`; a server that is away is tried for `wait_s`.
+    Of `settings`, its checkpoint, it must say itself that it has them again; `options` are posted too.
+    """
+
+    path: str = ""
+    settings: Mapping[str, str] = {}
+    options: Mapping[str, Any] = {}
+
+
+class Guard:
+    """Gives the server what it had when this process ends, and removes the merges in `folder`.
+
+    Unless the journal in `home` has another `token` by then: another run has begun. `auth_env` and
+    `verify` are those of `Server`; a server that is away is tried for `wait_s`.
     """
 
     def __init__(
         self,
         url: str,
-        path: str,
-        settings: Mapping[str, str],
+        former: Former,
         folder: Path,
+        home: Path,
         token: str,
         auth_env: str,
         verify: bool,
@@ -51,9 +62,11 @@ class Guard:
     ) -> None:
         order = {
             "url": url,
-            "path": path,
-            "settings": dict(settings),
+            "path": former.path,
+            "settings": dict(former.settings),
+            "options": dict(former.options),
             "folder": str(folder.absolute()),
+            "home": str(home.absolute()),
             "token": token,
             "auth_env": auth_env,
             "verify": verify,
@@ -144,19 +157,19 @@ def sweep(folder: Path, keep: Path | None = None) -> None:
                     file.unlink()
 
 
-def leave_folder(folder: Path) -> None:
-    """Remove all that is ours, and the folder if nothing else is in it."""
+def clear(folder: Path, home: Path) -> None:
+    """Remove our merges, their folder if nothing else is in it, and the journal."""
     sweep(folder)
     with suppress(OSError):
-        (folder / JOURNAL).unlink(missing_ok=True)
-        (folder / ".lock").unlink(missing_ok=True)
         folder.rmdir()
+    with suppress(OSError):
+        (home / JOURNAL).unlink(missing_ok=True)
 
 
-def journal_of(folder: Path) -> Mapping[str, Any]:
-    """What the journal in the folder says; nothing if there is none that can be read."""
+def journal_of(home: Path) -> Mapping[str, Any]:
+    """What the journal says; nothing if there is none that can be read."""
     try:
-        found = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        found = json.loads((home / JOURNAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -169,21 +182,29 @@ def watch(orders: IO[str]) -> None:
         order = json.loads(line)
     if not order:
         return
-    folder = Path(order["folder"])
+    folder, home = Path(order["folder"]), Path(order["home"])
     end = time.monotonic() + order["wait_s"]
-    while journal_of(folder).get("token") == order["token"]:
+
+    def is_ours() -> bool:
+        return bool(journal_of(home).get("token") == order["token"])
+
+    while is_ours():
         if _has_given_back(order):
-            if journal_of(folder).get("token") == order["token"]:
-                leave_folder(folder)
+            if is_ours():
+                clear(folder, home)
             return
         if time.monotonic() > end:
-            return  # the next run does it
+            sweep(folder)  # the rest is for the next run to do
+            return
         time.sleep(_PAUSE_S)
 
 
 def _has_given_back(order: Mapping[str, Any]) -> bool:
     """Whether the server has the settings, as it says itself."""
     settings = order["settings"]
+    with suppress(OSError, ValueError):
+        if order["options"]:
+            _asked(order, order["options"])
     if not settings:
         return True
     for wanted in spellings(settings):

@@ -20,6 +20,11 @@ from bayesian_merger.errors import TrialError
 N_VALUES = 8
 """How many values of a tensor a receipt has: the first, the last, and between them."""
 
+_PARTS = {
+    "U-Net": ("model.diffusion_model.",),
+    "text encoder": ("cond_stage_model.", "conditioner."),
+}
+
 # Types that a server may keep a model in, and the share of a value by which its rounding may differ.
 _LIVE = {
     "float32": (torch.float32, 0.0),
@@ -79,15 +84,20 @@ class Handover:
         """Compare what a server says of its live tensors with the merge; TrialError if it is another.
 
         `live` holds name -> {"type": "float16", "values": [...]} for what was asked, as far as the
-        server's model has such tensors.
+        server's model has such tensors; of each part that the merge moves one at least.
         """
         told = live if isinstance(live, dict) else {}
         known = {name: told[name] for name in asked if isinstance(told.get(name), dict)}
         for name, entry in known.items():
             if not self._is_alike(name, entry):
                 raise TrialError(f"the server's model is not the merge: tensor {name!r} differs")
-        if asked and not known:
-            raise TrialError(f"the server does not tell of its model's tensors ({asked[0]!r})")
+        for part, starts in _PARTS.items():
+            names = [name for name in asked if name.startswith(starts)]
+            if names and not known.keys() & set(names):
+                raise TrialError(
+                    f"the server does not tell of its model's {part} ({names[0]!r}), so it may not be "
+                    f"the merge's"
+                )
 
     def close(self) -> None:
         """Let go of the file, which stays."""

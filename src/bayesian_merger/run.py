@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ _TELL_EVERY = 5
 # So many images of merges whose weights differ by more on average are not the same by chance.
 _TELLING, _NEAR = 3, 0.1
 _MOST_COMPROMISES = 8
+_T = TypeVar("_T")
 
 
 class Observer(Protocol):
@@ -131,24 +132,26 @@ def judge(
     trial.spend(merge=time.monotonic() - start)
     pieces = _followed(setup, todo, yardstick) if yardstick else _plain(setup, panel, done)
     faults: list[str] = []
-    for (samples, slopes, fault), scores, spent in _scored(setup, pieces):
-        fresh = sum(sample.prompt in todo for sample in samples)
-        for sample, found in zip(samples, scores, strict=True):
-            if sample.prompt.index not in trial.scores:
-                if keep:
-                    save_image(sample, keep / f"{sample.prompt.index:03}.png")
-                made_of = sample.prompt.to_dict() if sample.prompt.index >= FRESH else None
-                trial.record(sample.prompt.index, found, digest_of(sample.image), made_of)
-        if slopes is not None:
-            # Last: what has slopes has all.
-            trial.follow([sample.prompt.index for sample in samples], slopes)
-        if fault:
-            trial.unfollowed(fault)
-            faults += [fault] * len(samples)
-        trial.spend(**spent)
-        observer.judged(fresh, made=True)
-        if yardstick and trial.fault:
-            raise TrialError(trial.fault)
+    # Whatever fails, no image is made any more afterwards: an error keeps what it passes alive.
+    with closing(_scored(setup, pieces)) as scored:
+        for (samples, slopes, fault), scores, spent in scored:
+            fresh = sum(sample.prompt in todo for sample in samples)
+            for sample, found in zip(samples, scores, strict=True):
+                if sample.prompt.index not in trial.scores:
+                    if keep:
+                        save_image(sample, keep / f"{sample.prompt.index:03}.png")
+                    made_of = sample.prompt.to_dict() if sample.prompt.index >= FRESH else None
+                    trial.record(sample.prompt.index, found, digest_of(sample.image), made_of)
+            if slopes is not None:
+                # Last: what has slopes has all.
+                trial.follow([sample.prompt.index for sample in samples], slopes)
+            if fault:
+                trial.unfollowed(fault)
+                faults += [fault] * len(samples)
+            trial.spend(**spent)
+            observer.judged(fresh, made=True)
+            if yardstick and trial.fault:
+                raise TrialError(trial.fault)
     if faults:
         what = f"{trial.name} was judged without its gradient"
         if any(piece.by for piece in trial.result().slopes):
@@ -164,13 +167,14 @@ class _Scored(NamedTuple):
     spent: Mapping[str, float]
 
 
-def _scored(setup: Setup, pieces: Iterator[_Piece]) -> Iterator[_Scored]:
+def _scored(setup: Setup, pieces: Generator[_Piece, None, None]) -> Generator[_Scored, None, None]:
     """The pieces with their scores; while one is scored the next is made, if that is done elsewhere."""
     made = _timed(pieces)
     if not getattr(setup.backend, "is_remote", False):
-        yield from (_score_of(setup, *one) for one in made)
+        with closing(pieces):
+            yield from (_score_of(setup, *one) for one in made)
         return
-    with ThreadPoolExecutor(1) as scoring:
+    with closing(pieces), ThreadPoolExecutor(1) as scoring:
         waiting: Future[_Scored] | None = None
         while True:
             try:
@@ -224,7 +228,7 @@ def _judge_and_follow(
     observer.noted(f"{trial.name} was judged without its gradient: {reason}")
 
 
-def _plain(setup: Setup, panel: Sequence[Prompt], done: Set[int]) -> Iterator[_Piece]:
+def _plain(setup: Setup, panel: Sequence[Prompt], done: Set[int]) -> Generator[_Piece, None, None]:
     """Images in batches, without those batches that are done.
 
     The panel is cut at the same places whatever is missing, so that each image repeats exactly. One that
@@ -238,18 +242,35 @@ def _plain(setup: Setup, panel: Sequence[Prompt], done: Set[int]) -> Iterator[_P
             yield _Piece(_generate(setup, batch), None)
 
 
-def _one_by_one(setup: Setup, prompts: Sequence[Prompt]) -> Iterator[_Piece]:
-    """Images as they come, in order; TrialError if any is not to be had."""
-    samples = setup.backend.generate(prompts)
-    for i, prompt in enumerate(prompts):
-        with _no_value("the back end", passing=_NOT_OF_ONE_TRIAL):
-            sample = next(samples, None)
-        if sample is None or sample.prompt.index != prompt.index:
-            raise TrialError(f"the back end made {i} images for {len(prompts)} prompts, or others")
-        yield _Piece([sample], None)
+def _one_by_one(setup: Setup, prompts: Sequence[Prompt]) -> Generator[_Piece, None, None]:
+    """Images as they come; TrialError if any is not to be had."""
+    waiting = {prompt.index for prompt in prompts}
+    with _ended(setup.backend.generate(prompts)) as samples:
+        while waiting:
+            with _no_value("the back end", passing=_NOT_OF_ONE_TRIAL):
+                sample = next(samples, None)
+            if sample is None or sample.prompt.index not in waiting:
+                n_made = len(prompts) - len(waiting)
+                raise TrialError(
+                    f"the back end made {n_made} images for {len(prompts)} prompts, or others"
+                )
+            waiting.remove(sample.prompt.index)
+            yield _Piece([sample], None)
 
 
-def _followed(setup: Setup, prompts: Sequence[Prompt], yardstick: Yardstick) -> Iterator[_Piece]:
+@contextmanager
+def _ended(samples: Iterator[_T]) -> Iterator[Iterator[_T]]:
+    """An iterator that makes nothing more afterwards, if it is a generator."""
+    try:
+        yield samples
+    finally:
+        if isinstance(samples, Generator):
+            samples.close()
+
+
+def _followed(
+    setup: Setup, prompts: Sequence[Prompt], yardstick: Yardstick
+) -> Generator[_Piece, None, None]:
     """Images in pieces, with the derivative of their mean value by each parameter."""
     engine, scorers = setup.backend, setup.scorers
     assert isinstance(engine, Differentiable)
@@ -263,18 +284,19 @@ def _followed(setup: Setup, prompts: Sequence[Prompt], yardstick: Yardstick) -> 
             total = total + factor * scores.to(total)
         return total
 
-    pieces = engine.follow(prompts, value, setup.space.searched, setup.plan.last)
-    while True:
-        with _no_value("the gradient", passing=_NOT_OF_ONE_TRIAL):
-            piece = next(pieces, None)
-        if piece is None:
-            return
-        slopes, fault = setup.space.slopes(piece.slopes), piece.fault
-        for name, slope in slopes.items():
-            if not abs(slope) < MOST_SCORE:
-                fault = f"the slope by {name} is {slope}"
-        # Of a score that does not depend on the merge there is nothing to follow.
-        yield _Piece(piece.samples, slopes if any(slopes.values()) and not fault else {}, fault)
+    with _ended(engine.follow(prompts, value, setup.space.searched, setup.plan.last)) as pieces:
+        while True:
+            with _no_value("the gradient", passing=_NOT_OF_ONE_TRIAL):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            slopes, fault = setup.space.slopes(piece.slopes), piece.fault
+            for name, slope in slopes.items():
+                if not abs(slope) < MOST_SCORE:
+                    fault = f"the slope by {name} is {slope}"
+            # Of a score that does not depend on the merge there is nothing to follow.
+            known = slopes if any(slopes.values()) and not fault else {}
+            yield _Piece(piece.samples, known, fault)
 
 
 def _differentiable(judge_of: Scorer, pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
@@ -412,7 +434,9 @@ def _judged_baselines(
                 if not doubtful.is_complete:
                     doubtful.fail(str(error))
             what = "baseline" if stage == "baseline" else "held-out"
-            raise RunError(f"{what} {trial.name} cannot be judged: {error}") from error
+            raise RunError(
+                f"{what} {trial.name} cannot be judged: {error}; the same command tries it again"
+            ) from error
     return trials
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
 import re
 import ssl
+import threading
 import time
 from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any
@@ -98,7 +100,8 @@ class Server:
     `wait_for_server` ("10m", or a number of seconds), another answer of 5xx three times, "too many
     requests" (429) for two minutes, another of 4xx never. Nor is one that takes longer than `timeout_s`,
     which the server may still be at. `n_lost` counts the losses. The environment variable `auth_env`
-    may hold "user:password" or "Bearer TOKEN".
+    may hold "user:password" or "Bearer TOKEN". `key` tells servers apart, however their address is
+    written.
     """
 
     def __init__(
@@ -138,9 +141,15 @@ class Server:
             raise ConfigError(
                 f"the environment variable {auth_env} holds no token that can be sent"
             )
-        self.url, self.auth_env = str(address), auth_env
+        self.url, self.auth_env, self.verify = str(address), auth_env, verify
+        near = ("localhost", "127.0.0.1", "::1")
+        host = near[0] if address.host in near else address.host
+        port = address.port or {"http": 80, "https": 443}[address.scheme]
+        where = f"{host}:{port}{address.path}"
+        self.key = hashlib.sha256(where.encode()).hexdigest()[:8]
         self.n_lost = 0
-        self._header, self._verify = header, verify
+        self._header = header
+        self._has_given_up = threading.Event()
         self.wait_s = _seconds(wait_for_server, "backend.wait_for_server")
         self._timeout_s = timeout_s
         self._client = httpx.Client(
@@ -182,7 +191,7 @@ class Server:
         context = None
         if scheme == "https":
             context = ssl.create_default_context()
-            if not self._verify:
+            if not self.verify:
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
             return Events(
@@ -203,6 +212,10 @@ class Server:
             _log.info("%s has no websocket: %s", self.url, one_line(error))
             return None
 
+    def give_up(self) -> None:
+        """From now on, wait no more for a server that is away; may be called by another thread."""
+        self._has_given_up.set()
+
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
@@ -211,7 +224,10 @@ class Server:
         pause, refusals, lost_at = _PAUSE_S, 0, None
         while True:
             try:
-                return self._once(method, path, body, raw)
+                found = self._once(method, path, body, raw)
+                if lost_at is not None and self.wait_s:
+                    _log.warning("%s is back", self.url)
+                return found
             except _Lost as error:
                 if lost_at is None:
                     lost_at = time.monotonic()
@@ -219,7 +235,8 @@ class Server:
                     if self.wait_s:
                         text = "%s is away (%s); it is waited for, up to %.0f s"
                         _log.warning(text, self.url, error, self.wait_s)
-                if time.monotonic() - lost_at + pause > self.wait_s:
+                waited = time.monotonic() - lost_at
+                if waited + pause > self.wait_s or self._has_given_up.is_set():
                     raise RunError(
                         f"the server at {self.url} has gone away ({error}); start it, and give the same "
                         f"command again"
@@ -230,7 +247,7 @@ class Server:
                     pause = _LONGEST_PAUSE_S
                 elif error.status < 500 or refusals >= _AGAIN:
                     raise
-            time.sleep(pause)
+            self._has_given_up.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def _once(self, method: str, path: str, body: Any, raw: bool = False) -> Any:

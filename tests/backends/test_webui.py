@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from bayesian_merger import outcome as outcomes
 from bayesian_merger import server as module
 from bayesian_merger.backends.webui import WebUI
 from bayesian_merger.data import Outcome, Prompt
-from bayesian_merger.errors import ConfigError, RunError, TrialError
+from bayesian_merger.errors import CheckpointError, ConfigError, RunError, TrialError
 from bayesian_merger.setup import Setup
 from bayesian_merger.study import Trial
 
@@ -107,9 +108,8 @@ def loaded(folder: Path, fake: FakeWebUI, *overrides: str, name: str = "even") -
 
 
 def payload(folder: Path, text: str) -> None:
-    (folder / "portrait.toml").write_text(
-        f'prompt = "a portrait"\nwidth = 64\nheight = 64\n{text}\n'
-    )
+    prompt = "" if text.startswith("prompt") else 'prompt = "a portrait"\n'
+    (folder / "portrait.toml").write_text(f"{prompt}width = 64\nheight = 64\n{text}\n")
 
 
 def ours(folder: Path) -> list[str]:
@@ -216,6 +216,12 @@ def test_samplers_go_by_the_names_that_the_server_has(
         (A1111, 'enable_hr = true\nhr_upscaler = "Latnt"', "no upscaler 'Latnt'"),
         (A1111, 'enable_hr = true\nhr_sampler_name = "Eulr"', "no sampler 'Eulr'"),
         (A1111, 'enable_hr = true\nhr_scheduler = "Karas"', "no scheduler 'Karas'"),
+        (A1111, 'prompt = "a <lora:detial:0.7> lake"', "no LoRA 'detial'; did you mean 'detail'"),
+        (
+            A1111,
+            'override_settings = { sd_vae = "brght.vae.pt" }',
+            "no VAE 'brght.vae.pt'; did you",
+        ),
         (A1111, "alwayson_scripts = { controlnett = {} }", "no script 'controlnett'"),
         (A1111, "tilling = true", "no field 'tilling'; did you mean 'tiling'"),
         (A1111, "send_images = false", "leave out send_images, the images are needed"),
@@ -243,6 +249,64 @@ def test_what_the_server_lacks_is_said_before_the_run(
     payload(folder, text)
     with pytest.raises(ConfigError, match=said):
         ready(folder, begin(kind))
+
+
+def test_list_that_is_empty_is_a_list(folder: Path, begin: Begin) -> None:
+    payload(folder, 'styles = ["moody"]')
+    fake = begin()
+    fake.twist = lambda path, body, answer: (200, []) if path.endswith("prompt-styles") else answer
+    with pytest.raises(ConfigError, match="no style 'moody'"):
+        ready(folder, fake)
+
+
+def test_what_has_come_since_the_server_was_started_is_found(folder: Path, begin: Begin) -> None:
+    payload(folder, 'prompt = "a <lora:new:1> lake"')
+    fake = begin()
+
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        fake.loras += ["new"] * path.endswith("refresh-loras")
+        return answer
+
+    fake.twist = twist
+    ready(folder, fake).backend.close()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [("sd_unet", "a U-Net of its own"), ("sd_text_encoder", "a text encoder of its own")],
+)
+def test_server_that_puts_its_own_part_into_every_model_is_refused(
+    folder: Path, begin: Begin, setting: str, said: str
+) -> None:
+    fake = begin()
+    fake.twist = lambda path, body, answer: (
+        (200, {**answer[1], setting: "fast.trt"}) if path.endswith("options") else answer
+    )
+    with pytest.raises(ConfigError, match=f"{said} .*, fast.trt; choose None as .*{setting}"):
+        ready(folder, fake)
+
+
+@pytest.mark.parametrize("before", [{}, {"CLIP_stop_at_last_layers": 1}])
+@pytest.mark.parametrize("kind", [A1111, NEXT])
+def test_setting_that_a_payload_overrides_is_its_own(
+    folder: Path, begin: Begin, kind: str, before: dict[str, int]
+) -> None:
+    """A webui does not put back what its file of settings lacks."""
+    payload(folder, "override_settings = { CLIP_stop_at_last_layers = 2 }")
+    fake = begin(kind)
+    fake.settings = dict(before)
+    start(folder, fake)
+    clip_skips: dict[str, set[int]] = {}
+    for body, used in zip(fake.bodies, fake.made_with, strict=True):
+        clip_skips.setdefault(body["prompt"], set()).add(used["CLIP_stop_at_last_layers"])
+    if kind == A1111:
+        assert clip_skips == {"a portrait": {2}, "a lake": {1}}
+        assert fake.settings["CLIP_stop_at_last_layers"] == 1
+    else:  # which puts it back, and tells only of what was ever changed
+        assert all(
+            body.get("override_settings") in (None, {"CLIP_stop_at_last_layers": 2})
+            for body in fake.bodies
+        )
 
 
 @pytest.mark.parametrize(
@@ -355,11 +419,25 @@ def test_answer_that_is_no_image_fails_the_trial(
     chosen.backend.close()
 
 
-def test_image_that_the_user_interrupts_fails_the_trial(folder: Path, begin: Begin) -> None:
+def test_image_that_the_user_interrupts_is_made_again(folder: Path, begin: Begin) -> None:
+    fake = begin()
+    chosen = loaded(folder, fake)
+
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        fake.interrupted = len(fake.bodies) < 2
+        return answer
+
+    fake.twist = twist
+    assert len(list(chosen.backend.generate(chosen.panel[:1]))) == 1
+    assert len(fake.bodies) == 2
+    chosen.backend.close()
+
+
+def test_image_that_is_interrupted_each_time_fails_the_trial(folder: Path, begin: Begin) -> None:
     fake = begin()
     chosen = loaded(folder, fake)
     fake.interrupted = True
-    with pytest.raises(TrialError, match="interrupted in the webui"):
+    with pytest.raises(TrialError, match="images are interrupted again and again"):
         list(chosen.backend.generate(chosen.panel[:1]))
     chosen.backend.close()
 
@@ -566,21 +644,24 @@ def test_checkpoint_of_the_server_is_given_back_when_the_run_is_killed(
     folder: Path, begin: Begin, whom: str, way: str
 ) -> None:
     """By its guard, or if that was killed too, by the next run."""
+    payload(folder, "override_settings = { CLIP_stop_at_last_layers = 2 }")
     fake = begin(auth="me:secret", home=folder / "home" if way == "memory" else None)
     command = [sys.executable, "-c", KILLED, str(folder), f"backend.url={fake.url}", whom]
     secret = {"BAYESIAN_MERGER_AUTH": "me:secret"}
     killed = subprocess.run(command, env={**os.environ, **secret}, check=False)
     assert killed.returncode == -signal.SIGKILL
+    fake.settings = {"CLIP_stop_at_last_layers": 2}
     if whom == "guard":
         assert "bayesian-merger" in fake.chosen
-        # The merge and the journal, and for files their folder.
-        assert len(ours(folder) + places(folder)) == 3
+        # The merge, and for files their folder.
+        assert len(ours(folder) + places(folder)) == (2 if way == "file" else 1)
         fake.auth = ""
         loaded(folder, fake, name="a").backend.close()
     end = time.monotonic() + 20
     while ours(folder) + places(folder) and time.monotonic() < end:
         time.sleep(0.05)
     assert fake.chosen == "own.safetensors"
+    assert fake.settings == {"CLIP_stop_at_last_layers": 1}
     assert ours(folder) + places(folder) == []
 
 
@@ -649,6 +730,61 @@ def test_losses_while_the_merge_is_loaded_do_not_count_for_images(
     chosen.backend.close()
 
 
+def test_place_that_is_removed_meanwhile_is_made_again(folder: Path, begin: Begin) -> None:
+    fake = in_memory(folder, begin)
+    chosen = loaded(folder, fake)
+    shutil.rmtree(next((folder / "home").iterdir()))
+    recipe = chosen.baseline("b")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    (sample,) = chosen.backend.generate(chosen.panel[:1])
+    assert np.asarray(sample.image).mean() == pytest.approx(192, abs=8)
+    shutil.rmtree(next((folder / "home").iterdir()))
+    fake.extension = None
+    recipe = chosen.baseline("a")
+    with pytest.raises(RunError, match="is gone, and with it the place for merges"):
+        chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    chosen.backend.close()
+
+
+def test_merge_for_which_there_is_no_room_is_said_before_the_run(
+    folder: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = begin(home=folder / "home")
+    asked: list[int] = []
+
+    def twist(path: str, body: Any, answer: Answer) -> Answer:
+        if path.endswith("/place"):
+            asked.append(body["bytes"])
+            return (507, {"detail": "no room"}) if len(asked) > 1 else answer
+        return answer
+
+    fake.twist = twist
+    with pytest.raises(ConfigError, match="no place for a merge: HTTP 507: no room"):
+        ready(folder, fake, "merge.precision=fp32")
+    assert asked[1] == 2 * asked[0]  # of 32 bits, where 16 were thought of
+    free = shutil.disk_usage(folder)._replace(free=100)
+    monkeypatch.setattr("bayesian_merger.checkpoint.shutil.disk_usage", lambda path: free)
+    with pytest.raises(CheckpointError, match=r"only 0\.00 MB are free"):
+        ready(folder, fake, "backend.extension=false")
+
+
+def test_merge_of_a_run_of_which_nothing_is_noted_is_told(
+    folder: Path, begin: Begin, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = begin()
+    chosen = ready(folder, fake)
+    place = folder / "models" / "bayesian-merger-01234567"
+    place.mkdir()
+    left = toy_plugin.write_model(place / "bayesian-merger-0123456789abcdef.safetensors", 0.4)
+    fake.answer("/sdapi/v1/refresh-checkpoints", {}, "")
+    fake.chosen = left.name
+    recipe = chosen.baseline("b")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    assert "has a merge of an earlier run, and nothing tells what it had before" in caplog.text
+    chosen.backend.close()
+    assert fake.chosen == "one.safetensors"  # the first that it lists
+
+
 def receipt(**changes: Any) -> Callable[[str, Any, Answer], Answer]:
     def twist(path: str, body: Any, answer: Answer) -> Answer:
         return (200, {**answer[1], **changes}) if path.endswith("/load") else answer
@@ -661,23 +797,19 @@ def receipt(**changes: Any) -> Callable[[str, Any, Answer], Answer]:
     [
         ({"name": "own"}, "did not take the merge, it has own"),
         ({"name": None}, "did not take the merge, it has None"),
-        ({"generation": 1}, None),
-        ({"generation": 0}, "an old one, number 0"),
-        ({"generation": "new"}, "an old one, number new"),
-        ({"live": {}}, "does not tell of its model's tensors"),
-        ({"live": None}, "does not tell of its model's tensors"),
+        ({"nonce": "0" * 16}, "not of this merge, but an old one"),
+        ({"nonce": None}, "not of this merge, but an old one"),
+        ({"live": {}}, "does not tell of its model's U-Net"),
+        ({"live": None}, "does not tell of its model's U-Net"),
     ],
 )
 def test_wrong_receipt_fails_the_trial(
-    folder: Path, begin: Begin, changes: dict[str, Any], said: str | None
+    folder: Path, begin: Begin, changes: dict[str, Any], said: str
 ) -> None:
     fake = in_memory(folder, begin)
     fake.twist = receipt(**changes)
-    if said is None:
-        loaded(folder, fake).backend.close()
-    else:
-        with pytest.raises(TrialError, match=said):
-            loaded(folder, fake)
+    with pytest.raises(TrialError, match=said):
+        loaded(folder, fake)
 
 
 def test_model_that_the_webui_keeps_in_spite_of_the_merge_fails_the_trial(
@@ -714,7 +846,9 @@ def test_extension_of_another_machine_leaves_files_as_the_way(folder: Path, begi
     [
         ((507, {"detail": "no room for 2.1 GB in /dev/shm or /tmp"}), "no room for 2.1 GB"),
         ((200, []), "names no place"),
-        ((200, {"folder": "/tmp", "token": "0" * 32}), "names no place"),
+        ((200, {"folder": "/tmp", "token_sha256": "0" * 64}), "names no place"),
+        ((200, {"folder": "//far/bayesian-merger-01234567"}), "names no place"),
+        ((200, {"folder": "\\\\far\\bayesian-merger-01234567"}), "names no place"),
         ((405, {"detail": "Method Not Allowed"}), ""),
         ((200, b"<html>"), ""),
     ],
@@ -738,10 +872,11 @@ def test_extension_may_be_left_aside(folder: Path, begin: Begin) -> None:
 
 
 def order(folder: Path, url: str) -> str:
-    (folder / guard.JOURNAL).write_text(json.dumps({"token": "x", "sd_model_checkpoint": "own"}))
-    about = {"url": url, "path": "/sdapi/v1/options", "token": "x", "folder": str(folder)}
-    more = {"auth_env": "X", "verify": True, "wait_s": 0.5}
     settings = {"sd_model_checkpoint": "own.safetensors"}
+    (folder / guard.JOURNAL).write_text(json.dumps({"token": "x", "settings": settings}))
+    places = {"folder": str(folder), "home": str(folder)}
+    about = {"url": url, "path": "/sdapi/v1/options", "token": "x", **places}
+    more = {"auth_env": "X", "verify": True, "wait_s": 0.5, "options": {}}
     return json.dumps({**about, **more, "settings": settings})
 
 
@@ -758,8 +893,8 @@ def test_guard_leaves_to_the_next_run_what_the_server_does_not_take(
     guard.watch(
         io.StringIO("null\n" + order(folder, fake.url if answer else "http://127.0.0.1:9"))
     )
-    assert merge.exists()
-    assert guard.journal_of(folder)["sd_model_checkpoint"] == "own"
+    assert not merge.exists()
+    assert guard.journal_of(folder)["settings"] == {"sd_model_checkpoint": "own.safetensors"}
 
 
 def test_guard_of_a_run_leaves_the_next_run_alone(folder: Path, begin: Begin) -> None:
@@ -826,11 +961,15 @@ def test_schedule_that_the_server_does_not_choose_is_noted(folder: Path, begin: 
     assert "so its own setting holds, not Karras" in chosen.notes[1]
 
 
-def test_two_runs_do_not_share_a_server(folder: Path, begin: Begin) -> None:
-    fake = begin()
-    chosen = loaded(folder, fake)
-    with pytest.raises(ConfigError, match="another run has the server"):
-        loaded(folder, fake)
+@pytest.mark.parametrize("way", ["file", "memory"])
+def test_two_runs_do_not_share_a_server(folder: Path, begin: Begin, way: str) -> None:
+    """Whatever ways they take to it, and however they spell its address."""
+    fake = begin(home=folder / "home")
+    chosen = loaded(folder, fake, f"backend.extension={str(way == 'file').lower()}")
+    for address in (fake.url, f"{fake.url.replace('127.0.0.1', 'localhost')}/"):
+        for extension in ("true", "false"):
+            with pytest.raises(ConfigError, match="another run has the server"):
+                loaded(folder, fake, f"backend.url={address}", f"backend.extension={extension}")
     other = loaded(folder, begin(FORGE))  # on a port of its own, in the same folder
     other.backend.close()
     assert len(list(chosen.backend.generate(chosen.panel[:1]))) == 1
@@ -1072,9 +1211,71 @@ def test_one_of_several_servers_that_fails_fails_the_trial(folder: Path, begin: 
     samples = chosen.backend.generate(chosen.panel)
     assert next(samples).prompt == chosen.panel[0]
     with pytest.raises(TrialError, match="answered without an image"):
-        next(samples)
+        list(samples)
     chosen.backend.close()
     assert [fake.chosen for fake in fakes] == ["own.safetensors"] * 2
+
+
+def test_images_of_other_servers_are_kept_though_one_fails(folder: Path, begin: Begin) -> None:
+    fakes = [begin(), begin(), begin()]
+    chosen = loaded(folder, fakes[0], several(*fakes), "panel.batch_size=2")
+    is_late = threading.Event()
+
+    def late(path: str, body: Any, answer: Answer) -> Answer:
+        if path.endswith("txt2img"):
+            is_late.wait(20)
+        return answer
+
+    def refuses(path: str, body: Any, answer: Answer) -> Answer:
+        is_late.set()
+        return (422, None) if path.endswith("txt2img") else answer
+
+    fakes[0].twist, fakes[1].twist, fakes[2].twist = late, refuses, late
+    trial = booked(folder, chosen)
+    with pytest.raises(TrialError, match="HTTP 422"):
+        run.judge(trial, chosen.panel, chosen, Silent(), None)
+    assert {0, 2} <= trial.scores.keys()
+    chosen.backend.close()
+
+
+FAILING = """
+from bayesian_merger.scorers import scorer
+
+@scorer
+class Failing:
+    def __call__(self, samples):
+        raise ValueError("no taste")
+"""
+
+
+def test_no_image_is_made_any_more_when_a_scorer_has_failed(folder: Path, begin: Begin) -> None:
+    (folder / "failing.py").write_text(FAILING)
+    fakes = [begin(), begin()]
+    more = ('plugins=["failing.py"]', "scorers.failing.weight=1", "panel.batch_size=20")
+    chosen = loaded(folder, fakes[0], several(*fakes), *more)
+    trial = booked(folder, chosen)
+    with pytest.raises(TrialError, match="no taste") as caught:
+        run.judge(trial, chosen.panel, chosen, Silent(), None)
+    time.sleep(0.3)
+    n_asked = [len(fake.bodies) for fake in fakes]
+    time.sleep(0.5)
+    assert [len(fake.bodies) for fake in fakes] == n_asked
+    assert sum(n_asked) < len(chosen.panel)
+    assert caught.value.__traceback__  # which holds on to what failed
+    chosen.backend.close()
+
+
+def test_servers_that_are_away_are_not_waited_for_at_the_end(folder: Path, begin: Begin) -> None:
+    fakes = [begin(), begin()]
+    chosen = loaded(folder, fakes[0], several(*fakes), "backend.wait_for_server=10m")
+    samples = chosen.backend.generate(chosen.panel)
+    fakes[1].stop()
+    next(samples)
+    samples.close()  # type: ignore[attr-defined]
+    begun = time.monotonic()
+    chosen.backend.close()
+    assert time.monotonic() - begun < 30
+    assert fakes[0].chosen == "own.safetensors"
 
 
 def test_mistakes_for_several_servers_are_told_of_each(folder: Path, begin: Begin) -> None:

@@ -97,7 +97,10 @@ class Backend(Protocol):
         ...
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
-        """One sample for each prompt, in order. TrialError if an image cannot be made."""
+        """One sample for each prompt. TrialError if an image cannot be made.
+
+        In order, or if it is remote, as they come.
+        """
         ...
 
     def close(self) -> None:
@@ -111,6 +114,15 @@ class Particular(Protocol):
 
     def require(self, recipe: Recipe, merged: Merge) -> None:
         """ConfigError for a merge that it cannot load; asked before the run."""
+        ...
+
+
+@runtime_checkable
+class Patient(Protocol):
+    """A back end that waits for a server which is away."""
+
+    def give_up(self) -> None:
+        """From now on, wait no more; may be called by another thread than the one that waits."""
         ...
 
 

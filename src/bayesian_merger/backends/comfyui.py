@@ -7,11 +7,11 @@ Its nodes ModelMergeSD1, ModelMergeSDXL and CLIPMergeSimple take the share of th
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
@@ -112,13 +112,6 @@ class ComfyUI:
         self._events: Events | None = None
         self._client = secrets.token_hex(16)
         self._clip_skip, self._timeout_s = clip_skip, timeout_s
-        self._claimed = partial(
-            Claim,
-            url=self._server.url,
-            auth_env=auth_env,
-            verify=verify,
-            wait_s=self._server.wait_s,
-        )
         # Where merges lie for our node, if ComfyUI has it; whether they are all made by it.
         self._offer = Offer()
         self._is_ours = False
@@ -143,7 +136,7 @@ class ComfyUI:
             version = str(system.get("comfyui_version", "of unknown version"))[:40]
         except (Refused, Strange, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"backend.url: {url} is no ComfyUI ({error})") from error
-        self._offer = offered(self._server, shapes)
+        self._offer = offered(self._server, 2 * sum(math.prod(one) for one in shapes.values()))
         if architecture not in _NODES and not self._offer.folder:
             raise ConfigError(
                 f"back end comfyui merges {' and '.join(_NODES)}, and the models are {architecture}"
@@ -239,7 +232,7 @@ class ComfyUI:
         """Have our node load the merge, and tell what the model then is."""
         assert self._offer.folder
         if self._handover is None:
-            claim = self._claimed(self._offer.folder)
+            claim = Claim(self._server, self._offer.folder)
             claim.take()
             claim.watch()
             self._claim = claim

@@ -12,9 +12,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -22,9 +21,18 @@ from PIL import Image
 
 from bayesian_merger.backends import Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
-from bayesian_merger.delivery import API, ByFile, Claim, Delivery, IntoMemory, offered
+from bayesian_merger.delivery import (
+    API,
+    ByFile,
+    Claim,
+    Delivery,
+    IntoMemory,
+    is_of_network,
+    offered,
+    size_of,
+)
 from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
-from bayesian_merger.guard import STEM, is_given, spellings
+from bayesian_merger.guard import STEM, Former, is_given, spellings
 from bayesian_merger.pictures import decoded
 from bayesian_merger.registry import nearest
 from bayesian_merger.server import Refused, Server, Slow, Strange
@@ -40,18 +48,29 @@ _REFUSED = {
     "refiner_checkpoint": "it would take another model than the merge",
     "hr_checkpoint_name": "it would take another model than the merge",
 }
+# Settings by which a server puts a part of its own into every model.
+_OWN_PARTS = {"sd_unet": "U-Net", "sd_text_encoder": "text encoder"}
+_NONE = ("automatic", "none", "default", "")
+_LORA = re.compile(r"<lora:([^:>]+)")
 _OF_MODELS = ("sd_model_checkpoint", "sd_checkpoint_hash", "sd_unet", "forge_additional_modules")
 _SETTINGS = "override_settings"
 # A field that payloads have since 1.6 of stable-diffusion-webui.
 _OF_1_6 = "refiner_checkpoint"
 # How long a server that is away at the end is waited for; then its guard does so.
 _LAST_WAIT_S = 3.0
-# How often an image is begun anew when the connection is lost.
+# How often an image is begun anew, and why.
 _ROUNDS = 5
+_OTHER = "its checkpoint is changed"
+_INTERRUPTED = "images are interrupted"
+_LOST = "images are lost, or it cannot be seen whether they are whole,"
 
 
 class _OtherModelError(TrialError):
     """The server has another checkpoint than the merge."""
+
+
+class _InterruptedError(TrialError):
+    """Somebody has interrupted the image."""
 
 
 class _Sampler(NamedTuple):
@@ -69,12 +88,14 @@ class _Scheduler(NamedTuple):
 
 
 class _Lists(NamedTuple):
-    """What the server has, by every spelling that it takes."""
+    """What the server has, by every spelling that it takes; None for what it does not tell."""
 
     samplers: Mapping[str, _Sampler]
     schedulers: Mapping[str, _Scheduler]
     upscalers: Sequence[str]
-    styles: Sequence[str]
+    styles: Sequence[str] | None
+    loras: Sequence[str] | None
+    vaes: Sequence[str] | None
     scripts: Sequence[str]
     models: Sequence[Mapping[str, Any]]
     fields: Sequence[str]
@@ -89,9 +110,8 @@ class WebUI:
     checkpoints as it is seen from here (by default the one that the server names), and is removed after
     the next. At the end the server has its former checkpoint again. `timeout_s` is the longest that an
     image or the loading of a checkpoint may take, `wait_for_server` how long a server that has gone away
-    is waited for ("10m").
-    The environment variable `auth_env` may hold "user:password" (--api-auth) or "Bearer TOKEN". `verify`
-    false takes any TLS certificate.
+    is waited for ("10m"). The environment variable `auth_env` may hold "user:password" (--api-auth) or
+    "Bearer TOKEN". `verify` false takes any TLS certificate.
     """
 
     batch = 1
@@ -116,16 +136,12 @@ class WebUI:
         # SD.Next's, which alone tells it, and lists only those of its settings that were ever changed.
         self._version: Mapping[str, Any] | None = None
         self._lists: _Lists | None = None
-        self._former: dict[str, str] = {}  # the server's setting before the run
+        # What the server had before the run; the settings that payloads override, and as it has them.
+        self._former = Former()
+        self._overridden: Sequence[str] = ()
+        self._usual: Mapping[str, Any] = {}
         self._n_lost = 0
         self._claim: Claim | None = None
-        self._claimed = partial(
-            Claim,
-            url=self._server.url,
-            auth_env=auth_env,
-            verify=verify,
-            wait_s=self._server.wait_s,
-        )
 
     def check(
         self,
@@ -135,7 +151,7 @@ class WebUI:
     ) -> list[str]:
         """Look up all that the prompts name in the server's lists; ConfigError with every mistake."""
         options = self._options()
-        self._lists = lists = self._read_lists()
+        self._lists = lists = self._read_lists(prompts)
         if lists.fields and _OF_1_6 not in lists.fields and not self._version:
             raise ConfigError(
                 f"backend.url: the webui at {self._server.url} is older than version 1.6; update it"
@@ -147,12 +163,20 @@ class WebUI:
             except ConfigError as error:
                 mistakes.append(str(error))
             mistakes += _mistaken_fields(prompt, lists, None if self._version else options)
+        mistakes += [
+            f"the server puts a {part} of its own into every model, {options[key]}; choose None as its "
+            f"setting {key}"
+            for key, part in _OWN_PARTS.items()
+            if str(options.get(key) or "").casefold() not in _NONE
+        ]
         try:
             way = self._way(lists.models, shapes)
         except ConfigError as error:
             mistakes.append(str(error))
         if mistakes:
             raise ConfigError("\n".join(dict.fromkeys(mistakes)))
+        overridden = [name for prompt in prompts for name in _settings(prompt)]
+        self._overridden = list(dict.fromkeys(overridden))
         # Each part of an image is a job of its own there.
         self._tells_jobs = not self._version
         kind = _kind(options, lists)
@@ -160,7 +184,7 @@ class WebUI:
             kind = f"SD.Next {self._version.get('commit', '')}".strip()[:40]
         notes = [f"{kind} at {self._server.url}; {way}"]
         vae = options.get("sd_vae")
-        if isinstance(vae, str) and vae not in ("Automatic", "None", "Default", ""):
+        if isinstance(vae, str) and vae.casefold() not in _NONE:
             notes.append(f"the server uses its own VAE, {vae}, and not that of the merge")
         named = [(prompt, self._named(prompt)) for prompt in prompts]
         ignored = {
@@ -179,6 +203,11 @@ class WebUI:
             )
         return notes
 
+    def require(self, recipe: Recipe, merged: Merge) -> None:
+        """ConfigError or CheckpointError if there is no room for the merge."""
+        assert self._delivery is not None
+        self._delivery.require(size_of(merged))
+
     def load(self, recipe: Recipe, merged: Merge) -> None:
         """Have the server make its images by the merge, and read back that it does."""
         self._take()
@@ -193,6 +222,10 @@ class WebUI:
         """Images one by one, each with what the server says it was made with read back."""
         for prompt in prompts:
             yield Sample(self._image(prompt), prompt)
+
+    def give_up(self) -> None:
+        """From now on, wait no more for the server if it is away."""
+        self._server.give_up()
 
     def close(self) -> None:
         """Give the server its former checkpoint back and remove the merge."""
@@ -250,7 +283,25 @@ class WebUI:
         except (Refused, Strange) as error:
             raise ConfigError(f"backend.url: {self._server.url}{API}/{name}: {error}") from error
 
-    def _read_lists(self) -> _Lists:
+    def _listed(self, path: str, *keys: str) -> list[str] | None:
+        """The names in a list that only some servers have; None without it."""
+        found = self._optional(path)
+        if not isinstance(found, list):
+            return None
+        return [str(one[key]) for one in _tables(found) for key in keys if one.get(key)]
+
+    def _listed_anew(
+        self, path: str, *keys: str, refresh: str, wanted: Set[str]
+    ) -> list[str] | None:
+        """`_listed`, with what has come into the server's folder since it was started."""
+        found = self._listed(path, *keys)
+        if found is not None and not wanted <= {*found}:
+            with suppress(Refused, Strange):
+                self._server.look(f"{API}/{refresh}", {})
+            found = self._listed(path, *keys)
+        return found
+
+    def _read_lists(self, prompts: Sequence[Prompt]) -> _Lists:
         samplers: dict[str, _Sampler] = {}
         for one in _tables(self._needed("samplers")):
             options = one.get("options")
@@ -271,11 +322,20 @@ class WebUI:
             for name in ("upscalers", "latent-upscale-modes")
             for one in _tables(self._optional(name))
         ]
-        styles = [str(one.get("name")) for one in _tables(self._optional("prompt-styles"))]
+        styles = self._listed("prompt-styles", "name")
+        loras = None
+        if not self._version:  # which finds them by more than their names
+            wanted = {name for prompt in prompts for name in _loras(prompt)}
+            loras = self._listed_anew(
+                "loras", "name", "alias", refresh="refresh-loras", wanted=wanted
+            )
+        wanted = {name for prompt in prompts for name in _vaes(prompt)}
+        vaes = self._listed_anew("sd-vae", "model_name", refresh="refresh-vae", wanted=wanted)
         scripts = self._optional("scripts")
         known = scripts.get("txt2img") if isinstance(scripts, dict) else None
         models = _tables(self._needed("sd-models"))
-        return _Lists(samplers, schedulers, upscalers, styles, _texts(known), models, fields)
+        known = _texts(known)
+        return _Lists(samplers, schedulers, upscalers, styles, loras, vaes, known, models, fields)
 
     def _fields(self) -> list[str]:
         """The fields of a payload that the server knows, by its own description; none if unknown."""
@@ -291,16 +351,20 @@ class WebUI:
         self, models: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]
     ) -> str:
         """Choose how merges reach the server, and say it; ConfigError if there is no way."""
-        url, why = self._server.url, ""
+        why = ""
         if self._wants_extension:
-            offer = offered(self._server, shapes)
+            offer = offered(self._server, 2 * sum(math.prod(shape) for shape in shapes.values()))
             if offer.folder:
-                self._delivery = IntoMemory(offer.folder, offer.token, self._asked)
-                return f"our extension there takes each merge into its memory ({offer.folder})"
+                self._delivery = IntoMemory(self._server, offer, self._asked)
+                unused = "; backend.models_dir is not needed" if self._given_dir else ""
+                return (
+                    f"our extension there takes each merge into its memory, from {offer.folder} by the "
+                    f"loader of {offer.loader}{unused}"
+                )
             if offer.fault:
                 why = f" (it has our extension, but: {offer.fault})"
         folder = self._folder(models)
-        self._delivery = ByFile(url, folder, self._asked)
+        self._delivery = ByFile(self._server, folder, self._asked)
         return f"each merge is a file in {folder}{why}"
 
     def _folder(self, models: Sequence[Mapping[str, Any]]) -> Path:
@@ -319,7 +383,8 @@ class WebUI:
                     f"server lists (first: {min(names)}); name the folder in which it finds them"
                 )
             return folder
-        folders = [Path(file).parent for file in files if file and Path(file).is_file()]
+        seen = [Path(file) for file in files if file and not is_of_network(Path(file))]
+        folders = [file.parent for file in seen if file.is_file()]
         if not folders:
             first = f" (it has {files[0]})" if files else ""
             raise ConfigError(
@@ -375,32 +440,47 @@ class WebUI:
         On the disk too, and with a guard, as this process may be killed.
         """
         assert self._delivery is not None
-        self._claim = self._claim or self._claimed(self._delivery.folder)
+        self._claim = self._claim or Claim(self._server, self._delivery.folder)
         if self._claim.is_watched:
             return
         before = self._claim.take()
-        now = self._asked("get", f"{API}/options").get("sd_model_checkpoint")
+        options = self._asked("get", f"{API}/options")
+        now = options.get("sd_model_checkpoint")
         now = now if isinstance(now, str) else ""
-        if STEM in now:  # of a run that was killed, and so was its guard
-            now = str(before.get("sd_model_checkpoint", ""))
+        if is_of_before := STEM in now:  # of a run that was killed, and so was its guard
+            now = str(before.settings.get("sd_model_checkpoint", ""))
         if not now and isinstance(told := self._optional("checkpoint"), dict):
             now = str(told.get("title") or "")  # SD.Next, before anything was chosen there
         if not now or STEM in now:
             models = _tables(self._asked("get", f"{API}/sd-models"))
             titles = [str(one.get("title")) for one in models]
             now = next((title for title in titles if STEM not in title), "")
-        self._former = {"sd_model_checkpoint": now} if now else {}
-        self._claim.watch(f"{API}/options", self._former)
+            if is_of_before:
+                text = "%s has a merge of an earlier run, and nothing tells what it had before: %s"
+                _log.warning(text, self._server.url, f"it will have {now}")
+        known = {**options, **before.options}
+        self._usual = {name: known[name] for name in self._overridden if name in options}
+        self._former = Former(
+            f"{API}/options",
+            {"sd_model_checkpoint": now} if now else {},
+            {**before.options, **self._usual},
+        )
+        self._claim.watch(self._former)
 
     def _give_back(self) -> None:
         """RunError or TrialError if the server does not take its checkpoint."""
-        if self._former and not any(map(self._takes, spellings(self._former))):
-            raise TrialError(f"the server does not take {self._former['sd_model_checkpoint']}")
+        settings = self._former.settings
+        if self._former.options:
+            with suppress(TrialError):
+                self._asked("post", f"{API}/options", self._former.options)
+        if settings and not any(map(self._takes, spellings(settings))):
+            raise TrialError(f"the server does not take {settings['sd_model_checkpoint']}")
         assert self._claim
         assert self._delivery
         self._delivery.forget()
         self._claim.leave()
-        self._asked("post", f"{API}/refresh-checkpoints")
+        with suppress(TrialError, RunError):
+            self._asked("post", f"{API}/refresh-checkpoints")
 
     def _takes(self, settings: Mapping[str, str]) -> bool:
         """Whether the server has the settings when it was asked to."""
@@ -416,15 +496,18 @@ class WebUI:
 
     def _image(self, prompt: Prompt) -> Image.Image:
         """The image of a prompt, made by the merge though the connection be lost in between."""
-        is_other, doubtful = False, set()
+        fault, doubtful = "", set()
         for _ in range(_ROUNDS):
-            if self._server.n_lost > self._n_lost or is_other:
+            if self._server.n_lost > self._n_lost or fault == _OTHER:
                 self._choose()  # the server may have been started anew
-            is_other = False
+            fault = _LOST
             try:
                 image, is_whole = self._made(prompt)
             except _OtherModelError:
-                is_other = True  # somebody has chosen another in the webui
+                fault = _OTHER
+                continue
+            except _InterruptedError:
+                fault = _INTERRUPTED
                 continue
             except TrialError:
                 if self._server.n_lost == self._n_lost:
@@ -435,12 +518,11 @@ class WebUI:
                 if is_whole or image.tobytes() in doubtful:
                     return image
                 doubtful.add(image.tobytes())
-        what = "its checkpoint is changed" if is_other else "images are interrupted or lost"
-        raise TrialError(f"the server at {self._server.url}: {what} again and again")
+        raise TrialError(f"the server at {self._server.url}: {fault} again and again")
 
     def _made(self, prompt: Prompt) -> tuple[Image.Image, bool]:
         """An image, and whether it is known that nobody has interrupted it."""
-        wanted = {
+        wanted: dict[str, Any] = {
             "prompt": prompt.prompt,
             "negative_prompt": prompt.negative_prompt,
             "seed": prompt.seed,
@@ -450,6 +532,9 @@ class WebUI:
             "cfg_scale": prompt.cfg_scale,
             **self._named(prompt),
         }
+        # A webui whose file of settings lacks one that is overridden keeps it so for later images.
+        if settings := {**self._usual, **_settings(prompt)}:
+            wanted[_SETTINGS] = settings
         always = {"batch_size": 1, "n_iter": 1, "save_images": False, "send_images": True}
         answer = self._asked("post", f"{API}/txt2img", {**always, **prompt.extra, **wanted})
         images = answer.get("images")
@@ -462,7 +547,7 @@ class WebUI:
         is_whole = not (self._tells_jobs and ours and latest) or ours == latest
         # Of another job that has begun since, the state says nothing of ours.
         if is_whole and (state.get("interrupted") or state.get("skipped")):
-            raise TrialError("the image was interrupted in the webui")
+            raise _InterruptedError("the image was interrupted in the webui")
         first = told.get("index_of_first_image")
         first = first if isinstance(first, int) and 0 <= first < len(images) else 0
         try:
@@ -540,11 +625,9 @@ def _mistaken_fields(
             found.append(
                 f"{where}: the server knows no field {name!r}{nearest(name, lists.fields)}"
             )
-    settings = prompt.extra.get(_SETTINGS, {})
-    if not isinstance(settings, dict):
+    if not isinstance(prompt.extra.get(_SETTINGS, {}), dict):
         found.append(f"{where}: {_SETTINGS} is no table")
-        settings = {}
-    for name in settings:
+    for name in _settings(prompt):
         if name in _OF_MODELS:
             found.append(f"{where}: {_SETTINGS}.{name} would take another model than the merge")
         elif options is not None and name not in options:
@@ -556,28 +639,50 @@ def _mistaken_fields(
     if not isinstance(scripts, dict):
         found.append(f"{where}: alwayson_scripts is no table")
         scripts = {}
-    chosen: list[tuple[str, object, Iterable[str]]] = [
+    scripts_known = lists.scripts or None
+    chosen: list[tuple[str, object, Iterable[str] | None]] = [
         *(("style", style, lists.styles) for style in styles),
-        *(("script", script, lists.scripts) for script in scripts),
+        *(("script", script, scripts_known) for script in scripts),
+        *(("LoRA", name, lists.loras) for name in _loras(prompt)),
+        *(("VAE", name, lists.vaes) for name in _vaes(prompt)),
     ]
     if prompt.extra.get("script_name"):
-        chosen.append(("script", prompt.extra["script_name"], lists.scripts))
+        chosen.append(("script", prompt.extra["script_name"], scripts_known))
     if prompt.extra.get("enable_hr"):
         same = ("Use same sampler", "Use same scheduler")
-        of_hr: Mapping[str, tuple[str, Iterable[str]]] = {
-            "hr_upscaler": ("upscaler", lists.upscalers),
+        of_hr: Mapping[str, tuple[str, Iterable[str] | None]] = {
+            "hr_upscaler": ("upscaler", lists.upscalers or None),
             "hr_sampler_name": ("sampler", [*lists.samplers, *same]),
-            "hr_scheduler": ("scheduler", [*lists.schedulers, *same] if lists.schedulers else ()),
+            "hr_scheduler": (
+                "scheduler",
+                [*lists.schedulers, *same] if lists.schedulers else None,
+            ),
         }
         for name, (kind, known) in of_hr.items():
             if prompt.extra.get(name):
                 chosen.append((kind, prompt.extra[name], known))
     for kind, wanted, known in chosen:
-        names = {name.casefold() for name in known}
-        if names and str(wanted).casefold() not in names:
+        if known is not None and str(wanted).casefold() not in map(str.casefold, known):
             hint = nearest(str(wanted), known)
             found.append(f"{where}: the server has no {kind} {wanted!r}{hint}")
     return found
+
+
+def _settings(prompt: Prompt) -> Mapping[str, Any]:
+    """The server's settings that a prompt overrides."""
+    found = prompt.extra.get(_SETTINGS)
+    return found if isinstance(found, dict) else {}
+
+
+def _loras(prompt: Prompt) -> list[str]:
+    """The LoRAs that a prompt names."""
+    return _LORA.findall(f"{prompt.prompt} {prompt.negative_prompt}")
+
+
+def _vaes(prompt: Prompt) -> list[str]:
+    """The VAE that a prompt's settings name."""
+    found = _settings(prompt).get("sd_vae")
+    return [found] if isinstance(found, str) and found.casefold() not in _NONE else []
 
 
 def _changes_size(prompt: Prompt) -> bool:

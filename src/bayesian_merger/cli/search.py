@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from rich.table import Table
 from bayesian_merger import adopt, run, warm
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
-from bayesian_merger.cli.screen import out, plain
+from bayesian_merger.backends import Backend
+from bayesian_merger.cli.screen import err, out, plain
 from bayesian_merger.data import RIVALS, Outcome, Result
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.report import duration
@@ -124,7 +125,7 @@ def check_command(
     for note in setup.notes:
         out.print(f"note: {note}", soft_wrap=True)
     out.print("every file is in order; making a merge and a batch of images ...", soft_wrap=True)
-    with closing(setup.backend):
+    with _using(setup.backend):
         tried = run.try_out(setup)
     shown = ", ".join(f"{name} {score:.3f}" for name, score in tried.scores.items())
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -174,9 +175,21 @@ def run_command(
 
 
 def _run(setup: Setup, run_dir: Path, more: int | None = None) -> None:
-    with closing(setup.backend), _Progress(out) as observer:
+    with _using(setup.backend), _Progress(out) as observer:
         outcome = run.run(setup, run_dir, observer, more)
     _summary(outcome, run_dir)
+
+
+@contextmanager
+def _using(engine: Backend) -> Iterator[None]:
+    """Close the back end afterwards, and say so where that has to wait for a server."""
+    with closing(engine):
+        try:
+            yield
+        except KeyboardInterrupt:
+            if getattr(engine, "is_remote", False):
+                err.print("stopping, when the server has ended what it is at ...")
+            raise
 
 
 @click.command()
