@@ -49,7 +49,13 @@ def node(home: Path) -> Any:
         "comfy.sd": {"load_state_dict_guess_config": loaded},
         "comfy.cli_args": {"args": SimpleNamespace(port=8188)},
         "folder_paths": {"base_path": str(home), "get_folder_paths": lambda kind: [kind]},
-        "aiohttp": {"web": SimpleNamespace(Request=None, Response=None)},
+        "aiohttp": {
+            "web": SimpleNamespace(
+                Request=None,
+                Response=None,
+                json_response=lambda answer, status: (status, answer),
+            )
+        },
         "server": {
             "PromptServer": SimpleNamespace(
                 instance=SimpleNamespace(routes=SimpleNamespace(post=post))

@@ -1,8 +1,14 @@
-"""The extension for webuis, by its real routes, in a webui of stand-ins; what it refuses."""
+"""The extension for webuis, by its real routes, in a webui of stand-ins; what it refuses.
+
+And what our node for ComfyUI has of it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import inspect
+import json
 import os
 import shutil
 import threading
@@ -10,12 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import comfyui_modules
 import pytest
+import torch
 import toy_plugin
 import webui_modules
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from torch import Tensor
+from webui_modules import CLASSIC, FORGE, KINDS, NEXT, OLD, REFORGE, WEBUI
 
 NAMES = [f"bayesian-merger-{i:016x}" for i in range(3)]
 U_NET = toy_plugin.TENSORS["IN00"]
@@ -63,19 +72,49 @@ def order(place: Mapping[str, str], **changes: Any) -> dict[str, Any]:
     return {**asked, **changes}
 
 
-@pytest.mark.parametrize("can_force", [True, False])
-def test_receipt_tells_of_the_model_that_is_live(tmp_path: Path, can_force: bool) -> None:
-    one = Webui(tmp_path / "home", can_force=can_force)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != NEXT])
+def test_receipt_tells_of_the_model_that_is_live(tmp_path: Path, kind: str) -> None:
+    one = Webui(tmp_path / "home", kind=kind)
     place = one.placed()
     for name, value in zip(NAMES, (0.25, 0.5, 0.75), strict=True):
         put(place, value)  # the same file, changed
         receipt = one.post("load", order(place, name=name, nonce=f"of {name}")).json()
-        assert receipt["loader"] == "webui"
+        assert receipt["loader"] == (kind if kind in (FORGE, REFORGE) else "webui")
         assert receipt["name"] == name
         assert receipt["nonce"] == f"of {name}"
         expected = {"type": "float32", "values": [value] * 8}
         assert receipt["live"] == {U_NET: expected, TEXT: expected}
     assert one.loaded == NAMES
+
+
+@pytest.mark.parametrize("kind", [WEBUI, OLD, CLASSIC])
+def test_model_whose_loading_fails_is_known_as_what_it_is(tmp_path: Path, kind: str) -> None:
+    one = Webui(tmp_path / "home", kind=kind)
+    place = one.placed()
+    put(place, 0.5)
+    one.post("load", order(place))
+    known = one.extension.sd_models
+    model = known.model_data.model
+    before = (vars(model).copy(), model.sd_checkpoint_info.filename)
+
+    def fails(sd_model: Any, info: Any, forced_reload: bool = False) -> None:
+        raise RuntimeError("out of memory")
+
+    known.reload_model_weights = fails
+    with pytest.raises(RuntimeError, match="out of memory"):
+        one.post("load", order(place, name=NAMES[2]))
+    assert (vars(model), model.sd_checkpoint_info.filename) == before
+
+
+def test_webui_that_has_no_such_models_gets_no_routes(tmp_path: Path) -> None:
+    _, data = webui_modules.webui(tmp_path / "home", lambda name, tensors: None, kind=NEXT)
+    assert data.started == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_values_of_any_type_are_told(one: Webui, dtype: torch.dtype) -> None:
+    told = one.extension.live_values({"x": torch.arange(15).reshape(3, 5).to(dtype)}, ["x", "y"])
+    assert told == {"x": {"type": str(dtype)[6:], "values": [0, 2, 4, 6, 8, 10, 12, 14]}}
 
 
 def test_webui_lists_the_merge_once_and_chooses_it(one: Webui) -> None:
@@ -186,3 +225,30 @@ def test_webui_without_its_api_gets_no_routes(tmp_path: Path) -> None:
     app = FastAPI()
     data.started[0](None, app)
     assert TestClient(app).post("/bayesian-merger/v1/place").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["_is_made", "_has_room", "_token", "live_values"])
+def test_node_of_comfyui_has_the_same_functions(one: Webui, tmp_path: Path, name: str) -> None:
+    node = comfyui_modules.node(tmp_path / "nodes")
+    ours, theirs = (inspect.getsource(getattr(module, name)) for module in (one.extension, node))
+    assert ours == theirs
+
+
+class Request:
+    """What the node's route gets, as aiohttp has it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    async def json(self) -> Any:
+        return json.loads(self.text)
+
+
+@pytest.mark.parametrize(
+    ("text", "status"), [('{"bytes": 1000}', 200), ("[1000]", 400), ("1000 bytes", 400)]
+)
+def test_node_of_comfyui_has_a_route_for_its_place(tmp_path: Path, text: str, status: int) -> None:
+    node = comfyui_modules.node(tmp_path / "nodes")
+    answer = asyncio.run(node.routes["/bayesian-merger/v1/place"](Request(text)))
+    assert answer[0] == status
+    assert ("folder" in answer[1]) == (status == 200)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import webui_modules
 from fastapi import HTTPException
 from http_fake import FakeServer, head
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from toy_plugin import TENSORS
-from webui_modules import webui
 
 A1111, OLD, FORGE, NEXT = "webui 1.10.1", "webui 1.8.0", "Forge", "SD.Next"
 KINDS = (A1111, OLD, FORGE, NEXT)
@@ -71,7 +71,12 @@ class FakeWebUI(FakeServer):
         self.chosen = self.loaded = next(iter(self._files))
         # The merge that the extension has made the model, by its name.
         self.live: dict[str, Mapping[str, Tensor]] = {}
-        self.extension = webui(home, self._made_live, can_force=kind != OLD)[0] if home else None
+        inside = {OLD: webui_modules.OLD, FORGE: webui_modules.FORGE}.get(
+            kind, webui_modules.WEBUI
+        )
+        self.extension = (
+            webui_modules.webui(home, self._made_live, kind=inside)[0] if home else None
+        )
         self.interrupted = False
         # Settings that its file has, and those that each image was made with.
         self.settings: dict[str, Any] = {}
