@@ -1267,7 +1267,7 @@ def test_no_image_is_made_any_more_when_a_scorer_has_failed(folder: Path, begin:
 
 def test_servers_that_are_away_are_not_waited_for_at_the_end(folder: Path, begin: Begin) -> None:
     fakes = [begin(), begin()]
-    chosen = loaded(folder, fakes[0], several(*fakes), "backend.wait_for_server=10m")
+    chosen = loaded(folder, fakes[0], several(*fakes), "backend.wait_for_server=1m")
     samples = chosen.backend.generate(chosen.panel)
     fakes[1].stop()
     next(samples)
