@@ -31,7 +31,7 @@ LAYERS = (
         "server",
         "workflow",
     ),
-    ("handover", "slopes"),
+    ("handover", "slopes", "stock"),
     ("delivery",),
     ("bayes", "blocks", "folders", "lora", "plots", *PLUGINS),
     (
@@ -67,6 +67,7 @@ HOMES = {
     "jinja2": {"report"},
     "safetensors": {"checkpoint", "scorers"},
     "filelock": {"delivery", "run"},
+    "platformdirs": {"delivery"},
     "click": {"cli"},
     "rich": {"cli"},
     "diffusers": {"backends"},
@@ -166,7 +167,8 @@ def test_plugin_knows_neither_the_config_nor_the_study_nor_another_plugin(module
         {"methods.mecha"} if module == "methods" else set()
     )  # which get() asks, by the prefix
     if top(module) == "backends":
-        allowed |= {"delivery", "guard", "handover", "pictures", "server", "workflow"}
+        allowed |= {"delivery", "guard", "handover", "pictures"}
+        allowed |= {"server", "stock", "workflow"}
     else:
         allowed -= {"checkpoint", "names", "toml"}
     assert ours(module) <= allowed

@@ -21,11 +21,11 @@ from bayesian_merger.errors import ConfigError, RunError, TrialError
 from bayesian_merger.guard import JOURNAL, STEM, Former, Guard, clear, journal_of, sweep
 from bayesian_merger.handover import Handed, Handover
 from bayesian_merger.server import Refused, Server, Strange
+from bayesian_merger.stock import API
 
 Ask = Callable[..., Any]
 """Verb ("get", "post"), path and body -> the server's answer, a table or a list; TrialError."""
 
-API = "/sdapi/v1"
 _EXTENSION = "/bayesian-merger/v1"
 _NOTHING = Former()
 

@@ -185,6 +185,13 @@ class Server:
         except (_Lost, Slow) as error:
             raise ConfigError(f"backend.url: nothing answers at {self.url} ({error})") from error
 
+    def look_for(self, path: str) -> Any:
+        """What only some servers have: None without it."""
+        try:
+            return self.look(path)
+        except (Refused, Strange):
+            return None
+
     def listen(self, path: str) -> Events | None:
         """What it tells by the websocket at `path`; None where it has none that can be had."""
         scheme, _, rest = self.url.partition("://")

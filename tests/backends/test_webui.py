@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -1304,6 +1305,14 @@ def test_lists_of_servers_that_cannot_be_are_refused(
         ready(folder, begin(), *options)
 
 
+def real_url() -> str:
+    """The address of a webui that runs."""
+    url = os.environ.get("WEBUI_URL", "")
+    if not url:
+        pytest.skip("WEBUI_URL names no running webui")
+    return url
+
+
 def real_models(url: str) -> list[Path]:
     """The first two checkpoints of the server, by their files."""
     found = httpx.get(f"{url}/sdapi/v1/sd-models").json()
@@ -1333,9 +1342,7 @@ def test_real_server_makes_the_images_of_its_models_and_of_their_merge(
     folder: Path, way: str
 ) -> None:
     """To the bit; afterwards it has the checkpoint that it had, and no file of ours."""
-    url = os.environ.get("WEBUI_URL", "")
-    if not url:
-        pytest.skip("WEBUI_URL names no running webui")
+    url = real_url()
     a, b = real_models(url)
     text = 'prompt = "a cat"\nwidth = 64\nheight = 64\nsteps = 2\nsampler_name = "Euler"\n'
     (folder / "portrait.toml").write_text(text)
@@ -1362,11 +1369,36 @@ def test_real_server_makes_the_images_of_its_models_and_of_their_merge(
 
 
 @pytest.mark.webui
+def test_real_server_keeps_to_itself_what_a_payload_overrides(folder: Path) -> None:
+    """Though its file of settings may lack what is overridden."""
+    url = real_url()
+    a, b = real_models(url)
+    size = "width = 64\nheight = 64\nsteps = 1\n"
+    (folder / "landscape.toml").write_text(f'prompt = "a red lake, at night"\n{size}')
+    text = f"{size}override_settings = {{ CLIP_stop_at_last_layers = 2 }}\n"
+    (folder / "portrait.toml").write_text(f'prompt = "a red lake, at night"\n{text}')
+    options = [f"backend.url={url}", f"models.a={a}", f"models.b={b}"]
+    before = httpx.get(f"{url}/sdapi/v1/options").json()
+    chosen = setup.prepare(configuration.load(folder / "config.toml", options), folder, "toy")
+    recipe = chosen.baseline("even")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    skipped, whole = (
+        replace(next(p for p in chosen.panel if p.payload == name), seed=1)
+        for name in ("portrait", "landscape")
+    )
+    one, two, three = chosen.backend.generate([whole, skipped, whole])
+    chosen.backend.close()
+    assert one.image.tobytes() == three.image.tobytes()
+    assert one.image.tobytes() != two.image.tobytes()
+    after = httpx.get(f"{url}/sdapi/v1/options").json()
+    known = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")
+    assert [after.get(name) for name in known] == [before.get(name) for name in known]
+
+
+@pytest.mark.webui
 def test_real_server_behind_a_bad_proxy_is_searched_as_without_it(folder: Path) -> None:
     """Three merges and the parents; what breaks is made again, what is false fails its trial only."""
-    url = os.environ.get("WEBUI_URL", "")
-    if not url:
-        pytest.skip("WEBUI_URL names no running webui")
+    url = real_url()
     a, b = real_models(url)
     for name in ("portrait", "landscape"):
         text = f'prompt = "a {name}"\nwidth = 64\nheight = 64\nsteps = 1\n'

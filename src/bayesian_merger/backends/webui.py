@@ -12,17 +12,16 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
 from bayesian_merger.backends import Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.delivery import (
-    API,
     ByFile,
     Claim,
     Delivery,
@@ -34,26 +33,20 @@ from bayesian_merger.delivery import (
 from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
 from bayesian_merger.guard import STEM, Former, is_given, spellings
 from bayesian_merger.pictures import decoded
-from bayesian_merger.registry import nearest
 from bayesian_merger.server import Refused, Server, Slow, Strange
+from bayesian_merger.stock import (
+    API,
+    AUTOMATIC,
+    SETTINGS,
+    Stock,
+    is_own,
+    overridden,
+    tables,
+    taken,
+    texts,
+)
 
 _log = logging.getLogger(__name__)
-_AUTOMATIC = "Automatic"
-# The schedules of stable-diffusion-webui 1.9.0 to 1.9.2, which have them and do not list them.
-_UNLISTED = ("Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform")
-# Fields that would take another model than the merge, or give no image back.
-_REFUSED = {
-    "send_images": "the images are needed",
-    "force_task_id": "each image is a task of its own",
-    "refiner_checkpoint": "it would take another model than the merge",
-    "hr_checkpoint_name": "it would take another model than the merge",
-}
-# Settings by which a server puts a part of its own into every model.
-_OWN_PARTS = {"sd_unet": "U-Net", "sd_text_encoder": "text encoder"}
-_NONE = ("automatic", "none", "default", "")
-_LORA = re.compile(r"<lora:([^:>]+)")
-_OF_MODELS = ("sd_model_checkpoint", "sd_checkpoint_hash", "sd_unet", "forge_additional_modules")
-_SETTINGS = "override_settings"
 # A field that payloads have since 1.6 of stable-diffusion-webui.
 _OF_1_6 = "refiner_checkpoint"
 # How long a server that is away at the end is waited for; then its guard does so.
@@ -71,34 +64,6 @@ class _OtherModelError(TrialError):
 
 class _InterruptedError(TrialError):
     """Somebody has interrupted the image."""
-
-
-class _Sampler(NamedTuple):
-    """A sampler of the server: its name, and the schedule that it has by itself."""
-
-    name: str
-    schedule: str | None
-
-
-class _Scheduler(NamedTuple):
-    """A noise schedule of the server: as its answers name it, and as samplers do."""
-
-    label: str
-    name: str
-
-
-class _Lists(NamedTuple):
-    """What the server has, by every spelling that it takes; None for what it does not tell."""
-
-    samplers: Mapping[str, _Sampler]
-    schedulers: Mapping[str, _Scheduler]
-    upscalers: Sequence[str]
-    styles: Sequence[str] | None
-    loras: Sequence[str] | None
-    vaes: Sequence[str] | None
-    scripts: Sequence[str]
-    models: Sequence[Mapping[str, Any]]
-    fields: Sequence[str]
 
 
 @backend
@@ -135,7 +100,7 @@ class WebUI:
         self._tells_jobs = True
         # SD.Next's, which alone tells it, and lists only those of its settings that were ever changed.
         self._version: Mapping[str, Any] | None = None
-        self._lists: _Lists | None = None
+        self._stock: Stock | None = None
         # What the server had before the run; the settings that payloads override, and as it has them.
         self._former = Former()
         self._overridden: Sequence[str] = ()
@@ -151,48 +116,36 @@ class WebUI:
     ) -> list[str]:
         """Look up all that the prompts name in the server's lists; ConfigError with every mistake."""
         options = self._options()
-        self._lists = lists = self._read_lists(prompts)
-        if lists.fields and _OF_1_6 not in lists.fields and not self._version:
+        is_next = bool(self._version)
+        self._stock = stock = taken(self._server, prompts, options, is_next)
+        if stock.fields and _OF_1_6 not in stock.fields and not is_next:
             raise ConfigError(
                 f"backend.url: the webui at {self._server.url} is older than version 1.6; update it"
             )
-        mistakes: list[str] = []
-        for prompt in prompts:
-            try:
-                self._named(prompt)
-            except ConfigError as error:
-                mistakes.append(str(error))
-            mistakes += _mistaken_fields(prompt, lists, None if self._version else options)
-        mistakes += [
-            f"the server puts a {part} of its own into every model, {options[key]}; choose None as its "
-            f"setting {key}"
-            for key, part in _OWN_PARTS.items()
-            if str(options.get(key) or "").casefold() not in _NONE
-        ]
+        mistakes = stock.mistakes(prompts)
         try:
-            way = self._way(lists.models, shapes)
+            way = self._way(stock.models, shapes)
         except ConfigError as error:
             mistakes.append(str(error))
         if mistakes:
-            raise ConfigError("\n".join(dict.fromkeys(mistakes)))
-        overridden = [name for prompt in prompts for name in _settings(prompt)]
-        self._overridden = list(dict.fromkeys(overridden))
+            raise ConfigError("\n".join(mistakes))
+        named = [name for prompt in prompts for name in overridden(prompt)]
+        self._overridden = list(dict.fromkeys(named))
         # Each part of an image is a job of its own there.
-        self._tells_jobs = not self._version
-        kind = _kind(options, lists)
+        self._tells_jobs = not is_next
+        kind = _kind(options, stock)
         if self._version:
             kind = f"SD.Next {self._version.get('commit', '')}".strip()[:40]
         notes = [f"{kind} at {self._server.url}; {way}"]
-        vae = options.get("sd_vae")
-        if isinstance(vae, str) and vae.casefold() not in _NONE:
+        if is_own(vae := options.get("sd_vae")):
             notes.append(f"the server uses its own VAE, {vae}, and not that of the merge")
-        named = [(prompt, self._named(prompt)) for prompt in prompts]
         ignored = {
             prompt.scheduler
-            for prompt, names in named
+            for prompt in prompts
+            for names in [stock.named(prompt)]
             if "scheduler" not in names and prompt.scheduler not in names["sampler_name"]
         }
-        if ignored := ignored - {_AUTOMATIC}:
+        if ignored := ignored - {AUTOMATIC}:
             notes.append(
                 f"the server has no choice of schedulers, so its own setting holds, not "
                 f"{', '.join(sorted(ignored))}"
@@ -263,89 +216,11 @@ class WebUI:
             raise ConfigError(f"backend.url: {url}{API}/options: {error}") from error
         except Strange as error:
             raise ConfigError(f"backend.url: {url} is no webui: {error}") from error
-        told = self._optional("version")
+        told = self._server.look_for(f"{API}/version")
         self._version = told if isinstance(told, dict) and "commit" in told else None
         if not isinstance(found, dict) or not ("sd_model_checkpoint" in found or self._version):
             raise ConfigError(f"backend.url: {url} is no webui that is known")
         return found
-
-    def _optional(self, name: str) -> Any:
-        """What only some servers have."""
-        try:
-            return self._server.look(f"{API}/{name}")
-        except (Refused, Strange):
-            return None
-
-    def _needed(self, name: str) -> Any:
-        """What every server has."""
-        try:
-            return self._server.look(f"{API}/{name}")
-        except (Refused, Strange) as error:
-            raise ConfigError(f"backend.url: {self._server.url}{API}/{name}: {error}") from error
-
-    def _listed(self, path: str, *keys: str) -> list[str] | None:
-        """The names in a list that only some servers have; None without it."""
-        found = self._optional(path)
-        if not isinstance(found, list):
-            return None
-        return [str(one[key]) for one in _tables(found) for key in keys if one.get(key)]
-
-    def _listed_anew(
-        self, path: str, *keys: str, refresh: str, wanted: Set[str]
-    ) -> list[str] | None:
-        """`_listed`, with what has come into the server's folder since it was started."""
-        found = self._listed(path, *keys)
-        if found is not None and not wanted <= {*found}:
-            with suppress(Refused, Strange):
-                self._server.look(f"{API}/{refresh}", {})
-            found = self._listed(path, *keys)
-        return found
-
-    def _read_lists(self, prompts: Sequence[Prompt]) -> _Lists:
-        samplers: dict[str, _Sampler] = {}
-        for one in _tables(self._needed("samplers")):
-            options = one.get("options")
-            own = options.get("scheduler") if isinstance(options, dict) else None
-            found = _Sampler(str(one.get("name")), own)
-            for spelling in (found.name, *_texts(one.get("aliases"))):
-                samplers.setdefault(spelling, found)
-        schedulers: dict[str, _Scheduler] = {}
-        for one in _tables(self._optional("schedulers")):
-            schedule = _Scheduler(str(one.get("label", one.get("name"))), str(one.get("name")))
-            for spelling in (*schedule, *_texts(one.get("aliases"))):
-                schedulers.setdefault(spelling, schedule)
-        fields = self._fields()
-        if not schedulers and "scheduler" in fields:
-            schedulers = {name: _Scheduler(name, name.casefold()) for name in _UNLISTED}
-        upscalers = [
-            str(one.get("name"))
-            for name in ("upscalers", "latent-upscale-modes")
-            for one in _tables(self._optional(name))
-        ]
-        styles = self._listed("prompt-styles", "name")
-        loras = None
-        if not self._version:  # which finds them by more than their names
-            wanted = {name for prompt in prompts for name in _loras(prompt)}
-            loras = self._listed_anew(
-                "loras", "name", "alias", refresh="refresh-loras", wanted=wanted
-            )
-        wanted = {name for prompt in prompts for name in _vaes(prompt)}
-        vaes = self._listed_anew("sd-vae", "model_name", refresh="refresh-vae", wanted=wanted)
-        scripts = self._optional("scripts")
-        known = scripts.get("txt2img") if isinstance(scripts, dict) else None
-        models = _tables(self._needed("sd-models"))
-        known = _texts(known)
-        return _Lists(samplers, schedulers, upscalers, styles, loras, vaes, known, models, fields)
-
-    def _fields(self) -> list[str]:
-        """The fields of a payload that the server knows, by its own description; none if unknown."""
-        try:
-            described = self._server.look("/openapi.json")
-            body = described["paths"][f"{API}/txt2img"]["post"]["requestBody"]
-            name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-            return list(described["components"]["schemas"][name]["properties"])
-        except (Refused, Strange, KeyError, TypeError, AttributeError):
-            return []
 
     def _way(
         self, models: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]
@@ -394,46 +269,6 @@ class WebUI:
         # The folder itself rather than one below it.
         return min(folders, key=lambda folder: len(folder.parts))
 
-    def _named(self, prompt: Prompt) -> dict[str, str]:
-        """Sampler and schedule as this server calls them; ConfigError if it has none of the name."""
-        assert self._lists is not None
-        samplers, schedulers = self._lists.samplers, self._lists.schedulers
-        sampler, scheduler = prompt.sampler_name, prompt.scheduler
-        where = f"payload {prompt.payload}"
-        labels = list(dict.fromkeys(known.label for known in schedulers.values()))
-        if sampler not in samplers:
-            # "DPM++ 2M Karras" is two names since 1.9 of stable-diffusion-webui.
-            ends = [end for end in schedulers if sampler.endswith(f" {end}")]
-            split = next(
-                (end for end in ends if sampler.removesuffix(f" {end}") in samplers), None
-            )
-            if split is not None and scheduler in (_AUTOMATIC, split):
-                sampler, scheduler = sampler.removesuffix(f" {split}"), split
-        if not schedulers and scheduler != _AUTOMATIC:
-            joined = f"{sampler} {scheduler}"
-            if joined in samplers:
-                return {"sampler_name": samplers[joined].name}
-            if any(name.endswith(" Karras") for name in samplers):
-                raise ConfigError(
-                    f"{where}: the server has no sampler {joined!r}; leave out the scheduler, or choose "
-                    f"another sampler"
-                )
-        if sampler not in samplers:
-            both = [f"{one} {label}" for one in samplers for label in labels]
-            hint = nearest(sampler, [*samplers, *both], cutoff=0.8)
-            hint = hint or f"; it has: {', '.join(list(samplers)[:30])}"
-            raise ConfigError(f"{where}: the server has no sampler {sampler!r}{hint}")
-        if not schedulers:
-            return {"sampler_name": samplers[sampler].name}
-        if scheduler not in schedulers and scheduler != _AUTOMATIC:
-            hint = nearest(scheduler, labels) or f"; it has: {', '.join(labels)}"
-            raise ConfigError(f"{where}: the server has no scheduler {scheduler!r}{hint}")
-        schedule = schedulers.get(scheduler)
-        return {
-            "sampler_name": samplers[sampler].name,
-            "scheduler": schedule.label if schedule else _AUTOMATIC,
-        }
-
     def _take(self) -> None:
         """Have the folder for our merges; the server's own checkpoint is kept for later.
 
@@ -449,10 +284,10 @@ class WebUI:
         now = now if isinstance(now, str) else ""
         if is_of_before := STEM in now:  # of a run that was killed, and so was its guard
             now = str(before.settings.get("sd_model_checkpoint", ""))
-        if not now and isinstance(told := self._optional("checkpoint"), dict):
+        if not now and isinstance(told := self._server.look_for(f"{API}/checkpoint"), dict):
             now = str(told.get("title") or "")  # SD.Next, before anything was chosen there
         if not now or STEM in now:
-            models = _tables(self._asked("get", f"{API}/sd-models"))
+            models = tables(self._asked("get", f"{API}/sd-models"))
             titles = [str(one.get("title")) for one in models]
             now = next((title for title in titles if STEM not in title), "")
             if is_of_before:
@@ -522,6 +357,7 @@ class WebUI:
 
     def _made(self, prompt: Prompt) -> tuple[Image.Image, bool]:
         """An image, and whether it is known that nobody has interrupted it."""
+        assert self._stock
         wanted: dict[str, Any] = {
             "prompt": prompt.prompt,
             "negative_prompt": prompt.negative_prompt,
@@ -530,11 +366,11 @@ class WebUI:
             "height": prompt.height,
             "steps": prompt.steps,
             "cfg_scale": prompt.cfg_scale,
-            **self._named(prompt),
+            **self._stock.named(prompt),
         }
         # A webui whose file of settings lacks one that is overridden keeps it so for later images.
-        if settings := {**self._usual, **_settings(prompt)}:
-            wanted[_SETTINGS] = settings
+        if settings := {**self._usual, **overridden(prompt)}:
+            wanted[SETTINGS] = settings
         always = {"batch_size": 1, "n_iter": 1, "save_images": False, "send_images": True}
         answer = self._asked("post", f"{API}/txt2img", {**always, **prompt.extra, **wanted})
         images = answer.get("images")
@@ -566,8 +402,8 @@ class WebUI:
             told = None
         if not isinstance(told, dict):
             raise TrialError("the server does not say what the image was made with")
-        texts = _texts(told.get("infotexts"))
-        line = texts[0].rpartition("\n")[2] if texts else ""
+        lines = texts(told.get("infotexts"))
+        line = lines[0].rpartition("\n")[2] if lines else ""
         said = dict(re.findall(r"(?:^|, )([A-Z][A-Za-z ]*): ([^,]*)", line))
         seeds = told.get("all_seeds")
         made: dict[str, Any] = {
@@ -589,12 +425,12 @@ class WebUI:
         return told
 
     def _is_alike(self, key: str, wanted: Mapping[str, Any], made: object) -> bool:
-        assert self._lists is not None
+        assert self._stock
         asked = wanted[key]
-        if key == "scheduler" and made == _AUTOMATIC and asked != _AUTOMATIC:
+        if key == "scheduler" and made == AUTOMATIC and asked != AUTOMATIC:
             # So it calls a sampler's own schedule.
-            own = self._lists.samplers[str(wanted["sampler_name"])].schedule
-            return own == self._lists.schedulers[str(asked)].name
+            own = self._stock.samplers[str(wanted["sampler_name"])].schedule
+            return own == self._stock.schedulers[str(asked)].name
         if isinstance(asked, float) and isinstance(made, int | float):
             return math.isclose(asked, made)
         return bool(made == asked)
@@ -613,99 +449,17 @@ class WebUI:
         return found if isinstance(found, dict | list) else {}
 
 
-def _mistaken_fields(
-    prompt: Prompt, lists: _Lists, options: Mapping[str, Any] | None
-) -> list[str]:
-    """What the server would ignore, replace or refuse of a prompt's further fields."""
-    where, found = f"payload {prompt.payload}", []
-    for name, value in prompt.extra.items():
-        if name in _REFUSED and not (name == "send_images" and value is True):
-            found.append(f"{where}: leave out {name}, {_REFUSED[name]}")
-        elif lists.fields and name not in lists.fields:
-            found.append(
-                f"{where}: the server knows no field {name!r}{nearest(name, lists.fields)}"
-            )
-    if not isinstance(prompt.extra.get(_SETTINGS, {}), dict):
-        found.append(f"{where}: {_SETTINGS} is no table")
-    for name in _settings(prompt):
-        if name in _OF_MODELS:
-            found.append(f"{where}: {_SETTINGS}.{name} would take another model than the merge")
-        elif options is not None and name not in options:
-            found.append(f"{where}: the server has no setting {name!r}{nearest(name, options)}")
-    styles, scripts = prompt.extra.get("styles") or [], prompt.extra.get("alwayson_scripts") or {}
-    if not isinstance(styles, list):
-        found.append(f"{where}: styles is no list")
-        styles = []
-    if not isinstance(scripts, dict):
-        found.append(f"{where}: alwayson_scripts is no table")
-        scripts = {}
-    scripts_known = lists.scripts or None
-    chosen: list[tuple[str, object, Iterable[str] | None]] = [
-        *(("style", style, lists.styles) for style in styles),
-        *(("script", script, scripts_known) for script in scripts),
-        *(("LoRA", name, lists.loras) for name in _loras(prompt)),
-        *(("VAE", name, lists.vaes) for name in _vaes(prompt)),
-    ]
-    if prompt.extra.get("script_name"):
-        chosen.append(("script", prompt.extra["script_name"], scripts_known))
-    if prompt.extra.get("enable_hr"):
-        same = ("Use same sampler", "Use same scheduler")
-        of_hr: Mapping[str, tuple[str, Iterable[str] | None]] = {
-            "hr_upscaler": ("upscaler", lists.upscalers or None),
-            "hr_sampler_name": ("sampler", [*lists.samplers, *same]),
-            "hr_scheduler": (
-                "scheduler",
-                [*lists.schedulers, *same] if lists.schedulers else None,
-            ),
-        }
-        for name, (kind, known) in of_hr.items():
-            if prompt.extra.get(name):
-                chosen.append((kind, prompt.extra[name], known))
-    for kind, wanted, known in chosen:
-        if known is not None and str(wanted).casefold() not in map(str.casefold, known):
-            hint = nearest(str(wanted), known)
-            found.append(f"{where}: the server has no {kind} {wanted!r}{hint}")
-    return found
-
-
-def _settings(prompt: Prompt) -> Mapping[str, Any]:
-    """The server's settings that a prompt overrides."""
-    found = prompt.extra.get(_SETTINGS)
-    return found if isinstance(found, dict) else {}
-
-
-def _loras(prompt: Prompt) -> list[str]:
-    """The LoRAs that a prompt names."""
-    return _LORA.findall(f"{prompt.prompt} {prompt.negative_prompt}")
-
-
-def _vaes(prompt: Prompt) -> list[str]:
-    """The VAE that a prompt's settings name."""
-    found = _settings(prompt).get("sd_vae")
-    return [found] if isinstance(found, str) and found.casefold() not in _NONE else []
-
-
 def _changes_size(prompt: Prompt) -> bool:
     """Whether an image may have another size than its prompt: hires fix, scripts."""
     return any(prompt.extra.get(k) for k in ("enable_hr", "script_name", "alwayson_scripts"))
 
 
-def _kind(options: Mapping[str, Any], lists: _Lists) -> str:
+def _kind(options: Mapping[str, Any], stock: Stock) -> str:
     """Which webui it is; of stable-diffusion-webui which versions, as far as they differ for us."""
     for start, name in {"reforge_": "reForge", "forge_": "Forge"}.items():
         if any(option.startswith(start) for option in options):
             return name
-    labels = {known.label for known in lists.schedulers.values()}
-    versions = "1.6 to 1.8" if not labels else "1.9.3 or later"
-    return f"stable-diffusion-webui {'1.9.0 to 1.9.2' if labels == {*_UNLISTED} else versions}"
-
-
-def _tables(value: object) -> list[Mapping[str, Any]]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
-
-
-def _texts(value: object) -> list[str]:
-    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+    return f"stable-diffusion-webui {stock.versions}"
 
 
 def _name(file: str) -> str:
