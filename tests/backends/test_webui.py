@@ -881,6 +881,36 @@ def order(folder: Path, url: str) -> str:
     return json.dumps({**about, **more, "settings": settings})
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
+def test_ctrl_c_says_what_it_waits_for(folder: Path, begin: Begin) -> None:
+    fake = begin()
+    is_asked = threading.Event()
+
+    def slow(path: str, body: Any, answer: Answer) -> Answer:
+        if path.endswith("txt2img"):
+            is_asked.set()
+            time.sleep(1)
+        return answer
+
+    fake.twist = slow
+    command = [sys.executable, "-m", "bayesian_merger", "run", str(folder / "config.toml")]
+    with subprocess.Popen(
+        [*command, "--set", f"backend.url={fake.url}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert is_asked.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in told.splitlines() if line] == [
+        "stopping, when the server has ended what it is at ...",
+        "stopped; the same command goes on from here",
+    ]
+    assert fake.chosen == "own.safetensors"
+
+
 @pytest.mark.parametrize("answer", [None, (500, {"errors": "starting"}), (200, {"updated": []})])
 def test_guard_leaves_to_the_next_run_what_the_server_does_not_take(
     folder: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch, answer: Answer | None
