@@ -1,4 +1,6 @@
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 
@@ -11,3 +13,4 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Where it is noted which run has a server.
 if sys.platform != "win32":
     os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="bayesian-merger-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
