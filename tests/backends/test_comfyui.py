@@ -522,16 +522,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
     base = tmp_path_factory.mktemp("comfyui")
     checkpoints = base / "models" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    first = random_model(0)
-    chance = torch.Generator().manual_seed(1)
-    second = {
-        name: tensor
-        if not tensor.is_floating_point() or name.startswith("first_stage")
-        else (tensor + 0.3 * tensor.std() * torch.randn(tensor.shape, generator=chance)).half()
-        for name, tensor in first.items()
-    }
-    save_file(first, checkpoints / "first.safetensors")
-    save_file(second, checkpoints / "second.safetensors")
+    save_file(random_model(0), checkpoints / "first.safetensors")
+    write_beside(checkpoints / "first.safetensors", "second", seed=1, share=0.3)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -572,6 +564,17 @@ def random_model(seed: int) -> dict[str, torch.Tensor]:
             else:
                 found[name] = (float(name.endswith("weight")) + 0.02 * noise).half()
     return found
+
+
+def write_beside(file: Path, name: str, seed: int, share: float) -> None:
+    """A checkpoint that differs from another one by a share of its spread, but for the VAE."""
+    chance = torch.Generator().manual_seed(seed)
+    found = load_file(file)
+    for key, tensor in found.items():
+        if tensor.is_floating_point() and not key.startswith("first_stage"):
+            noise = torch.randn(tensor.shape, generator=chance)
+            found[key] = (tensor + share * tensor.std() * noise).half()
+    save_file(found, file.with_stem(name))
 
 
 def own(url: str, prompt: Prompt, checkpoint: str) -> bytes:
@@ -640,14 +643,7 @@ def test_real_server_adds_a_difference_as_our_merge_does(
 ) -> None:
     url, base = real
     checkpoints = base / "models" / "checkpoints"
-    chance = torch.Generator().manual_seed(2)
-    third = {
-        name: tensor
-        if not tensor.is_floating_point() or name.startswith("first_stage")
-        else (tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=chance)).half()
-        for name, tensor in load_file(checkpoints / "first.safetensors").items()
-    }
-    save_file(third, checkpoints / "third.safetensors")
+    write_beside(checkpoints / "first.safetensors", "third", seed=2, share=0.1)
     (folder / "portrait.toml").write_text('prompt = "x"\nwidth = 64\nheight = 64\nsteps = 2\n')
     names = (("a", "first"), ("b", "second"), ("c", "third"))
     options = [f"models.{m}={checkpoints}/{n}.safetensors" for m, n in names]
