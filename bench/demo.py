@@ -94,8 +94,10 @@ def main() -> None:
     panel = base.heldout_panel
     blocks = base.merger.architecture.blocks
 
-    def even(alpha: float) -> Recipe:
-        return base.recipe({"alpha": dict.fromkeys(blocks, alpha)})
+    def merge(alpha: float, **changed: float) -> Recipe:
+        """An even merge, but for the alphas of some blocks."""
+        alphas = {**dict.fromkeys(blocks, alpha), **changed}
+        return base.recipe({f"{block}_alpha": value for block, value in alphas.items()})
 
     with tempfile.TemporaryDirectory() as folder:
         study = Study(Path(folder) / "landscape.db")
@@ -103,7 +105,7 @@ def main() -> None:
         print("| alpha in every block | mean | standard error |\n|---|---|---|")
         evens: dict[float, Result] = {}
         for alpha in EVEN:
-            result = evens[alpha] = judged(study, base, panel, f"even {alpha}", even(alpha))
+            result = evens[alpha] = judged(study, base, panel, f"even {alpha}", merge(alpha))
             assert result.value is not None
             print(f"| {alpha} | {result.value.mean:.3f} | {result.value.se:.3f} |", flush=True)
         top = max(EVEN, key=lambda alpha: mean(evens[alpha]))
@@ -139,8 +141,7 @@ def main() -> None:
         for block in blocks:
             changes = []
             for alpha in (0.0, 1.0):
-                recipe = base.recipe({"alpha": {**dict.fromkeys(blocks, 0.5), block: alpha}})
-                end = judged(study, base, some, f"{block} {alpha}", recipe)
+                end = judged(study, base, some, f"{block} {alpha}", merge(0.5, **{block: alpha}))
                 changes.append(ONE_SCORER.difference(end, evens[0.5], some))
             print(f"| {block} | {told(changes[0])} | {told(changes[1])} |", flush=True)
 

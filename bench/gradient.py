@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", default=["embedded", "halves", "bad", "equals"])
     parser.add_argument("--folder", type=Path, default=Path("runs/pairs"), help="of the pairs")
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=SEARCHES)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=10, help="0 prints only what was measured")
     parser.add_argument("--most", type=int, default=max(MARKS), help="images of a search")
     parser.add_argument("--marks", type=int, nargs="+", default=MARKS, help="where it is judged")
     parser.add_argument(
@@ -362,7 +362,8 @@ def draw(
         if min(each, default=0.0) < max(each, default=0.0) / 2:  # else it is far below all of them
             axes.axhline(0.0, color="#888888", lw=0.8)
         axes.set(title=TITLES.get(pair, pair), xlabel="images", xscale="log")
-        axes.set_xticks(MARKS, MARKS, rotation=60)
+        ticks = sorted({images for by in gains.values() for images in by})
+        axes.set_xticks(ticks, ticks, rotation=60)
         axes.minorticks_off()
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("score over that of the even merge")
