@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -33,11 +33,8 @@ class Proxy(FakeServer):
         self.serve()
 
     def reply(self, to: BaseHTTPRequestHandler, body: Any) -> None:
-        answer = self._client.request(
-            "GET" if to.command == "GET" else "POST",
-            to.path,
-            json=body if body is not None else {},
-        )
+        sent = None if to.command == "GET" else body or {}
+        answer = self._client.request(to.command, to.path, json=sent)
         name = to.path.partition("?")[0].rpartition("/")[2].replace("-", "_")
         self.asked[name] += 1
         try:
@@ -73,12 +70,13 @@ def cuts(every: int) -> Fault:
     return fault
 
 
-def told_otherwise(at: int, **changes: Any) -> Fault:
-    """Changes what one image is said to be made with."""
+def changes(by_number: Mapping[int, Mapping[str, Any]]) -> Fault:
+    """Changes entries of some answers; `info` is what is to be changed of what an image tells."""
 
     def fault(number: int, answer: Any) -> tuple[int, Any]:
-        if number != at:
-            return 200, answer
-        return 200, {**answer, "info": json.dumps({**json.loads(answer["info"]), **changes})}
+        changed = dict(by_number.get(number, {}))
+        if "info" in changed:
+            changed["info"] = json.dumps({**json.loads(answer["info"]), **changed["info"]})
+        return 200, {**answer, **changed} if changed else answer
 
     return fault

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import toy_plugin
 from PIL import Image
-from proxy_fake import Fault, Proxy, cuts, told_otherwise
+from proxy_fake import Fault, Proxy, changes, cuts
 from test_run import Silent
 from webui_fake import A1111, FORGE, KINDS, NEXT, OLD, Answer, FakeWebUI
 
@@ -1433,17 +1434,17 @@ def test_real_server_behind_a_bad_proxy_is_searched_as_without_it(folder: Path) 
     for name in ("portrait", "landscape"):
         text = f'prompt = "a {name}"\nwidth = 64\nheight = 64\nsteps = 1\n'
         (folder / f"{name}.toml").write_text(text)
-    options = [f"models.a={a}", f"models.b={b}", "search.images=3", "search.images_per_trial=1"]
+    options = [f"models.a={a}", f"models.b={b}", "search.images=4", "search.images_per_trial=1"]
     options += ["heldout.images=2", "heldout.select_images=2", "heldout.candidates=1"]
 
     def searched(into: str, **faults: Fault) -> tuple[Outcome, Proxy]:
         proxy = Proxy(url, **faults)
         own = [*options, f"backend.url={proxy.url}", "backend.wait_for_server=2m"]
-        chosen = setup.prepare(configuration.load(folder / "config.toml", own), folder, "toy")
         try:
-            return run.run(chosen, folder / into, Silent()), proxy
+            chosen = setup.prepare(configuration.load(folder / "config.toml", own), folder, "toy")
+            with closing(chosen.backend):
+                return run.run(chosen, folder / into, Silent()), proxy
         finally:
-            chosen.backend.close()
             proxy.stop()
 
     whole, _ = searched("whole")
@@ -1451,10 +1452,17 @@ def test_real_server_behind_a_bad_proxy_is_searched_as_without_it(folder: Path) 
     assert proxy.met["txt2img"] >= 4
     assert [r.images for r in broken.results] == [r.images for r in whole.results]
     assert [r.scores for r in broken.results] == [r.scores for r in whole.results]
-    # Six images are of the parents and the even merge; the eighth is of the second trial.
-    false, proxy = searched("false", txt2img=told_otherwise(8, sampler_name="DPM++ 2M"))
-    assert proxy.met["txt2img"] == 1
+    # Six images are of the parents and the even merge, each later one of a trial.
+    another = {"sd_model_name": "another", "infotexts": ["a\nSteps: 1, Model: another"]}
+    lies: dict[int, dict[str, Any]] = {
+        7: {"images": []},
+        9: {"info": {"sampler_name": "DPM++ 2M"}},
+        10: {"info": another},  # which is then made again by the merge
+    }
+    false, proxy = searched("false", txt2img=changes(lies))
+    assert proxy.met["txt2img"] == 3
     assert false.finished
     faults = [r.reason for r in false.results if r.state == "failed"]
-    assert len(faults) == 1
-    assert "sampler_name Euler, and made with DPM++ 2M" in faults[0]
+    assert len(faults) == 2
+    assert "answered without an image" in faults[0]
+    assert "sampler_name Euler, and made with DPM++ 2M" in faults[1]
