@@ -139,10 +139,19 @@ def test_payloads_are_read_where_they_are(there: Path) -> None:
 
 def test_what_has_no_place_here_is_told(there: Path) -> None:
     notes = "\n".join(adopt.adopted(there / "conf" / "config.yaml").notes)
-    assert "scorer_method 'chad' is not here: put another" in notes
+    assert "'chad' is not here: put a scorer where the configuration says" in notes
     assert "keeps model A's VAE" in notes
     assert "left out" not in notes
-    more = "rebasin: True\nbounds_transformer: True\nprune: False\nshiny: 3\nbest_format: ckpt\n"
+    more = """
+rebasin: True
+bounds_transformer: True
+prune: False
+shiny: 3
+best_format: ckpt
+scorer_model_name: sac+logos+ava1-l14-linearMSE.pth
+draw_unet_weights: "0.1,0.2"
+weights_clip: True
+"""
     path = there / "conf" / "config.yaml"
     path.write_text(SETTINGS.replace("wildcards_dir: w", "wildcards_dir: x/w") + more)
     notes = "\n".join(adopt.adopted(path).notes)
@@ -151,7 +160,90 @@ def test_what_has_no_place_here_is_told(there: Path) -> None:
     assert "shiny is left out: not known" in notes
     assert "best_format is left out" in notes
     assert "wildcards_dir is left out" in notes
+    assert "scorer_model_name is left out: a scorer has" in notes
+    assert "draw_unet_weights is left out" in notes
+    assert "weights_clip is left out: it had no effect" in notes
     assert "prune" not in notes
+    assert read(there, scorer="[scorers.exposure]\n").merge.clip is False
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "here", "said"),
+    [("atpe", "tpe", "optimiser atpe is tpe here"), ("ga", "auto", "optimiser ga is not here")],
+)
+def test_optimiser_that_is_another_here_is_told(
+    there: Path, optimiser: str, here: str, said: str
+) -> None:
+    path = there / "conf" / "config.yaml"
+    path.write_text(SETTINGS.replace("optimiser: bayes", f"optimiser: {optimiser}"))
+    assert read(there, scorer="[scorers.exposure]\n").search.optimiser == here
+    assert said in "\n".join(adopt.adopted(path).notes)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("chad", "'chad' is not here"),
+        ("[chad, laion]", "'chad', 'laion' is not here"),
+        ('"x\\n[models]"', "'x\\n[models]' is not here"),
+        ("", "scorer_method names none"),
+    ],
+)
+def test_place_of_a_scorer_that_is_missing_is_kept(there: Path, method: str, said: str) -> None:
+    path = there / "conf" / "config.yaml"
+    path.write_text(SETTINGS.replace("scorer_method: chad", f"scorer_method: {method}"))
+    text, notes = adopt.adopted(path)
+    assert f"# A scorer belongs here ({said})." in text
+    assert f"{said}: put a scorer where" in notes[-1]
+    for told in (text, notes[-1]):
+        assert "contrast, demo, exposure" in told
+    (there / "new.toml").write_text(text.replace("# [scorers.NAME]", "[scorers.exposure]"))
+    assert list(config.load(there / "new.toml").scorers) == ["exposure"]
+
+
+def test_scorers_that_are_here_are_taken(there: Path) -> None:
+    path = there / "conf" / "config.yaml"
+    path.write_text(SETTINGS.replace("method: chad", "method: [exposure, contrast]"))
+    assert list(read(there).scorers) == ["exposure", "contrast"]
+    assert "scorer" not in "\n".join(adopt.adopted(path).notes)
+
+
+def test_search_makes_as_many_images_as_payloads_asked_for(there: Path) -> None:
+    payloads = there / "conf" / "payloads"
+    (payloads / "cargo.yaml").write_text(CARGO.replace("n_iter: 1", "n_iter: 3"))
+    (payloads / "cargo" / "lake.yaml").write_text("lake:\n  prompt: x\n  batch_size: 4\n")
+    # 25 points, each 2 times 3 images of one payload and 3 of 4 of the other
+    found = read(there, scorer="[scorers.exposure]\n")
+    assert found.search.images == 25 * 2 * (3 + 3 * 4)
+    assert "mistakes" not in "\n".join(adopt.adopted(there / "conf" / "config.yaml").notes)
+    (payloads / "cargo" / "lake.yaml").write_text("lake:\n  prompt: x\n  steps: 0\n")
+    assert read(there, scorer="[scorers.exposure]\n").search.images == 25 * 2 * 2
+    assert "there are mistakes in them" in adopt.adopted(there / "conf" / "config.yaml").notes[-1]
+
+
+def test_text_says_what_comes_on_top_of_the_search(there: Path) -> None:
+    first, second, *_ = adopt.adopted(there / "conf" / "config.yaml").text.splitlines()
+    assert first.startswith(
+        "# From 'config.yaml' of sd-webui-bayesian-merger. The search makes as"
+    )
+    assert second.endswith("of the proof at the end, come on top.")
+
+
+def test_files_may_be_named_with_their_suffix(there: Path) -> None:
+    before = read(there, scorer="[scorers.exposure]\n")
+    cargo = there / "conf" / "payloads" / "cargo.yaml"
+    cargo.write_text(CARGO.replace("- lake", "- lake.yaml"))
+    named = SETTINGS.replace("payloads: cargo", "payloads: cargo.yaml")
+    (there / "conf" / "config.yaml").write_text(named.replace("guide: guide", "guide: guide.yaml"))
+    assert read(there, scorer="[scorers.exposure]\n") == before
+
+
+def test_folder_whose_name_is_a_pattern_is_found(there: Path) -> None:
+    moved = there / "old [2023]"
+    (there / "conf").rename(moved)
+    found = read(there, "old [2023]/config.yaml", scorer="[scorers.exposure]\n")
+    files = found.payload_files(there)
+    assert files == [moved / "payloads" / "cargo" / f"{n}.yaml" for n in ("portrait", "lake")]
 
 
 def test_older_settings_are_read_too(there: Path) -> None:
@@ -225,6 +317,39 @@ def test_texts_survive_as_toml(there: Path) -> None:
     cargo.write_text(text.replace('a "quoted"', 'a \\"quoted\\"'))
     found = read(there, scorer="[scorers.exposure]\n")
     assert found.panel.defaults["neg_prompt"] == nasty
+
+
+def test_dates_are_texts_and_keys_may_be_anything(there: Path) -> None:
+    fields = """
+since: 2023-04-18
+my key: [2023-04-18 12:00:00, 3]
+a.b: {"c d": {e"f: null, 1: true}}
+"": x
+none:
+"""
+    (there / "conf" / "payloads" / "cargo.yaml").write_text(CARGO + fields)
+    found = read(there, scorer="[scorers.exposure]\n").panel.defaults
+    assert found["since"] == "2023-04-18"
+    assert found["my key"] == ["2023-04-18 12:00:00", 3]
+    assert found["a.b"] == {"c d": {'e"f': "", "1": True}}
+    assert found[""] == "x"
+    assert "none" not in found
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!timestamp 2023-04-18", "!!binary aGk=", "!!set {a}", ".inf", "&x [*x]", '"\\ud800"'],
+)
+@pytest.mark.parametrize("file", ["payloads/cargo.yaml", "config.yaml"])
+def test_value_that_is_none_of_json_is_refused_with_its_place(
+    there: Path, file: str, value: str
+) -> None:
+    path = there / "conf" / file
+    path.write_text(path.read_text() + f"\nodd: {value}\n")
+    with pytest.raises(ConfigError) as caught:
+        adopt.adopted(there / "conf" / "config.yaml")
+    assert str(caught.value).startswith(f"{path}: odd is ")
+    assert str(caught.value).count("\n") == 0
 
 
 def test_command_writes_the_configuration_once(
