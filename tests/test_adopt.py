@@ -359,7 +359,7 @@ def test_command_writes_the_configuration_once(
     code, out, _ = command("import", there / "conf" / "config.yaml", target)
     assert code == 0
     assert f"wrote {target}" in out
-    assert f"next: bayesian-merger check {target}" in out
+    assert f"next: look it over, then bayesian-merger check {target}" in out
     before = target.read_bytes()
     code, _, err = command("import", there / "conf" / "config.yaml", target)
     assert (code, target.read_bytes()) == (2, before)
@@ -369,6 +369,48 @@ def test_command_writes_the_configuration_once(
     )
     assert code == 2
     assert "settings take no options" in err
-    code, _, err = command("import", there / "conf" / "config.yaml", there / "none" / "x.toml")
-    assert code == 2
+    code, _, err = command("import", there / "conf" / "config.yaml", target / "x.toml")
+    assert (code, target.read_bytes()) == (2, before)
     assert "cannot be written" in err
+
+
+def test_command_makes_the_folder_of_the_configuration(
+    there: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    target = there / "my" / "merges" / "x.toml"
+    assert command("import", there / "conf" / "config.yaml", target)[0] == 0
+    assert target.is_file()
+    assert command("import", there / "conf" / "no.yaml", there / "other" / "x.toml")[0] == 2
+    assert not (there / "other").exists()
+
+
+def test_command_takes_a_folder_for_the_settings_in_it(
+    there: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    for number, folder in enumerate((there / "conf", there)):
+        target = there / f"{number}.toml"
+        assert command("import", folder, target)[0] == 0
+        assert "From 'config.yaml'" in target.read_text()
+    (there / "conf" / "config.yaml").unlink()
+    code, _, err = command("import", there, there / "x.toml")
+    assert code == 2
+    assert f"{there}: a folder without config.yaml, conf/config.yaml, config.ini;" in err
+    (there / "config.ini").write_text(INI)
+    (there / "payloads").mkdir()
+    (there / "payloads" / "cat.yaml").write_text('prompt: "a cat"\n')
+    assert command("import", there, there / "x.toml")[0] == 0
+
+
+def test_command_refuses_what_is_neither_settings_nor_a_log(
+    there: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    (there / "other.toml").write_text("[models]\n")
+    for name, said in {
+        "other.toml": "neither settings (.yaml, .yml, .ini) nor a log (.json) of sd-webui-",
+        "conff": "no such file",
+        "conf/payloads/cargo.yaml": "model_a names no file; are these the settings of sd-webui-",
+    }.items():
+        code, _, err = command("import", there / name, there / "x.toml")
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{there / name}: {said}" in err
+    assert not (there / "x.toml").exists()
