@@ -164,12 +164,10 @@ def test_option_of_another_plugin_is_told_as_such(toys: Registry[Any]) -> None:
         "toy plain: unknown option 'url' (of server), 'target' (of untyped); "
         "take out what belongs to another toy (known: none)"
     )
-    with pytest.raises(ConfigError) as caught:
-        backend.check("webui", {"url": "http://x", "batch": 4, "clip_skip": 2})
-    assert (
-        "back end webui: unknown option 'batch' (of diffusers), 'clip_skip' (of comfyui, diffusers); "
-        "take out what belongs to another back end (known: url, "
-    ) in str(caught.value)
+    with pytest.raises(
+        ConfigError, match=r"^back end webui: unknown option 'clip_skip' \(of .*diffu"
+    ):
+        backend.check("webui", {"url": "http://x", "clip_skip": 2})
 
 
 def test_what_follows_the_star_is_no_option(toys: Registry[Any]) -> None:
