@@ -11,6 +11,7 @@ from test_cli import command as command
 
 from bayesian_merger import adopt, config, prompts
 from bayesian_merger.errors import ConfigError
+from bayesian_merger.scorers import scorer
 
 SETTINGS = """
 defaults:
@@ -139,10 +140,19 @@ def test_payloads_are_read_where_they_are(there: Path) -> None:
 
 def test_what_has_no_place_here_is_told(there: Path) -> None:
     notes = "\n".join(adopt.adopted(there / "conf" / "config.yaml").notes)
-    assert "scorer_method 'chad' is not here: put another" in notes
+    assert "'chad' is not here: put a scorer where the configuration says" in notes
     assert "keeps model A's VAE" in notes
     assert "left out" not in notes
-    more = "rebasin: True\nbounds_transformer: True\nprune: False\nshiny: 3\nbest_format: ckpt\n"
+    more = """
+rebasin: True
+bounds_transformer: True
+prune: False
+shiny: 3
+best_format: ckpt
+scorer_model_name: sac+logos+ava1-l14-linearMSE.pth
+draw_unet_weights: "0.1,0.2"
+weights_clip: True
+"""
     path = there / "conf" / "config.yaml"
     path.write_text(SETTINGS.replace("wildcards_dir: w", "wildcards_dir: x/w") + more)
     notes = "\n".join(adopt.adopted(path).notes)
@@ -151,7 +161,90 @@ def test_what_has_no_place_here_is_told(there: Path) -> None:
     assert "shiny is left out: not known" in notes
     assert "best_format is left out" in notes
     assert "wildcards_dir is left out" in notes
+    assert "scorer_model_name is left out: a scorer has" in notes
+    assert "draw_unet_weights is left out" in notes
+    assert "weights_clip is left out: it had no effect" in notes
     assert "prune" not in notes
+    assert read(there, scorer="[scorers.exposure]\n").merge.clip is False
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "here", "said"),
+    [("atpe", "tpe", "optimiser atpe is tpe here"), ("ga", "auto", "optimiser ga is not here")],
+)
+def test_optimiser_that_is_another_here_is_told(
+    there: Path, optimiser: str, here: str, said: str
+) -> None:
+    path = there / "conf" / "config.yaml"
+    path.write_text(SETTINGS.replace("optimiser: bayes", f"optimiser: {optimiser}"))
+    assert read(there, scorer="[scorers.exposure]\n").search.optimiser == here
+    assert said in "\n".join(adopt.adopted(path).notes)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("chad", "'chad' is not here"),
+        ("[chad, laion]", "'chad', 'laion' is not here"),
+        ('"x\\n[models]"', "'x\\n[models]' is not here"),
+        ("", "scorer_method names none"),
+    ],
+)
+def test_place_of_a_scorer_that_is_missing_is_kept(there: Path, method: str, said: str) -> None:
+    path = there / "conf" / "config.yaml"
+    path.write_text(SETTINGS.replace("scorer_method: chad", f"scorer_method: {method}"))
+    text, notes = adopt.adopted(path)
+    assert f"# A scorer belongs here ({said})." in text
+    assert f"{said}: put a scorer where" in notes[-1]
+    for told in (text, notes[-1]):
+        assert ", ".join(scorer.names()) in told
+    (there / "new.toml").write_text(text.replace("# [scorers.NAME]", "[scorers.exposure]"))
+    assert list(config.load(there / "new.toml").scorers) == ["exposure"]
+
+
+def test_scorers_that_are_here_are_taken(there: Path) -> None:
+    path = there / "conf" / "config.yaml"
+    path.write_text(SETTINGS.replace("method: chad", "method: [exposure, contrast]"))
+    assert list(read(there).scorers) == ["exposure", "contrast"]
+    assert "scorer" not in "\n".join(adopt.adopted(path).notes)
+
+
+def test_search_makes_as_many_images_as_payloads_asked_for(there: Path) -> None:
+    payloads = there / "conf" / "payloads"
+    (payloads / "cargo.yaml").write_text(CARGO.replace("n_iter: 1", "n_iter: 3"))
+    (payloads / "cargo" / "lake.yaml").write_text("lake:\n  prompt: x\n  batch_size: 4\n")
+    # 25 points, each 2 times 3 images of one payload and 3 of 4 of the other
+    found = read(there, scorer="[scorers.exposure]\n")
+    assert found.search.images == 25 * 2 * (3 + 3 * 4)
+    assert "mistakes" not in "\n".join(adopt.adopted(there / "conf" / "config.yaml").notes)
+    (payloads / "cargo" / "lake.yaml").write_text("lake:\n  prompt: x\n  steps: 0\n")
+    assert read(there, scorer="[scorers.exposure]\n").search.images == 25 * 2 * 2
+    assert "there are mistakes in them" in adopt.adopted(there / "conf" / "config.yaml").notes[-1]
+
+
+def test_text_says_what_comes_on_top_of_the_search(there: Path) -> None:
+    first, second, *_ = adopt.adopted(there / "conf" / "config.yaml").text.splitlines()
+    assert first.startswith(
+        "# From 'config.yaml' of sd-webui-bayesian-merger. The search makes as"
+    )
+    assert second.endswith("of the proof at the end, come on top.")
+
+
+def test_files_may_be_named_with_their_suffix(there: Path) -> None:
+    before = read(there, scorer="[scorers.exposure]\n")
+    cargo = there / "conf" / "payloads" / "cargo.yaml"
+    cargo.write_text(CARGO.replace("- lake", "- lake.yaml"))
+    named = SETTINGS.replace("payloads: cargo", "payloads: cargo.yaml")
+    (there / "conf" / "config.yaml").write_text(named.replace("guide: guide", "guide: guide.yaml"))
+    assert read(there, scorer="[scorers.exposure]\n") == before
+
+
+def test_folder_whose_name_is_a_pattern_is_found(there: Path) -> None:
+    moved = there / "old [2023]"
+    (there / "conf").rename(moved)
+    found = read(there, "old [2023]/config.yaml", scorer="[scorers.exposure]\n")
+    files = found.payload_files(there)
+    assert files == [moved / "payloads" / "cargo" / f"{n}.yaml" for n in ("portrait", "lake")]
 
 
 def test_older_settings_are_read_too(there: Path) -> None:
@@ -227,6 +320,39 @@ def test_texts_survive_as_toml(there: Path) -> None:
     assert found.panel.defaults["neg_prompt"] == nasty
 
 
+def test_dates_are_texts_and_keys_may_be_anything(there: Path) -> None:
+    fields = """
+since: 2023-04-18
+my key: [2023-04-18 12:00:00, 3]
+a.b: {"c d": {e"f: null, 1: true}}
+"": x
+none:
+"""
+    (there / "conf" / "payloads" / "cargo.yaml").write_text(CARGO + fields)
+    found = read(there, scorer="[scorers.exposure]\n").panel.defaults
+    assert found["since"] == "2023-04-18"
+    assert found["my key"] == ["2023-04-18 12:00:00", 3]
+    assert found["a.b"] == {"c d": {'e"f': "", "1": True}}
+    assert found[""] == "x"
+    assert "none" not in found
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!timestamp 2023-04-18", "!!binary aGk=", "!!set {a}", ".inf", "&x [*x]", '"\\ud800"'],
+)
+@pytest.mark.parametrize("file", ["payloads/cargo.yaml", "config.yaml"])
+def test_value_that_is_none_of_json_is_refused_with_its_place(
+    there: Path, file: str, value: str
+) -> None:
+    path = there / "conf" / file
+    path.write_text(path.read_text() + f"\nodd: {value}\n")
+    with pytest.raises(ConfigError) as caught:
+        adopt.adopted(there / "conf" / "config.yaml")
+    assert str(caught.value).startswith(f"{path}: odd is ")
+    assert str(caught.value).count("\n") == 0
+
+
 def test_command_writes_the_configuration_once(
     there: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -234,7 +360,7 @@ def test_command_writes_the_configuration_once(
     code, out, _ = command("import", there / "conf" / "config.yaml", target)
     assert code == 0
     assert f"wrote {target}" in out
-    assert f"next: bayesian-merger check {target}" in out
+    assert f"next: look it over, then bayesian-merger check {target}" in out
     before = target.read_bytes()
     code, _, err = command("import", there / "conf" / "config.yaml", target)
     assert (code, target.read_bytes()) == (2, before)
@@ -244,6 +370,48 @@ def test_command_writes_the_configuration_once(
     )
     assert code == 2
     assert "settings take no options" in err
-    code, _, err = command("import", there / "conf" / "config.yaml", there / "none" / "x.toml")
-    assert code == 2
+    code, _, err = command("import", there / "conf" / "config.yaml", target / "x.toml")
+    assert (code, target.read_bytes()) == (2, before)
     assert "cannot be written" in err
+
+
+def test_command_makes_the_folder_of_the_configuration(
+    there: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    target = there / "my" / "merges" / "x.toml"
+    assert command("import", there / "conf" / "config.yaml", target)[0] == 0
+    assert target.is_file()
+    assert command("import", there / "conf" / "no.yaml", there / "other" / "x.toml")[0] == 2
+    assert not (there / "other").exists()
+
+
+def test_command_takes_a_folder_for_the_settings_in_it(
+    there: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    for number, folder in enumerate((there / "conf", there)):
+        target = there / f"{number}.toml"
+        assert command("import", folder, target)[0] == 0
+        assert "From 'config.yaml'" in target.read_text()
+    (there / "conf" / "config.yaml").unlink()
+    code, _, err = command("import", there, there / "x.toml")
+    assert code == 2
+    assert f"{there}: a folder without config.yaml, conf/config.yaml, config.ini;" in err
+    (there / "config.ini").write_text(INI)
+    (there / "payloads").mkdir()
+    (there / "payloads" / "cat.yaml").write_text('prompt: "a cat"\n')
+    assert command("import", there, there / "x.toml")[0] == 0
+
+
+def test_command_refuses_what_is_neither_settings_nor_a_log(
+    there: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    (there / "other.toml").write_text("[models]\n")
+    for name, said in {
+        "other.toml": "neither settings (.yaml, .yml, .ini) nor a log (.json) of sd-webui-",
+        "conff": "no such file",
+        "conf/payloads/cargo.yaml": "model_a names no file; are these the settings of sd-webui-",
+    }.items():
+        code, _, err = command("import", there / name, there / "x.toml")
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{there / name}: {said}" in err
+    assert not (there / "x.toml").exists()

@@ -16,7 +16,8 @@ frozen_params:
 custom_ranges:
   block_0_alpha: [0.2, 0.4]
 groups:
-  - [block_1_alpha, block_2_alpha]
+  - [base_beta, block_0_beta]
+  - [block_1_alpha, block_2_alpha, block_2_beta]
   - [block_23_alpha, block_24_alpha]
 """
 
@@ -75,10 +76,65 @@ def test_missing_guide_is_told(tmp_path: Path) -> None:
         read(tmp_path / "guide.yaml")
 
 
-def test_mistake_in_what_a_guide_names_is_told_like_a_configuration_s(guide: Path) -> None:
-    (guide / "guide.yaml").write_text("custom_ranges: {block_0_alpha: [0.5, 0.4]}")
-    with pytest.raises(ConfigError, match=r"block_0_alpha = \[0.5, 0.4\] is upside down"):
-        begin(guide, "search.guide=guide.yaml")
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        (
+            "custom_ranges: {block_0_alpha: [0.5, 0.4]}",
+            [],
+            "GUIDE: custom_ranges: block_0_alpha = [0.5, 0.4] is upside down",
+        ),
+        ("frozen_params: {block_0: 0.5}", [], "GUIDE: frozen_params: 'block_0' names no weight"),
+        ("groups: [[base_beta], [block_30_alpha]]", [], "GUIDE: groups: 'block_30_alpha' names"),
+        (
+            "groups: [[base_beta], [IN00, IN01], [IN01, M00]]",
+            [],
+            "GUIDE: groups: IN01_alpha is in groups 2 and 3",
+        ),
+        (
+            "groups: [[IN00, IN01]]",
+            ['search.groups=[["IN01", "M00"]]'],
+            "GUIDE: groups and search.groups: IN01_alpha is in groups 1 and 1",
+        ),
+        (
+            "{frozen_params: {IN00: 0.5}, groups: [[IN00, IN01]]}",
+            [],
+            "GUIDE: groups: IN00_alpha of group 1 is frozen",
+        ),
+        (
+            "{custom_ranges: {IN00: [0, 0.5], IN01: [0, 0.6]}, groups: [[IN00, IN01]]}",
+            [],
+            "GUIDE: groups: group 1 has members with different ranges",
+        ),
+        (
+            "frozen_params: {IN00: 0.5}",
+            ["search.ranges.IN00=[0.2, 0.4]"],
+            "GUIDE: frozen_params and search.ranges: IN00_alpha is both frozen and given a range",
+        ),
+        (
+            "frozen_params: {block_0_alpha: 0.5}",
+            ["search.freeze.IN00=0.6"],
+            "GUIDE: frozen_params and search.freeze: IN00_alpha is given twice, the second time",
+        ),
+        ('frozen_params: {"*": 0.5}', [], "GUIDE: frozen_params: every weight is frozen"),
+    ],
+)
+def test_mistake_in_what_a_guide_names_is_told_with_the_guide_s_place(
+    guide: Path, text: str, overrides: list[str], said: str
+) -> None:
+    (guide / "guide.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        begin(guide, "search.guide=guide.yaml", *overrides)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(said.replace("GUIDE", f"search.guide: {guide / 'guide.yaml'}"))
+
+
+def test_range_of_a_guide_that_the_method_does_not_take_names_the_guide(guide: Path) -> None:
+    (guide / "guide.yaml").write_text("custom_ranges: {block_12_beta: [0.5, 2.0]}")
+    with pytest.raises(ConfigError) as caught:
+        begin(guide, "search.guide=guide.yaml", "merge.method=tensor_sum")
+    places = f"search.ranges or search.freeze or search.guide: {guide / 'guide.yaml'}"
+    assert str(caught.value).endswith(f"; narrow {places}")
 
 
 # What is tried first

@@ -227,6 +227,25 @@ def test_all_mistakes_of_all_files_are_told_at_once(tmp_path: Path) -> None:
     ]
 
 
+def test_mistake_in_the_defaults_is_told_once_with_its_place(tmp_path: Path) -> None:
+    defaults = {"steps": 0, "width": 500, "cfg_sacle": 3, "date": {1, 2}}
+    found = mistakes(
+        tmp_path,
+        defaults,
+        a__toml='prompt = "x"\nwidth = 512\n',
+        b__txt="x\ny",
+        c__yaml="prompt: x\nsteps: -1\nsampler_nam: y",
+    )
+    assert found == [
+        "panel.defaults: steps: Input should be greater than or equal to 1 (found 0)",
+        "panel.defaults: unknown field 'cfg_sacle'; did you mean 'cfg_scale'?",
+        "panel.defaults: field 'date' is {1, 2}, not JSON",
+        "panel.defaults: width: Input should be a multiple of 8 (found 500)",
+        f"payload {tmp_path / 'c.yaml'}: steps: Input should be greater than or equal to 1 (found -1)",
+        f"payload {tmp_path / 'c.yaml'}: unknown field 'sampler_nam'; did you mean 'sampler_name'?",
+    ]
+
+
 def test_two_payloads_of_one_name_are_a_mistake(tmp_path: Path) -> None:
     found = mistakes(tmp_path, lake__toml='prompt = "x"', lake__yaml="prompt: x")
     assert found == ["two payloads are called 'lake'; rename one"]

@@ -158,6 +158,18 @@ def test_unknown_option_is_a_mistake_with_the_nearest_known(toys: Registry[Any])
     assert mistake(toys, "plain", size=1) == "toy plain: unknown option 'size' (known: none)"
 
 
+def test_option_of_another_plugin_is_told_as_such(toys: Registry[Any]) -> None:
+    assert mistake(toys, "plain", url="x", target=1, size=3) == (
+        "toy plain: unknown option 'size' (known: none); "
+        "toy plain: unknown option 'url' (of server), 'target' (of untyped); "
+        "take out what belongs to another toy (known: none)"
+    )
+    with pytest.raises(
+        ConfigError, match=r"^back end webui: unknown option 'clip_skip' \(of .*diffu"
+    ):
+        backend.check("webui", {"url": "http://x", "clip_skip": 2})
+
+
 def test_what_follows_the_star_is_no_option(toys: Registry[Any]) -> None:
     assert "unknown option 'test'" in mistake(toys, "server", url="x", test=1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,31 @@ from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.registry import nearest
 
 
-class Guide(BaseModel):
+@dataclass(frozen=True)
+class Guide:
+    """What a guide says of weights by their names, and where it stands, for messages."""
+
+    where: str = ""
+    freeze: Mapping[str, float] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    groups: Sequence[Sequence[str]] = ()
+
+    def of(self, weights: Container[str]) -> Guide:
+        """Without the names that end in a letter which is none of the method's `weights`.
+
+        The guide that came with sd-webui-bayesian-merger froze base_beta for every method.
+        """
+        strange = tuple(f"_{letter}" for letter in ("alpha", "beta") if letter not in weights)
+        return replace(
+            self,
+            freeze={n: value for n, value in self.freeze.items() if not n.endswith(strange)},
+            ranges={n: limits for n, limits in self.ranges.items() if not n.endswith(strange)},
+            # A group of which nothing is left stays, as messages count them.
+            groups=[[n for n in group if not n.endswith(strange)] for group in self.groups],
+        )
+
+
+class _File(BaseModel):
     """The file's fields by the names that a configuration has for them; an empty one is none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,20 +55,19 @@ class Guide(BaseModel):
 
 def read(path: Path) -> Guide:
     """The guide at `path`; ConfigError with every mistake, one on a line."""
+    where = f"search.guide: {path}"
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"search.guide: {path}: no such file") from None
+        raise ConfigError(f"{where}: no such file") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"search.guide: {path}: not valid YAML: {one_line(error)}") from error
+        raise ConfigError(f"{where}: not valid YAML: {one_line(error)}") from error
     if not isinstance(data, dict | None):
-        raise ConfigError(
-            f"search.guide: {path}: no table of frozen_params, custom_ranges, groups"
-        )
+        raise ConfigError(f"{where}: no table of frozen_params, custom_ranges, groups")
     try:
-        return Guide.model_validate({str(key): value for key, value in (data or {}).items()})
+        found = _File.model_validate({str(key): value for key, value in (data or {}).items()})
     except ValidationError as error:
-        known = [field.alias or name for name, field in Guide.model_fields.items()]
+        known = [field.alias or name for name, field in _File.model_fields.items()]
         mistakes = []
         for detail in error.errors():
             key = ".".join(str(part) for part in detail["loc"])
@@ -50,6 +75,5 @@ def read(path: Path) -> Guide:
                 mistakes.append(f"unknown key {key!r}{nearest(key, known)}")
             else:
                 mistakes.append(f"{key}: {detail['msg']}")
-        raise ConfigError(
-            "\n".join(f"search.guide: {path}: {text}" for text in mistakes)
-        ) from None
+        raise ConfigError("\n".join(f"{where}: {text}" for text in mistakes)) from None
+    return Guide(where, found.freeze, found.ranges, found.groups)

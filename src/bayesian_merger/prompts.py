@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bayesian_merger import toml
 from bayesian_merger.data import Prompt
@@ -45,18 +45,6 @@ class _Fields(BaseModel):
     score_weight: float = Field(1.0, ge=0.0, allow_inf_nan=False)
     batch_size: int = Field(1, ge=1, le=1000)
     n_iter: int = Field(1, ge=1, le=1000)
-
-    @model_validator(mode="after")
-    def _extra_is_meant_and_can_be_stored(self) -> _Fields:
-        for name, value in (self.model_extra or {}).items():
-            meant = nearest(name, type(self).model_fields, cutoff=0.85)
-            if meant and not name.startswith("hr_"):  # fields of webuis: hr_scheduler
-                raise ValueError(f"unknown field {name!r}{meant}")
-            try:
-                json.dumps(value, allow_nan=False)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"field {name!r} is {value!r}, not JSON") from error
-        return self
 
 
 # What sd-webui-bayesian-merger called them in its versions; what stands first goes before.
@@ -87,34 +75,33 @@ def read_payloads(paths: Sequence[Path], defaults: Mapping[str, Any]) -> tuple[P
     A .toml or .yaml file is one payload: its fields, or one name with a table of fields. In a .txt
     file each line that is not empty is a prompt.
     """
+    usual = _renamed(defaults)
     payloads: list[Payload] = []
     mistakes: list[str] = []
     for path in paths:
         try:
             for name, fields in _tables(path):
-                if "prompt" not in fields and not defaults.get("prompt"):
+                own = _renamed(fields)
+                if "prompt" not in own and not usual.get("prompt"):
                     raise ConfigError(f'payload {path}: no prompt; add a line prompt = "..."')
-                payloads.append(
-                    Payload(
-                        name, _Fields.model_validate({**_renamed(defaults), **_renamed(fields)})
-                    )
-                )
+                table = {**usual, **own}
+                wrong = list(_mistakes(table))
+                for key, text in wrong:
+                    is_own = key in own or key not in usual
+                    where = f"payload {path}" if is_own else "panel.defaults"
+                    mistakes.append(f"{where}: {text}")
+                if not wrong:
+                    payloads.append(Payload(name, _Fields.model_validate(table)))
         except ConfigError as error:
             mistakes.append(str(error))
-        except ValidationError as error:
-            for detail in error.errors():
-                key = ".".join(str(part) for part in detail["loc"])
-                found = (
-                    f"{key}: {detail['msg']} (found {detail['input']!r})" if key else detail["msg"]
-                )
-                mistakes.append(f"payload {path}: {found}")
     names = [payload.name for payload in payloads]
     for name in dict.fromkeys(n for n in names if names.count(n) > 1):
         mistakes.append(f"two payloads are called {name!r}; rename one")
     if payloads and not any(payload.fields.score_weight for payload in payloads):
         mistakes.append("every payload has score_weight 0, so nothing would be judged")
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        # A mistake in the defaults is found with every payload, and is one.
+        raise ConfigError("\n".join(dict.fromkeys(mistakes)))
     return tuple(payloads)
 
 
@@ -229,6 +216,25 @@ def _tables(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     if len(data) == 1 and isinstance(only := next(iter(data.values())), dict):
         return [(str(next(iter(data))), only)]
     return [(path.stem, data)]
+
+
+def _mistakes(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each field of a payload that is wrong, and what is wrong with it."""
+    try:
+        _Fields.model_validate(table)
+    except ValidationError as error:
+        for detail in error.errors():
+            place = ".".join(str(part) for part in detail["loc"])
+            field = str(detail["loc"][0])
+            yield field, f"{place}: {detail['msg']} (found {detail['input']!r})"
+    for name in (n for n in table if isinstance(n, str) and n not in _Fields.model_fields):
+        meant = nearest(name, _Fields.model_fields, cutoff=0.85)
+        if meant and not name.startswith("hr_"):  # fields of webuis: hr_scheduler
+            yield name, f"unknown field {name!r}{meant}"
+        try:
+            json.dumps(table[name], allow_nan=False)
+        except (TypeError, ValueError):
+            yield name, f"field {name!r} is {table[name]!r}, not JSON"
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:

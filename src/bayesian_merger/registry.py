@@ -82,12 +82,27 @@ class Registry(Generic[T]):
         try:
             checked = model.model_validate(dict(options))
         except ValidationError as error:
+            where, known = f"{self.kind} {name}", list(model.model_fields)
+            foreign = self._foreign(key for key in options if key not in known)
             mistakes = [
-                _mistake(f"{self.kind} {name}", detail, list(model.model_fields))
+                _mistake(where, detail, known)
                 for detail in error.errors()
+                if detail["loc"][0] not in foreign
             ]
+            if foreign:
+                owned = ", ".join(f"{key!r} (of {owners})" for key, owners in foreign.items())
+                mistakes.append(
+                    f"{where}: unknown option {owned}; take out what belongs to another {self.kind} "
+                    f"(known: {_listed(known)})"
+                )
             raise ConfigError("; ".join(mistakes)) from None
         return {key: getattr(checked, key) for key in checked.model_fields_set}
+
+    def _foreign(self, keys: Iterable[str]) -> dict[str, str]:
+        """Those of `keys` that are options of other plugins, with the names of these."""
+        known = {name: _parameters(self.get(name)) for name in self.names()}
+        owners = {key: [name for name, own in known.items() if key in own] for key in keys}
+        return {key: ", ".join(names) for key, names in owners.items() if names}
 
     def build(self, name: str, options: Mapping[str, Any], folder: Path = _HERE) -> Any:
         """The plugin called with its checked options; relative paths among them are below `folder`."""
@@ -110,8 +125,7 @@ class Registry(Generic[T]):
 
     def _paths(self, name: str, options: Mapping[str, Any], folder: Path) -> dict[str, Path]:
         """The options that are paths, given or by default, below `folder`."""
-        parameters = inspect.signature(self.get(name)).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+        defaults = {key: p.default for key, p in _parameters(self.get(name)).items()}
         return {
             key: folder / value.expanduser()
             for key, value in {**defaults, **self.check(name, options)}.items()
@@ -132,16 +146,23 @@ def import_file(path: Path) -> None:
         raise ConfigError(f"plugin {path}: {type(error).__name__}: {one_line(error)}") from error
 
 
+def _parameters(
+    plugin: Callable[..., Any], *, evaluated: bool = False
+) -> dict[str, inspect.Parameter]:
+    """The parameters that are options, by name; NameError if annotations to be evaluated are unknown."""
+    parameters = inspect.signature(plugin, eval_str=evaluated).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+
+
 def _options_model(name: str, plugin: Callable[..., Any]) -> type[BaseModel]:
     fields: dict[str, Any] = {}
-    for parameter in inspect.signature(plugin, eval_str=True).parameters.values():
-        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            required = parameter.default is inspect.Parameter.empty
-            untyped = parameter.annotation is inspect.Parameter.empty
-            fields[parameter.name] = (
-                Any if untyped else parameter.annotation,
-                ... if required else parameter.default,
-            )
+    for key, parameter in _parameters(plugin, evaluated=True).items():
+        required = parameter.default is inspect.Parameter.empty
+        untyped = parameter.annotation is inspect.Parameter.empty
+        fields[key] = (
+            Any if untyped else parameter.annotation,
+            ... if required else parameter.default,
+        )
     return create_model(
         name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields
     )
@@ -150,8 +171,11 @@ def _options_model(name: str, plugin: Callable[..., Any]) -> type[BaseModel]:
 def _mistake(where: str, detail: Any, known: list[str]) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        options = ", ".join(known) or "none"
-        return f"{where}: unknown option {key!r}{nearest(key, known)} (known: {options})"
+        return f"{where}: unknown option {key!r}{nearest(key, known)} (known: {_listed(known)})"
     if detail["type"] == "missing":
         return f"{where}: option {key!r} is missing"
     return f"{where}: option {key!r}: {detail['msg']} (found {detail['input']!r})"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

@@ -378,7 +378,7 @@ def _space(config: Config, merger: Merger) -> Space:
         if not own:
             raise ConfigError(f"merge.method {name!r} has no weights to search")
         weights |= own
-    guide = guides.read(search.guide) if search.guide else guides.Guide.model_validate({})
+    guide = guides.read(search.guide).of(weights) if search.guide else guides.Guide()
     found = space.build(
         list(weights),
         merger.architecture,
@@ -386,12 +386,13 @@ def _space(config: Config, merger: Merger) -> Space:
         smooth=search.smooth,
         blocks=merger.blocks,
         parts=merger.parts,
-        freeze={**_of(guide.freeze, weights), **search.freeze},
-        ranges={**_of(guide.ranges, weights), **search.ranges},
-        groups=[*guide.groups, *search.groups],
+        freeze=search.freeze,
+        ranges=search.ranges,
+        groups=search.groups,
+        guide=guide,
     )
     for name in _methods(config):
-        _require_domains(found, name)
+        _require_domains(found, name, guide)
     merge = config.merge
     if merge.vae == "b" and "VAE" in found.blocks:
         raise ConfigError(
@@ -454,15 +455,6 @@ def _inert(found: Space, config: Config, merger: Merger) -> list[Parameter]:
         if not any(changes(name) for name in names):
             inert.append(parameter)
     return inert
-
-
-def _of(given: Mapping[str, _T], weights: Mapping[str, object]) -> dict[str, _T]:
-    """Without the names of an old guide that end in a letter which the method does not have.
-
-    The guide that came with sd-webui-bayesian-merger froze base_beta for every method.
-    """
-    strange = tuple(f"_{letter}" for letter in ("alpha", "beta") if letter not in weights)
-    return {name: value for name, value in given.items() if not name.endswith(strange)}
 
 
 def _starts(config: Config, found: Space, architecture: Architecture) -> list[dict[str, Any]]:
@@ -593,17 +585,18 @@ def _objectives(config: Config, panel: Sequence[Prompt]) -> list[Objective]:
     return found
 
 
-def _require_domains(found: Space, method: str) -> None:
+def _require_domains(found: Space, method: str, guide: guides.Guide) -> None:
     """ConfigError for a range or a frozen weight outside what the method takes."""
     domains = methods.domains(methods.get(method))
     spans = {name: (p.low, p.high) for p in found.parameters for name in p.members}
     spans |= {name: (value, value) for name, value in found.frozen.items()}
+    places = " or ".join(filter(None, ("search.ranges", "search.freeze", guide.where)))
     for name, (low, high) in spans.items():
         domain = domains.get(found.names[name][0])
         if domain and not domain.low <= low <= high <= domain.high:
             raise ConfigError(
                 f"search: {name} in [{low:g}, {high:g}], but {method} takes {domain.low:g} to "
-                f"{domain.high:g}; narrow search.ranges or search.freeze"
+                f"{domain.high:g}; narrow {places}"
             )
 
 

@@ -14,8 +14,10 @@ import numpy as np
 from bayesian_merger.blocks import ARCHITECTURES, Architecture, short_names
 from bayesian_merger.data import Weights
 from bayesian_merger.errors import ConfigError
+from bayesian_merger.guide import Guide
 from bayesian_merger.registry import nearest
 
+_NO_GUIDE = Guide()
 _V = TypeVar("_V")
 
 
@@ -122,7 +124,7 @@ def start(
     """
     weights = tuple(dict.fromkeys(weight for weight, _ in space.names.values()))
     book = _Names(space.names, weights, architecture, [])
-    flat = book.table(where, given)
+    flat = {name: value for name, (_, value) in book.table(_at(f"search.{where}", given)).items()}
     for name in flat.keys() - space.inert:
         if name in space.frozen:
             book.mistake(f"search.{where}: {name} is frozen; leave it out")
@@ -178,6 +180,7 @@ def build(
     freeze: Mapping[str, float],
     ranges: Mapping[str, tuple[float, float]],
     groups: Sequence[Sequence[str]],
+    guide: Guide = _NO_GUIDE,
     presets: Sequence[str] = (),
     smooth: int | None = None,
     blocks: Sequence[str] | None = None,
@@ -187,7 +190,8 @@ def build(
 
     Names are "IN00_alpha", the original's "block_0_alpha" and "base_alpha", a bare block ("IN00")
     for the method's first weight, or a pattern ("OUT*"). A part ("TIME") has a weight of its own if
-    a preset or, by its full name, a freeze, range or group asks for it; patterns do not.
+    a preset or, by its full name, a freeze, range or group asks for it; patterns do not. What a `guide`
+    says is added; of entries spelt alike, that of `freeze` or `ranges` holds.
 
     `blocks` and `parts` are those that the models hold, None for all. A preset that groups takes
     the blocks that are neither frozen nor in `groups`; those given different ranges stay apart. With
@@ -198,8 +202,20 @@ def build(
     blocks = [b for b in architecture.blocks if blocks is None or b in blocks]
     parts = [p for p in architecture.parts if parts is None or p in parts]
     chosen, mistakes = _chosen(presets, parts, architecture)
+    freezes = {
+        **_at(f"{guide.where}: frozen_params", guide.freeze),
+        **_at("search.freeze", freeze),
+    }
+    limits = {
+        **_at(f"{guide.where}: custom_ranges", guide.ranges),
+        **_at("search.ranges", ranges),
+    }
+    grouped = [
+        *((f"{guide.where}: groups", *counted) for counted in enumerate(guide.groups, start=1)),
+        *(("search.groups", *counted) for counted in enumerate(groups, start=1)),
+    ]
+    asked = {*freezes, *limits, *chain(*groups, *guide.groups)}
     # A bare part is its first weight, as a bare block is.
-    asked = {*freeze, *ranges, *chain(*groups)}
     asked |= {f"{name}_{weights[0]}" for name in asked}
     asked |= {f"{p}_{w}" for preset in chosen for p in preset.parts for w in weights}
     names = {
@@ -208,38 +224,38 @@ def build(
         for block in (*blocks, *(p for p in parts if f"{p}_{weight}" in asked))
     }
     book = _Names(names, weights, architecture, mistakes)
-    frozen = book.table("freeze", freeze)
-    spans = book.table("ranges", ranges)
-    for name, value in freeze.items():
+    frozen, spans = book.table(freezes), book.table(limits)
+    for name, (where, value) in freezes.items():
         if not math.isfinite(value):
-            book.mistake(f"search.freeze: {name} is {value}")
-    for name in frozen:
+            book.mistake(f"{where}: {name} is {value}")
+    for name, (where, _) in frozen.items():
         if name in spans:
-            book.mistake(f"search: {name} is both frozen and given a range; keep one of them")
-    for name, (low, high) in ranges.items():
+            both = _joined(where, spans[name][0])
+            book.mistake(f"{both}: {name} is both frozen and given a range; keep one of them")
+    for name, (where, (low, high)) in limits.items():
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             book.mistake(
-                f"search.ranges: {name} = [{low}, {high}] is upside down; put the low end first"
+                f"{where}: {name} = [{low}, {high}] is upside down; put the low end first"
             )
     parameters = []
-    taken: dict[str, int] = {}
-    for number, group in enumerate(groups, start=1):
-        members = [name for pattern in group for name in book.find("groups", pattern)]
+    taken: dict[str, tuple[str, int]] = {}
+    for where, number, group in grouped:
+        members = [name for pattern in group for name in book.find(where, pattern)]
         members = list(dict.fromkeys(members))
         for member in members:
             if member in frozen:
-                book.mistake(
-                    f"search.groups: {member} of group {number} is frozen; take it out of one"
-                )
+                book.mistake(f"{where}: {member} of group {number} is frozen; take it out of one")
             if member in taken:
-                book.mistake(f"search.groups: {member} is in groups {taken[member]} and {number}")
-            taken[member] = number
-        limits = {spans[member] for member in members if member in spans}
-        if len(limits) > 1:
-            book.mistake(f"search.groups: group {number} has members with different ranges")
+                other, n = taken[member]
+                book.mistake(f"{_joined(other, where)}: {member} is in groups {n} and {number}")
+            taken[member] = (where, number)
+        ends = {spans[member][1] for member in members if member in spans}
+        if len(ends) > 1:
+            book.mistake(f"{where}: group {number} has members with different ranges")
         if members:
-            low, high = limits.pop() if limits else (0.0, 1.0)
+            low, high = ends.pop() if ends else (0.0, 1.0)
             parameters.append(Parameter("-".join(members), low, high, dict.fromkeys(members, 1.0)))
+    ranged = {name: ends for name, (_, ends) in spans.items()}
     left = {n: place for n, place in names.items() if n not in frozen and n not in taken}
     if smooth is not None:
         if any(preset.groups for preset in chosen):
@@ -248,13 +264,23 @@ def build(
             curve = {
                 n: b for n, (w, b) in left.items() if w == weight and b in architecture.network
             }
-            parameters += _knots(curve, spans, smooth, architecture, book)
+            parameters += _knots(curve, ranged, smooth, architecture, book)
             left = {n: place for n, place in left.items() if n not in curve}
-    parameters += _ungrouped(left, spans, chosen, architecture)
+    parameters += _ungrouped(left, ranged, chosen, architecture)
     if not parameters and not book.mistakes:
-        book.mistake("search.freeze: every weight is frozen, so there is nothing to search")
+        where = _joined(*(where for where, _ in frozen.values()))
+        book.mistake(f"{where}: every weight is frozen, so there is nothing to search")
     book.raise_mistakes()
-    return Space(names, tuple(parameters), frozen)
+    return Space(names, tuple(parameters), {name: value for name, (_, value) in frozen.items()})
+
+
+def _at(where: str, given: Mapping[str, _V]) -> dict[str, tuple[str, _V]]:
+    """Each entry with the place where it stands."""
+    return {name: (where, value) for name, value in given.items()}
+
+
+def _joined(*places: str) -> str:
+    return " and ".join(dict.fromkeys(places))
 
 
 def _chosen(
@@ -366,7 +392,7 @@ class _Names:
             hint = self._elsewhere(pattern) or nearest(pattern, self._aliases)
         found = [name for name in self._canonical if name in hits]
         if not found:
-            self.mistake(f"search.{where}: {pattern!r} names no weight{hint}")
+            self.mistake(f"{where}: {pattern!r} names no weight{hint}")
         return found
 
     def _elsewhere(self, name: str) -> str:
@@ -376,14 +402,13 @@ class _Names:
             return ""
         return f"; it is one of {', '.join(of)}, and the models are {self._architecture.title}"
 
-    def table(self, where: str, given: Mapping[str, _V]) -> dict[str, _V]:
-        """`given` with each pattern replaced by the weights it names."""
-        found: dict[str, _V] = {}
-        for pattern, value in given.items():
+    def table(self, given: Mapping[str, tuple[str, _V]]) -> dict[str, tuple[str, _V]]:
+        """`given`, values with their places, with each pattern replaced by the weights it names."""
+        found: dict[str, tuple[str, _V]] = {}
+        for pattern, (where, value) in given.items():
             for name in self.find(where, pattern):
-                if name in found and found[name] != value:
-                    self.mistake(
-                        f"search.{where}: {name} is given twice, the second time as {pattern!r}"
-                    )
-                found[name] = value
+                if name in found and found[name][1] != value:
+                    both = _joined(found[name][0], where)
+                    self.mistake(f"{both}: {name} is given twice, the second time as {pattern!r}")
+                found[name] = (where, value)
         return found

@@ -232,7 +232,7 @@ def fork_command(
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("file", type=click.Path(path_type=Path))
 @click.argument("config_file", type=click.Path(path_type=Path))
 @_run_dir_option
 @_run_options
@@ -245,14 +245,19 @@ def import_command(
 ) -> None:
     """Bring the settings, or the log, of sd-webui-bayesian-merger.
 
-    From its conf/config.yaml or config.ini CONFIG_FILE is written. With a log, the .json of its bayes,
-    the run of CONFIG_FILE begins with the best merges in it.
+    From its conf/config.yaml or config.ini, or the folder with it, CONFIG_FILE is written. With a log,
+    the .json of its bayes, the run of CONFIG_FILE begins with the best merges in it.
     """
+    if file.is_dir():
+        file = adopt.settings(file)
     if file.suffix.lower() in adopt.SUFFIXES:
         if run_dir or overrides or any(count is not None for count in counts.values()):
             raise ConfigError(f"{file}: settings take no options; change {config_file} afterwards")
         _adopt(file, config_file)
         return
+    if file.suffix.lower() != ".json":
+        told = "neither settings (.yaml, .yml, .ini) nor a log (.json) of sd-webui-bayesian-merger"
+        raise ConfigError(f"{file}: {told if file.exists() else 'no such file'}")
     folder = run_dir or _default_run_dir(config_file)
     setup = _prepared(_load(config_file, overrides, **counts), config_file)
     with closing(setup.backend):
@@ -265,6 +270,7 @@ def _adopt(settings: Path, config_file: Path) -> None:
         raise ConfigError(f"{config_file} exists already and is left as it is; name another")
     text, notes = adopt.adopted(settings)
     try:
+        config_file.parent.mkdir(parents=True, exist_ok=True)
         with config_file.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
     except OSError as error:
@@ -272,7 +278,7 @@ def _adopt(settings: Path, config_file: Path) -> None:
     for note in notes:
         out.print(f"note: {plain(note)}", soft_wrap=True)
     out.print(f"wrote {config_file}", soft_wrap=True)
-    out.print(f"next: bayesian-merger check {config_file}", soft_wrap=True)
+    out.print(f"next: look it over, then bayesian-merger check {config_file}", soft_wrap=True)
 
 
 def _prepared(config: configuration.Config, path: Path, title: str = "") -> Setup:
