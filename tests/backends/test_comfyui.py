@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
     models = tmp_path / "models"
     models.mkdir()
     for name, value in {"zero": 0.0, "one": 1.0, "half": 0.5}.items():
-        toy_plugin.write_model(models / f"{name}.safetensors", value)
+        toy_plugin.write_model(models / f"{name}.safetensors", value, vae=True)
     size = "width = 64\nheight = 64\n"
     (tmp_path / "portrait.toml").write_text(f'prompt = "a portrait"\n{size}')
     (tmp_path / "landscape.toml").write_text(f'prompt = "a lake"\n{size}')
@@ -335,7 +335,7 @@ def test_vae_that_would_be_searched_is_refused(folder: Path, fake: FakeComfyUI) 
 
 
 def with_workflow(folder: Path, **changes: dict[str, Any]) -> str:
-    """A workflow of the user's, some of whose nodes are changed, as an option."""
+    """A workflow of the user's, some of whose nodes are changed or added, as an option."""
     graph = {
         name: {"class_type": kind, "inputs": inputs, **changes.get(f"n{name}", {})}
         for name, kind, inputs in (
@@ -355,6 +355,7 @@ def with_workflow(folder: Path, **changes: dict[str, Any]) -> str:
             ("9", "SaveImage", {"images": ["8", 0]}),
         )
     }
+    graph |= {name[1:]: node for name, node in changes.items() if name[1:] not in graph}
     (folder / "mine.json").write_text(json.dumps(graph))
     return "backend.workflow=mine.json"
 
@@ -375,10 +376,18 @@ def test_workflow_of_the_user_makes_the_images(
     assert float(np.asarray(image).mean()) == pytest.approx(64 + 128 * 0.5, abs=4)
 
 
+def test_workflow_leaves_nothing_in_the_folder_of_the_user(
+    folder: Path, fake: FakeComfyUI
+) -> None:
+    more = {"class_type": "SaveAnimatedWEBP", "inputs": {"images": ["8", 0]}}
+    painted(folder, fake.url, with_workflow(folder, n10=more))
+    assert fake.saved == []
+
+
 def test_workflow_that_cannot_be_used_is_said_before_an_image(
     folder: Path, fake: FakeComfyUI
 ) -> None:
-    option = with_workflow(folder, n9={"class_type": "Magic"})
+    option = with_workflow(folder, n8={"class_type": "Magic"})
     with pytest.raises(ConfigError, match=r"workflow: mine\.json: ComfyUI has no node 'Magic'"):
         ready(folder, fake.url, option)
     with pytest.raises(ConfigError, match=r"none\.json: cannot be read"):

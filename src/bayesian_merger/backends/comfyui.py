@@ -25,7 +25,7 @@ from bayesian_merger.handover import Handover
 from bayesian_merger.pictures import decoded
 from bayesian_merger.registry import nearest
 from bayesian_merger.server import Events, Refused, Server, Slow, Strange
-from bayesian_merger.workflow import SHOWN, Graph, Link, Workflow
+from bayesian_merger.workflow import SHOWN, Graph, Link, NodeClass, Workflow
 
 
 class _Model(NamedTuple):
@@ -153,8 +153,7 @@ class ComfyUI:
             self._inputs[node] = self._required(node)
         notes = [f"ComfyUI {version} at {url}; {self._way()}"]
         if self._workflow_file:
-            self._own = Workflow(self._workflow_file, self._kinds)
-            self._own.of([[""], [""], [""]], _PROOF)
+            self._own = Workflow(self._workflow_file, self._class)
             return [
                 *notes,
                 "steps, CFG scale, sampler and all else but prompts, seeds and sizes are the workflow's",
@@ -278,13 +277,14 @@ class ComfyUI:
             ) from error
         return found if isinstance(found, dict) else {}
 
-    def _kinds(self, node: str) -> list[str] | None:
-        """The kinds of a node's results; None if there is no such node."""
+    def _class(self, node: str) -> NodeClass | None:
+        """What the server says of a class of nodes; None if it has no such."""
         try:
-            found = self._server.look(f"/object_info/{quote(node)}")[node]["output"]
-        except (Refused, Strange, KeyError, TypeError):
+            found = self._server.look(f"/object_info/{quote(node)}")[node]
+            kinds, is_end = found["output"], found.get("output_node") is True
+        except (Refused, Strange, KeyError, TypeError, AttributeError):
             return None
-        return [str(kind) for kind in found] if isinstance(found, list) else []
+        return NodeClass([str(kind) for kind in kinds] if isinstance(kinds, list) else [], is_end)
 
     def _choices(self, node: str, name: str) -> list[str]:
         """What an input of a node may be."""
