@@ -504,6 +504,48 @@ def test_server_that_stops_telling_is_asked(folder: Path, fake: FakeComfyUI) -> 
     chosen.backend.close()
 
 
+def heard(folder: Path, fake: FakeComfyUI, n_images: int) -> Setup:
+    """The setup, after a merge and some images."""
+    chosen = ready(folder, fake.url)
+    recipe = chosen.baseline("even")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    assert len(list(chosen.backend.generate(chosen.panel[:1] * n_images))) == n_images
+    return chosen
+
+
+def test_websocket_that_is_not_to_be_had_is_tried_again_when_the_server_was_away(
+    folder: Path, fake: FakeComfyUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = heard(folder, fake, 3)
+    assert fake.asked["/ws"] == 1
+    monkeypatch.setattr(chosen.backend._server, "n_lost", 1)  # type: ignore[attr-defined]
+    assert len(list(chosen.backend.generate(chosen.panel[:2]))) == 2
+    assert fake.asked["/ws"] == 2
+    chosen.backend.close()
+
+
+def test_websocket_that_tells_nothing_is_given_up(
+    folder: Path, fake: FakeComfyUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LONGEST_REST_S", 0.3)
+    fake.listeners, fake.is_silent, fake.takes_s = {}, True, 0.1
+    chosen = heard(folder, fake, 2)
+    assert chosen.backend._events is None  # type: ignore[attr-defined]
+    assert fake.asked["/ws"] == 1
+    chosen.backend.close()
+
+
+def test_websocket_that_tells_late_is_kept(
+    folder: Path, fake: FakeComfyUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LONGEST_REST_S", 0.05)
+    fake.listeners, fake.takes_s = {}, 0.2
+    chosen = heard(folder, fake, 2)
+    assert chosen.backend._events is not None  # type: ignore[attr-defined]
+    assert fake.asked["/ws"] == 1
+    chosen.backend.close()
+
+
 def test_job_that_hangs_is_stopped_and_fails_the_trial(folder: Path, fake: FakeComfyUI) -> None:
     fake.hangs = 1
     with pytest.raises(TrialError, match="has made no image in 1 s"):

@@ -111,6 +111,8 @@ class ComfyUI:
         # What the server tells of our jobs; the name by which it knows us.
         self._events: Events | None = None
         self._client = secrets.token_hex(16)
+        # How often it had been away when it told nothing; it is listened to again when it was since.
+        self._mute_at: int | None = None
         self._clip_skip, self._timeout_s = clip_skip, timeout_s
         self._claimed = partial(
             Claim,
@@ -413,15 +415,22 @@ class ComfyUI:
         raise TrialError("ComfyUI forgets its jobs again and again")
 
     def _begun(self, workflow: Graph) -> str:
+        self._listen()
         try:
-            if self._events is None or not self._events.is_open:
-                self._events = self._server.listen(f"/ws?clientId={self._client}")
             answer = self._server.post("/prompt", {"prompt": workflow, "client_id": self._client})
             return str(answer["prompt_id"])
         except Refused as error:
             raise TrialError(f"ComfyUI refuses the workflow: {error}") from error
         except (Strange, Slow, KeyError, TypeError) as error:
             raise TrialError(f"ComfyUI: {error}") from error
+
+    def _listen(self) -> None:
+        """Hear what the server tells of our jobs, if it does."""
+        if self._mute_at == self._server.n_lost or (self._events and self._events.is_open):
+            return
+        self._events = self._server.listen(f"/ws?clientId={self._client}")
+        if self._events is None:
+            self._mute_at = self._server.n_lost
 
     def _waited(self, job: str) -> Mapping[str, Any] | None:
         """What the server tells of the job when it is done; None if it knows nothing of it.
@@ -430,9 +439,13 @@ class ComfyUI:
         """
         pause, missed, n_lost = _PAUSE_S, 0, self._server.n_lost
         end = time.monotonic() + self._timeout_s
+        has_rested = is_told = False
         while time.monotonic() < end:
             history = self._asked(f"/history/{job}")
             if isinstance(done := history.get(job), dict):
+                if self._events and has_rested and not is_told:
+                    self._events.close()
+                    self._events, self._mute_at = None, self._server.n_lost
                 return done
             if pause >= _LONGEST_PAUSE_S:
                 queue = self._asked("/queue")
@@ -445,23 +458,27 @@ class ComfyUI:
                 if is_pending or self._server.n_lost > n_lost:
                     n_lost = self._server.n_lost
                     end = time.monotonic() + self._timeout_s
-            self._rest(job, pause)
+            is_told = self._rest(job, pause) or is_told
+            has_rested = True
             pause = min(1.3 * pause, _LONGEST_PAUSE_S)
         raise TrialError(f"ComfyUI has made no image in {self._timeout_s:g} s")
 
-    def _rest(self, job: str, pause: float) -> None:
-        """Wait a little, or till the server tells that the job is done."""
+    def _rest(self, job: str, pause: float) -> bool:
+        """Wait a little, or till the server tells that the job is done; False if it told nothing."""
         if self._events is None or not self._events.is_open:
             time.sleep(pause)
-            return
+            return True
+        is_told = False
         end = time.monotonic() + _LONGEST_REST_S
         while self._events.is_open and (left := end - time.monotonic()) > 0:
             told = self._events.next(left)
             data = told.get("data") if told else None
             if told and isinstance(data, dict) and data.get("prompt_id") == job:
+                is_told = True
                 is_last = told.get("type") == "executing" and data.get("node") is None
                 if is_last or told.get("type") in _ENDS:
-                    return
+                    break
+        return is_told or not self._events.is_open
 
     def _asked(self, path: str) -> Mapping[str, Any]:
         try:
