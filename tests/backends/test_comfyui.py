@@ -369,6 +369,7 @@ def test_workflow_of_the_user_makes_the_images(
     options += ["merge.method=slerp"] if by == "our node" else []
     image = painted(folder, server.url, *options)
     graph = server.graphs[-1]
+    assert len(server.graphs) == (2 if by == "our node" else 1)
     assert graph["own 3"]["inputs"]["steps"] == 3
     assert graph["own 6"]["inputs"] == {"text": "a portrait", "clip": ["skip", 0]}
     assert "own 4" not in graph
@@ -382,6 +383,80 @@ def test_workflow_leaves_nothing_in_the_folder_of_the_user(
     more = {"class_type": "SaveAnimatedWEBP", "inputs": {"images": ["8", 0]}}
     painted(folder, fake.url, with_workflow(folder, n10=more))
     assert fake.saved == []
+
+
+def with_own_loaders(folder: Path) -> str:
+    """A workflow that takes no more than the U-Net from its checkpoint."""
+    texts = {n: {"inputs": {"text": "theirs", "clip": ["41", 0]}} for n in ("n6", "n7")}
+    return with_workflow(
+        folder,
+        **texts,
+        n41={"class_type": "CLIPLoader", "inputs": {}},
+        n42={"class_type": "VAELoader", "inputs": {}},
+        n8={"inputs": {"samples": ["3", 0], "vae": ["42", 0]}},
+    )
+
+
+def of_the_unet_only(folder: Path) -> None:
+    for name, value in {"zero": 0.0, "one": 1.0}.items():
+        toy_plugin.write_model(folder / "models" / f"{name}.safetensors", value, text=False)
+
+
+def test_models_of_the_unet_only_need_a_workflow_that_has_the_rest(
+    folder: Path, with_node: FakeComfyUI
+) -> None:
+    of_the_unet_only(folder)
+    for options in ([], [with_workflow(folder)], ["merge.method=slerp"]):
+        with pytest.raises(
+            ConfigError, match="holds no text encoder and no VAE, which the images"
+        ):
+            ready(folder, with_node.url, *options)
+    assert with_node.graphs == []
+
+
+@pytest.mark.parametrize("options", [(), ("merge.method=slerp",)])
+def test_models_of_the_unet_only_are_merged_where_the_workflow_has_the_rest(
+    folder: Path, with_node: FakeComfyUI, options: tuple[str, ...]
+) -> None:
+    of_the_unet_only(folder)
+    chosen = ready(folder, with_node.url, with_own_loaders(folder), *options)
+    chosen.backend.close()
+    assert not [note for note in chosen.notes if "has its own" in note]
+    image = painted(folder, with_node.url, with_own_loaders(folder), *options)
+    assert float(np.asarray(image).mean()) == pytest.approx(64 + 128 * 0.5, abs=4)
+
+
+def test_text_encoder_that_only_one_model_has_is_taken_as_it_is(
+    folder: Path, fake: FakeComfyUI
+) -> None:
+    toy_plugin.write_model(folder / "models" / "one.safetensors", 1.0, vae=True, text=False)
+    painted(folder, fake.url)
+    assert fake.graphs[-1]["positive"]["inputs"]["clip"] == ["a", 1]
+    assert "clip" not in fake.graphs[-1]
+
+
+def test_parts_of_the_merge_that_a_workflow_does_not_use_are_noted(
+    folder: Path, fake: FakeComfyUI
+) -> None:
+    chosen = ready(folder, fake.url, with_own_loaders(folder), "backend.clip_skip=2")
+    chosen.backend.close()
+    assert [note for note in chosen.notes if "has its own" in note] == [
+        "the workflow has its own text encoder; weights of the merge's (base) change nothing",
+        "the workflow has its own VAE; weights of the merge's (VAE) change nothing",
+        "backend.clip_skip changes nothing, as the workflow has its own text encoder",
+    ]
+
+
+def test_search_of_nothing_that_a_workflow_uses_is_refused(
+    folder: Path, fake: FakeComfyUI
+) -> None:
+    frozen = ", ".join(f"{block} = 0.5" for block in toy_plugin.TENSORS if block != "base")
+    options = [with_own_loaders(folder), f"search.freeze={{ {frozen} }}"]
+    said = r"own text encoder and VAE, and the search varies nothing else \(base_alpha\); take"
+    with pytest.raises(ConfigError, match=said):
+        ready(folder, fake.url, *options)
+    frozen = frozen.replace("IN03 = 0.5, ", "")
+    ready(folder, fake.url, options[0], f"search.freeze={{ {frozen} }}").backend.close()
 
 
 def test_workflow_that_cannot_be_used_is_said_before_an_image(
