@@ -292,6 +292,44 @@ def test_model_that_is_another_fails_the_trial(folder: Path, with_node: FakeComf
     chosen.backend.close()
 
 
+def test_image_by_another_merge_fails_the_trial(folder: Path, with_node: FakeComfyUI) -> None:
+    chosen = ready(folder, with_node.url, "merge.method=slerp")
+    recipe = chosen.baseline("even")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    with_node.receipts = lambda told: {"bayesian_merger": ['{"name": "own", "live": {}}']}
+    with pytest.raises(TrialError, match="did not take the merge, it has own"):
+        list(chosen.backend.generate(chosen.panel[:1]))
+    with_node.receipts = lambda told: told
+    assert len(list(chosen.backend.generate(chosen.panel[:1]))) == 1
+    chosen.backend.close()
+
+
+@pytest.mark.parametrize(
+    ("case", "is_freed"),
+    [("alone", True), ("a job of others runs", False), ("others had the last job", False)],
+)
+def test_merge_of_our_node_is_let_go_of_at_the_end_unless_others_have_something_there(
+    folder: Path, with_node: FakeComfyUI, case: str, is_freed: bool
+) -> None:
+    chosen = ready(folder, with_node.url, "merge.method=slerp")
+    recipe = chosen.baseline("even")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    assert with_node.freed == []
+    if case == "a job of others runs":
+        with_node.others = ["theirs"]
+    elif case == "others had the last job":
+        httpx.post(f"{with_node.url}/prompt", json={"prompt": {}, "client_id": "x"})
+        while "job-2" not in httpx.get(f"{with_node.url}/history?max_items=1").json():
+            time.sleep(0.01)
+    chosen.backend.close()
+    assert with_node.freed == [{"unload_models": True, "free_memory": True}] * is_freed
+
+
+def test_models_that_comfyui_merges_stay_there(folder: Path, with_node: FakeComfyUI) -> None:
+    painted(folder, with_node.url)
+    assert with_node.freed == []
+
+
 def test_two_runs_do_not_share_our_node(folder: Path, with_node: FakeComfyUI) -> None:
     first, second = (ready(folder, with_node.url, "merge.method=slerp") for _ in range(2))
     recipe = first.baseline("even")

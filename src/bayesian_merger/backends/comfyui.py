@@ -116,6 +116,8 @@ class ComfyUI:
         self._client = secrets.token_hex(16)
         # How often it had been away when it told nothing; it is listened to again when it was since.
         self._mute_at: int | None = None
+        # Our last job there.
+        self._job = ""
         self._clip_skip, self._timeout_s = clip_skip, timeout_s
         self._claimed = partial(
             Claim,
@@ -275,13 +277,18 @@ class ComfyUI:
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
         """Images one by one, in the server's queue."""
         for prompt in prompts:
-            made = self._picture(self._done(self._workflow(prompt)))
+            done = self._done(self._workflow(prompt))
+            # The server may have been started anew, or be another by now.
+            if "merge" in _outputs(done):
+                self._confirm(done)
+            made = self._picture(done)
             # A workflow of the user's may enlarge what it makes.
             image = decoded(made, None if self._own else (prompt.width, prompt.height))
             yield Sample(image, prompt)
 
     def close(self) -> None:
         """Close the connections, and remove the merge."""
+        is_held = bool(self._handover and self._job)
         if self._handover:
             self._handover.close()
         if self._claim:
@@ -289,6 +296,8 @@ class ComfyUI:
         if self._events:
             self._events.close()
         self._handover = self._claim = self._events = None
+        if is_held:
+            self._free()
         self._server.close()
 
     def _way(self) -> str:
@@ -332,6 +341,18 @@ class ComfyUI:
         if told != self._order["name"]:
             raise TrialError(f"ComfyUI did not take the merge, it has {str(told)[:80]}")
         self._handover.confirm(values, json.loads(self._order["live"]))
+
+    def _free(self) -> None:
+        """Have ComfyUI let go of the merge, which is of no use to anybody.
+
+        As it lets go of all else too, only if our job is the last there and no other waits.
+        """
+        with suppress(Refused, Strange, ConfigError):
+            queue = self._server.look("/queue")
+            at_work = [*_jobs(queue, "queue_running"), *_jobs(queue, "queue_pending")]
+            last = self._server.look("/history?max_items=1")
+            if {*at_work, *(last if isinstance(last, dict) else [])} <= {self._job}:
+                self._server.try_post("/free", {"unload_models": True, "free_memory": True})
 
     def _skipping(self, merged: _Model) -> _Model:
         """The model whose text encoder stops at the layer that `clip_skip` names."""
@@ -494,7 +515,8 @@ class ComfyUI:
         self._listen()
         try:
             answer = self._server.post("/prompt", {"prompt": workflow, "client_id": self._client})
-            return str(answer["prompt_id"])
+            self._job = str(answer["prompt_id"])
+            return self._job
         except Refused as error:
             raise TrialError(f"ComfyUI refuses the workflow: {error}") from error
         except (Strange, Slow, KeyError, TypeError) as error:
