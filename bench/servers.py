@@ -79,7 +79,7 @@ def serving(
 ) -> Iterator[tuple[Fake, setup.Setup]]:
     """A server and a merge in it."""
     for name, value in {"own": 0.3, "zero": 0.0, "one": 1.0}.items():
-        toy_plugin.write_model(folder / f"{name}.safetensors", value)
+        toy_plugin.write_model(folder / f"{name}.safetensors", value, vae=True)
     (folder / "p.txt").write_text("a portrait\n")
     fake = kind(*options, folder)
     (folder / "config.toml").write_text(

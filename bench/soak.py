@@ -105,7 +105,7 @@ def serving(folder: Path) -> Iterator[list[tuple[str, str, tuple[str, ...]]]]:
     models = folder / "models"
     models.mkdir()
     for name, value in {"own": 0.3, "zero": 0.0, "one": 1.0}.items():
-        toy_plugin.write_model(models / f"{name}.safetensors", value)
+        toy_plugin.write_model(models / f"{name}.safetensors", value, vae=True)
     (folder / "p.txt").write_text("a portrait\n")
     spawning = multiprocessing.get_context("spawn")
     here, there = spawning.Pipe()

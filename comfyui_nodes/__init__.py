@@ -125,10 +125,14 @@ class BayesianMergerLoader:
 
 
 def _tensors(model: Any, clip: Any) -> dict[str, torch.Tensor]:
-    """The tensors of the live model by the names that checkpoints have for them."""
+    """The tensors of the live model by the names that checkpoints have for them.
+
+    A merge of the U-Net only has no text encoder.
+    """
     unet = model.model.diffusion_model.state_dict()
     found = {f"model.diffusion_model.{name}": x for name, x in unet.items()}
-    for name, x in clip.cond_stage_model.state_dict().items():
+    text = clip.cond_stage_model.state_dict() if clip is not None else {}
+    for name, x in text.items():
         which, _, rest = name.partition(".")
         if which == "clip_l":
             found[f"cond_stage_model.{rest}"] = found[f"conditioner.embedders.0.{rest}"] = x

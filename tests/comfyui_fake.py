@@ -18,6 +18,7 @@ from comfyui_modules import node
 from http_fake import FakeServer, frame, head, upgrade
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 from toy_plugin import TENSORS, UNET
 
 SAMPLERS = ["euler", "euler_ancestral", "dpmpp_2m"]
@@ -36,14 +37,26 @@ KINDS = {
     "EmptyLatentImage": ["LATENT"],
     "KSampler": ["LATENT"],
     "VAEDecode": ["IMAGE"],
+    "CLIPLoader": ["CLIP"],
+    "VAELoader": ["VAE"],
+    "PreviewImage": [],
     "SaveImage": [],
+    "SaveAnimatedWEBP": [],
+    "BayesianMergerLoader": ["MODEL", "CLIP", "VAE"],
     "ModelMergeSD1": ["MODEL"],
     "ModelMergeSDXL": ["MODEL"],
 }
 """The nodes that it tells of, and the kinds of their results."""
 
+ENDS = ("PreviewImage", "SaveImage", "SaveAnimatedWEBP", "BayesianMergerLoader")
+"""Those that run though nobody takes their results."""
+
 State = Mapping[str, float]
-"""A model as the mean of each of its tensors."""
+"""A model as the mean of each of its tensors, as far as it has them."""
+
+
+class NodeFault(Exception):
+    """What stops a job."""
 
 
 class FakeComfyUI(FakeServer):
@@ -51,8 +64,10 @@ class FakeComfyUI(FakeServer):
 
     `forgets` is a number of further jobs that it loses, as if it had been started anew, `fails` of jobs
     that end with an error, `interrupts` of jobs that somebody interrupts, `hangs` of jobs that
-    never end. A job takes `takes_s`; of its end it tells by a websocket if `listeners` is a table.
-    With a `home` it has our node, whose merges lie there and whose receipts `receipts` may change.
+    never end. A job takes `takes_s`; of its end it tells by a websocket if `listeners` is a table,
+    unless `is_silent`. `others` are jobs of others at work, `saved` what jobs have left in the user's
+    folder, `freed` what it was told to let go of. With a `home` it has our node, whose merges lie
+    there and whose receipts `receipts` may change.
     """
 
     def __init__(self, folder: Path, sub: str = "", home: Path | None = None) -> None:
@@ -63,6 +78,9 @@ class FakeComfyUI(FakeServer):
         self.new_style = self.twins = False
         self.graphs: list[dict[str, Any]] = []
         self.stopped: list[tuple[str, Any]] = []
+        self.others: list[str] = []
+        self.saved: list[str] = []
+        self.freed: list[Any] = []
         self.asked: Counter[str] = Counter()
         self._history: dict[str, Any] = {}
         self._running: list[str] = []
@@ -72,6 +90,7 @@ class FakeComfyUI(FakeServer):
         # Who listens, by the name that is given, and what the server says beside what it must.
         self.listeners: dict[str, BaseHTTPRequestHandler] | None = None
         self.babble: list[Any] = []
+        self.is_silent = False
         self.serve()
 
     def reply(self, to: BaseHTTPRequestHandler, body: Any) -> None:
@@ -98,16 +117,20 @@ class FakeComfyUI(FakeServer):
             if rest not in KINDS:
                 return 200, {}
             described = {"input": {"required": self._inputs(rest)}, "output": KINDS[rest]}
-            return 200, {rest: described}
+            return 200, {rest: {**described, "output_node": rest in ENDS}}
         if name == "prompt":
             return self._begin(body["prompt"], body["client_id"])
         if name == "history":
-            return 200, {rest: self._history[rest]} if rest in self._history else {}
+            wanted = [rest] if rest else list(self._history)[-int(query["max_items"][0]) :]
+            return 200, {job: self._history[job] for job in wanted if job in self._history}
         if name == "queue" and body is None:
-            running = [[0, job, {}, {}, []] for job in self._running]
+            running = [[0, job, {}, {}, []] for job in (*self._running, *self.others)]
             return 200, {"queue_running": running, "queue_pending": []}
         if name in ("queue", "interrupt"):
             self.stopped.append((name, body))
+            return 200, None
+        if name == "free":
+            self.freed.append(body)
             return 200, None
         if name == "view":
             return 200, self._pictures[query["filename"][0]]
@@ -139,11 +162,13 @@ class FakeComfyUI(FakeServer):
         return dict.fromkeys(("model1", "model2", *PARTS))
 
     def _begin(self, graph: dict[str, Any], client: str) -> tuple[int, Any]:
-        sampler = one_of(graph, "KSampler")
-        if sampler["sampler_name"] not in SAMPLERS:
+        samplers = [one["inputs"] for one in graph.values() if one["class_type"] == "KSampler"]
+        if not all(sampler["sampler_name"] in SAMPLERS for sampler in samplers):
             kind = "prompt_outputs_failed_validation"
             return 400, {"error": {"type": kind, "message": "Prompt outputs failed validation"}}
         self.graphs.append(graph)
+        kinds = [one["class_type"] for one in graph.values()]
+        self.saved += [kind for kind in kinds if kind in ENDS and kind.startswith("Save")]
         self._n_jobs += 1
         job = f"job-{self._n_jobs}"
         if self.forgets:
@@ -151,33 +176,51 @@ class FakeComfyUI(FakeServer):
         elif self.hangs:
             self.hangs -= 1
             self._running.append(job)
-        elif self.fails or self.interrupts:
-            name = "execution_error" if self.fails else "execution_interrupted"
-            self.fails = max(0, self.fails - 1)
-            self.interrupts = max(0, self.interrupts - (name != "execution_error"))
-            told = {"exception_type": "OutOfMemoryError", "exception_message": "no\nmemory"}
-            self._history[job] = {"status": {"status_str": "error", "messages": [[name, told]]}}
+        elif self.fails:
+            self.fails -= 1
+            self._fail(job, "execution_error", "OutOfMemoryError", "no\nmemory")
+        elif self.interrupts:
+            self.interrupts -= 1
+            self._fail(job, "execution_interrupted", "", "")
         else:
+            try:
+                outputs = self._outputs(graph, job)
+            except NodeFault as fault:
+                self._fail(job, "execution_error", "AttributeError", str(fault))
+            else:
+                status = {"status_str": "success", "completed": True, "messages": []}
+                done = {"status": status, "outputs": outputs}
+                begun = {"type": "execution_start", "data": {"prompt_id": job}}
+                self._tell(client, [begun])
+                threading.Timer(self.takes_s, self._end, (job, done, client)).start()
+        return 200, {"prompt_id": job, "number": 1, "node_errors": {}}
+
+    def _fail(self, job: str, name: str, kind: str, said: str) -> None:
+        told = {"exception_type": kind, "exception_message": said}
+        self._history[job] = {"status": {"status_str": "error", "messages": [[name, told]]}}
+
+    def _outputs(self, graph: dict[str, Any], job: str) -> dict[str, Any]:
+        """What the nodes tell that are not for others."""
+        outputs: dict[str, Any] = {}
+        if "merge" in graph:
+            loader = self.ours.BayesianMergerLoader()
+            told = loader.load(**graph["merge"]["inputs"])["ui"]
+            outputs["merge"] = self.receipts(told)
+        if "shown" in graph:
             self._pictures[f"{job}.png"] = self._painted(graph)
             images = [{"filename": f"{job}.png", "subfolder": "", "type": "temp"}]
-            outputs: dict[str, Any] = {"shown": {"images": images}}
-            if "merge" in graph:
-                loader = self.ours.BayesianMergerLoader()
-                told = loader.load(**graph["merge"]["inputs"])["ui"]
-                outputs["merge"] = self.receipts(told)
-            done = {
-                "status": {"status_str": "success", "completed": True, "messages": []},
-                "outputs": outputs,
-            }
-            threading.Timer(self.takes_s, self._end, (job, done, client)).start()
-        return 200, {"prompt_id": job, "number": 1, "node_errors": {}}
+            outputs["shown"] = {"images": images}
+        return outputs
 
     def _end(self, job: str, done: Any, client: str) -> None:
         self._history[job] = done
-        if self.listeners and client in self.listeners:
-            last = {"type": "executing", "data": {"node": None, "prompt_id": job}}
+        last = {"type": "executing", "data": {"node": None, "prompt_id": job}}
+        self._tell(client, [*self.babble, last])
+
+    def _tell(self, client: str, messages: list[Any]) -> None:
+        if self.listeners and client in self.listeners and not self.is_silent:
             with suppress(OSError, ValueError):  # who has hung up
-                for told in (*self.babble, last):
+                for told in messages:
                     self.listeners[client].wfile.write(frame(told))
                 self.listeners[client].wfile.flush()
 
@@ -187,6 +230,8 @@ class FakeComfyUI(FakeServer):
         positive = graph[sampler["positive"][0]]["inputs"]
         unet = self._evaluated(graph, sampler["model"][0])
         text = self._evaluated(graph, positive["clip"][0])
+        if "base" not in text:
+            raise NodeFault("clip input is invalid: None")
         values = np.array([text["base"], *(unet[block] for block in TENSORS if block != "base")])
         noise = np.random.default_rng(sampler["seed"]).normal(0, 0.05, len(values))
         grey = np.clip((values + noise) * 128 + 64, 0, 255).astype(np.uint8)
@@ -205,26 +250,33 @@ class FakeComfyUI(FakeServer):
             return self._evaluated(graph, inputs[key][0])
 
         if kind == "CheckpointLoaderSimple":
-            state = load_file(self._checkpoints()[inputs["ckpt_name"]])
-            return {block: float(state[n].float().mean()) for block, n in TENSORS.items()}
+            return means(load_file(self._checkpoints()[inputs["ckpt_name"]]))
         if kind == "BayesianMergerLoader":
-            model = self.ours.BayesianMergerLoader().load(**inputs)["result"][0]
-            return {block: float(model.tensors[n].float().mean()) for block, n in TENSORS.items()}
+            return means(self.ours.BayesianMergerLoader().load(**inputs)["result"][0].tensors)
+        if kind == "CLIPLoader":
+            return {"base": 0.5}
         if kind == "CLIPSetLastLayer":
             return of("clip")
         first, second = ("model1", "model2") if kind.startswith("Model") else ("clip1", "clip2")
         a, b = of(first), of(second)
+        if first == "clip1" and "base" not in a.keys() & b.keys():
+            raise NodeFault("'NoneType' object has no attribute 'clone'")
         if kind.endswith("Add"):
             return {block: a[block] + b[block] for block in a}
         if kind.endswith("Subtract"):
             return {block: a[block] - inputs["multiplier"] * b[block] for block in a}
         found = {}
-        for block, tensor in TENSORS.items():
+        for block in a.keys() & b.keys():
+            tensor = TENSORS[block]
             inside = tensor.removeprefix(f"{UNET}.")
             share = next((inputs[p] for p in PARTS if p in inputs and inside.startswith(p)), None)
             share = inputs.get("ratio", 1.0) if share is None else share
             found[block] = share * a[block] + (1 - share) * b[block]
         return found
+
+
+def means(tensors: Mapping[str, Tensor]) -> State:
+    return {b: float(tensors[n].float().mean()) for b, n in TENSORS.items() if n in tensors}
 
 
 def one_of(graph: dict[str, Any], kind: str) -> dict[str, Any]:

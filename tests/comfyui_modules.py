@@ -34,7 +34,7 @@ def loaded(tensors: Mapping[str, Tensor], embedding_directory: object) -> tuple[
         f"clip_l.{n.removeprefix(_TEXT)}": x for n, x in tensors.items() if n.startswith(_TEXT)
     }
     model = SimpleNamespace(model=Part(unet), tensors=tensors)
-    return model, SimpleNamespace(cond_stage_model=Part(text)), "a VAE"
+    return model, SimpleNamespace(cond_stage_model=Part(text)) if text else None, "a VAE"
 
 
 def node(home: Path) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 from bayesian_merger.data import Prompt
 from bayesian_merger.errors import ConfigError
-from bayesian_merger.workflow import SHOWN, Graph, Workflow
+from bayesian_merger.workflow import SHOWN, Graph, NodeClass, Workflow
 
 KINDS: Mapping[str, list[str]] = {
     "CheckpointLoaderSimple": ["MODEL", "CLIP", "VAE"],
@@ -29,11 +29,19 @@ KINDS: Mapping[str, list[str]] = {
     "ImageUpscale": ["IMAGE"],
     "SaveImage": [],
     "PreviewImage": [],
+    "SaveAnimatedWEBP": [],
+    "SaveLatent": [],
+    "ImageSaveAndPass": ["IMAGE"],
 }
 PROMPT = Prompt(0, "portrait", "a portrait", 17, negative_prompt="blurry", width=640, height=512)
 MODEL = (["m", 0], ["c", 0], ["v", 2])
 
 Change = Callable[[Graph], object]
+
+
+def class_of(kind: str) -> NodeClass | None:
+    """What the server says of a class of nodes."""
+    return NodeClass(KINDS[kind], "Save" in kind) if kind in KINDS else None
 
 
 def node(kind: str, title: str = "", /, **inputs: Any) -> dict[str, Any]:
@@ -63,7 +71,7 @@ PLAIN = {
 
 def opened(tmp_path: Path, graph: object) -> Workflow:
     (tmp_path / "mine.json").write_text(json.dumps(graph))
-    return Workflow(tmp_path / "mine.json", KINDS.get)
+    return Workflow(tmp_path / "mine.json", class_of)
 
 
 def changed(change: Change, graph: Graph = PLAIN) -> Graph:
@@ -114,17 +122,60 @@ def second_pass(graph: Graph) -> None:
 
 def test_marks_tell_which_of_several_is_meant(tmp_path: Path) -> None:
     graph = changed(second_pass)
-    with pytest.raises(
-        ConfigError, match="which node is the image is not clear; give that node the"
-    ):
+    images = (
+        r"several nodes may be the image, node 9 \(SaveImage\), node 19 \(SaveImage\); give the"
+    )
+    with pytest.raises(ConfigError, match=images):
         opened(tmp_path, graph)
     graph = changed(titled(image="19"), graph)
-    with pytest.raises(ConfigError, match="which node is the seed is not clear"):
+    seeds = r"several nodes may be the seed, node 3 \(KSampler\), node 13 \(KSampler\)"
+    with pytest.raises(ConfigError, match=seeds):
         opened(tmp_path, graph)
     found = opened(tmp_path, changed(titled(seed="3"), graph)).of(MODEL, PROMPT)
     assert found[SHOWN]["inputs"]["images"] == ["own 18", 0]
     assert not [name for name, one in found.items() if one["class_type"] == "SaveImage"]
     assert (found["own 3"]["inputs"]["seed"], found["own 13"]["inputs"]["seed"]) == (17, 4)
+
+
+def test_only_what_the_image_needs_is_looked_at(tmp_path: Path) -> None:
+    """Another image's second sampler makes nothing unclear, nor does its unknown node matter."""
+
+    def change(graph: Graph) -> None:
+        second_pass(graph)
+        graph["18"]["class_type"] = "Magic"
+
+    workflow = opened(tmp_path, changed(titled(image="9", seed="13"), changed(change)))
+    found = workflow.of(MODEL, PROMPT)
+    assert workflow.notes == []
+    assert set(found) == {SHOWN, *(f"own {name}" for name in ("10", "6", "7", "5", "3", "8"))}
+    assert found["own 3"]["inputs"]["seed"] == 17
+
+
+def test_nothing_else_is_saved(tmp_path: Path) -> None:
+    def change(graph: Graph) -> None:
+        graph["20"] = node("SaveAnimatedWEBP", images=["8", 0])
+        graph["21"] = node("SaveLatent", samples=["3", 0])
+
+    found = opened(tmp_path, changed(change)).of(MODEL, PROMPT)
+    assert not [one for one in found.values() if "Save" in one["class_type"]]
+
+
+def test_node_that_saves_and_is_needed_is_kept_and_noted(tmp_path: Path) -> None:
+    def change(graph: Graph) -> None:
+        graph["20"] = node("ImageSaveAndPass", images=["8", 0])
+        graph["9"]["inputs"]["images"] = ["20", 0]
+
+    workflow = opened(tmp_path, changed(change))
+    assert workflow.of(MODEL, PROMPT)[SHOWN]["inputs"]["images"] == ["own 20", 0]
+    assert workflow.notes == [
+        "the image needs node 20 (ImageSaveAndPass), which may save files of its own each time"
+    ]
+
+
+def test_image_may_be_that_of_another_node_that_has_the_title(tmp_path: Path) -> None:
+    graph = changed(lambda g: g.update({"20": node("SaveAnimatedWEBP", images=["8", 0], fps=6)}))
+    found = opened(tmp_path, changed(titled(image="20"), graph)).of(MODEL, PROMPT)
+    assert found[SHOWN] == {"class_type": "PreviewImage", "inputs": {"images": ["own 8", 0]}}
 
 
 def loaders_apart(graph: Graph) -> None:
@@ -137,6 +188,7 @@ def loaders_apart(graph: Graph) -> None:
 
 def test_loaders_apart_are_marked_each_and_a_vae_may_stay(tmp_path: Path) -> None:
     graph = changed(loaders_apart)
+    assert opened(tmp_path, graph).takes == {"MODEL", "CLIP"}
     found = opened(tmp_path, graph).of(MODEL, PROMPT)
     assert found["own 10"]["inputs"]["model"] == ["m", 0]
     assert found["own 10"]["inputs"]["clip"] == ["c", 0]
@@ -176,11 +228,46 @@ def test_places_that_it_has_not_are_noted(tmp_path: Path) -> None:
     ]
 
 
+def test_several_places_are_noted_by_their_nodes(tmp_path: Path) -> None:
+    def change(graph: Graph) -> None:
+        second_pass(graph)
+        graph["15"] = node("EmptyLatentImage", width=8, height=8, batch_size=1)
+        graph["17"] = node("CLIPTextEncode", text="their second negative", clip=["10", 1])
+        graph["13"]["inputs"] |= {"negative": ["17", 0], "mask": ["15", 0]}
+
+    graph = changed(titled(image="19", seed="3"), changed(change))
+    own = "it stays its own unless the one that is meant has the title"
+    assert opened(tmp_path, graph).notes == [
+        f"several nodes of the workflow may be the negative prompt, node 7 (CLIPTextEncode), node 17 "
+        f"(CLIPTextEncode); {own} negative",
+        f"several nodes of the workflow may be the size, node 5 (EmptyLatentImage), node 15 "
+        f"(EmptyLatentImage); {own} size",
+    ]
+
+
+@pytest.mark.parametrize("title", ["", "positive", "negative"])
+def test_text_that_is_both_positive_and_negative_is_the_prompt(tmp_path: Path, title: str) -> None:
+    graph = changed(lambda g: g["3"]["inputs"].update(negative=["6", 0]))
+    graph["6"]["_meta"]["title"] = title
+    workflow = opened(tmp_path, graph)
+    assert workflow.of(MODEL, PROMPT)["own 6"]["inputs"]["text"] == "a portrait"
+    assert workflow.notes == [
+        "node 6 (CLIPTextEncode) is both positive and negative in the workflow; it takes the prompt, "
+        "and negative prompts are not used"
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda g: g.update(x=node("Magic")), "has no node 'Magic' \\(node x\\); install"),
-        (lambda g: g.pop("4"), "which node is the model is not clear"),
+        (lambda g: g["10"].update(class_type="Magic"), "no node 'Magic' \\(node 10\\); install"),
+        (lambda g: g.pop("4"), "there is no node 4, whose result is used; export"),
+        (
+            lambda g: g["4"].update(class_type="VAELoader"),
+            "no node is known to be the model; give that node the title model",
+        ),
+        (lambda g: g["9"].update(inputs={"images": "x"}), "no node is known to be the image"),
+        (lambda g: g["9"].update(inputs={}), "no node is known to be the image"),
         (titled(model="6"), "node 6, titled 'model', loads no model"),
         (titled(seed="6"), "node 6, titled seed, has no seed or noise_seed of its own"),
         (titled(positive="3"), "node 3, titled positive, has no text or"),
@@ -209,9 +296,9 @@ def test_result_that_a_merge_has_not_is_refused(tmp_path: Path) -> None:
 def test_file_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "mine.json").write_text(text)
     with pytest.raises(ConfigError, match=r"mine\.json: no "):
-        Workflow(tmp_path / "mine.json", KINDS.get)
+        Workflow(tmp_path / "mine.json", class_of)
 
 
 def test_file_that_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"mine\.json: cannot be read \(No such file"):
-        Workflow(tmp_path / "mine.json", KINDS.get)
+        Workflow(tmp_path / "mine.json", class_of)

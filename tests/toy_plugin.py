@@ -31,12 +31,14 @@ TENSORS = {
     "M00": f"{UNET}.middle_block.0.weight",
     **{f"OUT{i:02}": f"{UNET}.output_blocks.{i}.0.weight" for i in range(12)},
 }
+VAE = "first_stage_model.decoder.conv_in.weight"
 TARGET = {block: 0.8 if i % 2 else 0.2 for i, block in enumerate(SD1.blocks)}
 
 
-def write_model(path: Path, value: float) -> Path:
-    """A checkpoint with `value` in every block."""
-    save_file({name: torch.full((2, 2), value) for name in TENSORS.values()}, path)
+def write_model(path: Path, value: float, *, vae: bool = False, text: bool = True) -> Path:
+    """A checkpoint with `value` in every block; perhaps with a VAE, or without a text encoder."""
+    tensors = {n: torch.full((2, 2), value) for b, n in TENSORS.items() if text or b != "base"}
+    save_file(tensors | ({VAE: torch.zeros(2, 2)} if vae else {}), path)
     return path
 
 

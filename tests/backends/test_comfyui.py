@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
     models = tmp_path / "models"
     models.mkdir()
     for name, value in {"zero": 0.0, "one": 1.0, "half": 0.5}.items():
-        toy_plugin.write_model(models / f"{name}.safetensors", value)
+        toy_plugin.write_model(models / f"{name}.safetensors", value, vae=True)
     size = "width = 64\nheight = 64\n"
     (tmp_path / "portrait.toml").write_text(f'prompt = "a portrait"\n{size}')
     (tmp_path / "landscape.toml").write_text(f'prompt = "a lake"\n{size}')
@@ -292,6 +292,44 @@ def test_model_that_is_another_fails_the_trial(folder: Path, with_node: FakeComf
     chosen.backend.close()
 
 
+def test_image_by_another_merge_fails_the_trial(folder: Path, with_node: FakeComfyUI) -> None:
+    chosen = ready(folder, with_node.url, "merge.method=slerp")
+    recipe = chosen.baseline("even")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    with_node.receipts = lambda told: {"bayesian_merger": ['{"name": "own", "live": {}}']}
+    with pytest.raises(TrialError, match="did not take the merge, it has own"):
+        list(chosen.backend.generate(chosen.panel[:1]))
+    with_node.receipts = lambda told: told
+    assert len(list(chosen.backend.generate(chosen.panel[:1]))) == 1
+    chosen.backend.close()
+
+
+@pytest.mark.parametrize(
+    ("case", "is_freed"),
+    [("alone", True), ("a job of others runs", False), ("others had the last job", False)],
+)
+def test_merge_of_our_node_is_let_go_of_at_the_end_unless_others_have_something_there(
+    folder: Path, with_node: FakeComfyUI, case: str, is_freed: bool
+) -> None:
+    chosen = ready(folder, with_node.url, "merge.method=slerp")
+    recipe = chosen.baseline("even")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    assert with_node.freed == []
+    if case == "a job of others runs":
+        with_node.others = ["theirs"]
+    elif case == "others had the last job":
+        httpx.post(f"{with_node.url}/prompt", json={"prompt": {}, "client_id": "x"})
+        while "job-2" not in httpx.get(f"{with_node.url}/history?max_items=1").json():
+            time.sleep(0.01)
+    chosen.backend.close()
+    assert with_node.freed == [{"unload_models": True, "free_memory": True}] * is_freed
+
+
+def test_models_that_comfyui_merges_stay_there(folder: Path, with_node: FakeComfyUI) -> None:
+    painted(folder, with_node.url)
+    assert with_node.freed == []
+
+
 def test_two_runs_do_not_share_our_node(folder: Path, with_node: FakeComfyUI) -> None:
     first, second = (ready(folder, with_node.url, "merge.method=slerp") for _ in range(2))
     recipe = first.baseline("even")
@@ -335,7 +373,7 @@ def test_vae_that_would_be_searched_is_refused(folder: Path, fake: FakeComfyUI) 
 
 
 def with_workflow(folder: Path, **changes: dict[str, Any]) -> str:
-    """A workflow of the user's, some of whose nodes are changed, as an option."""
+    """A workflow of the user's, some of whose nodes are changed or added, as an option."""
     graph = {
         name: {"class_type": kind, "inputs": inputs, **changes.get(f"n{name}", {})}
         for name, kind, inputs in (
@@ -355,6 +393,7 @@ def with_workflow(folder: Path, **changes: dict[str, Any]) -> str:
             ("9", "SaveImage", {"images": ["8", 0]}),
         )
     }
+    graph |= {name[1:]: node for name, node in changes.items() if name[1:] not in graph}
     (folder / "mine.json").write_text(json.dumps(graph))
     return "backend.workflow=mine.json"
 
@@ -368,6 +407,7 @@ def test_workflow_of_the_user_makes_the_images(
     options += ["merge.method=slerp"] if by == "our node" else []
     image = painted(folder, server.url, *options)
     graph = server.graphs[-1]
+    assert len(server.graphs) == (2 if by == "our node" else 1)
     assert graph["own 3"]["inputs"]["steps"] == 3
     assert graph["own 6"]["inputs"] == {"text": "a portrait", "clip": ["skip", 0]}
     assert "own 4" not in graph
@@ -375,10 +415,92 @@ def test_workflow_of_the_user_makes_the_images(
     assert float(np.asarray(image).mean()) == pytest.approx(64 + 128 * 0.5, abs=4)
 
 
+def test_workflow_leaves_nothing_in_the_folder_of_the_user(
+    folder: Path, fake: FakeComfyUI
+) -> None:
+    more = {"class_type": "SaveAnimatedWEBP", "inputs": {"images": ["8", 0]}}
+    painted(folder, fake.url, with_workflow(folder, n10=more))
+    assert fake.saved == []
+
+
+def with_own_loaders(folder: Path) -> str:
+    """A workflow that takes no more than the U-Net from its checkpoint."""
+    texts = {n: {"inputs": {"text": "theirs", "clip": ["41", 0]}} for n in ("n6", "n7")}
+    return with_workflow(
+        folder,
+        **texts,
+        n41={"class_type": "CLIPLoader", "inputs": {}},
+        n42={"class_type": "VAELoader", "inputs": {}},
+        n8={"inputs": {"samples": ["3", 0], "vae": ["42", 0]}},
+    )
+
+
+def of_the_unet_only(folder: Path) -> None:
+    for name, value in {"zero": 0.0, "one": 1.0}.items():
+        toy_plugin.write_model(folder / "models" / f"{name}.safetensors", value, text=False)
+
+
+def test_models_of_the_unet_only_need_a_workflow_that_has_the_rest(
+    folder: Path, with_node: FakeComfyUI
+) -> None:
+    of_the_unet_only(folder)
+    for options in ([], [with_workflow(folder)], ["merge.method=slerp"]):
+        with pytest.raises(
+            ConfigError, match="holds no text encoder and no VAE, which the images"
+        ):
+            ready(folder, with_node.url, *options)
+    assert with_node.graphs == []
+
+
+@pytest.mark.parametrize("options", [(), ("merge.method=slerp",)])
+def test_models_of_the_unet_only_are_merged_where_the_workflow_has_the_rest(
+    folder: Path, with_node: FakeComfyUI, options: tuple[str, ...]
+) -> None:
+    of_the_unet_only(folder)
+    chosen = ready(folder, with_node.url, with_own_loaders(folder), *options)
+    chosen.backend.close()
+    assert not [note for note in chosen.notes if "has its own" in note]
+    image = painted(folder, with_node.url, with_own_loaders(folder), *options)
+    assert float(np.asarray(image).mean()) == pytest.approx(64 + 128 * 0.5, abs=4)
+
+
+def test_text_encoder_that_only_one_model_has_is_taken_as_it_is(
+    folder: Path, fake: FakeComfyUI
+) -> None:
+    toy_plugin.write_model(folder / "models" / "one.safetensors", 1.0, vae=True, text=False)
+    painted(folder, fake.url)
+    assert fake.graphs[-1]["positive"]["inputs"]["clip"] == ["a", 1]
+    assert "clip" not in fake.graphs[-1]
+
+
+def test_parts_of_the_merge_that_a_workflow_does_not_use_are_noted(
+    folder: Path, fake: FakeComfyUI
+) -> None:
+    chosen = ready(folder, fake.url, with_own_loaders(folder), "backend.clip_skip=2")
+    chosen.backend.close()
+    assert [note for note in chosen.notes if "has its own" in note] == [
+        "the workflow has its own text encoder; weights of the merge's (base) change nothing",
+        "the workflow has its own VAE; weights of the merge's (VAE) change nothing",
+        "backend.clip_skip changes nothing, as the workflow has its own text encoder",
+    ]
+
+
+def test_search_of_nothing_that_a_workflow_uses_is_refused(
+    folder: Path, fake: FakeComfyUI
+) -> None:
+    frozen = ", ".join(f"{block} = 0.5" for block in toy_plugin.TENSORS if block != "base")
+    options = [with_own_loaders(folder), f"search.freeze={{ {frozen} }}"]
+    said = r"own text encoder and VAE, and the search varies nothing else \(base_alpha\); take"
+    with pytest.raises(ConfigError, match=said):
+        ready(folder, fake.url, *options)
+    frozen = frozen.replace("IN03 = 0.5, ", "")
+    ready(folder, fake.url, options[0], f"search.freeze={{ {frozen} }}").backend.close()
+
+
 def test_workflow_that_cannot_be_used_is_said_before_an_image(
     folder: Path, fake: FakeComfyUI
 ) -> None:
-    option = with_workflow(folder, n9={"class_type": "Magic"})
+    option = with_workflow(folder, n8={"class_type": "Magic"})
     with pytest.raises(ConfigError, match=r"workflow: mine\.json: ComfyUI has no node 'Magic'"):
         ready(folder, fake.url, option)
     with pytest.raises(ConfigError, match=r"none\.json: cannot be read"):
@@ -492,6 +614,48 @@ def test_server_that_stops_telling_is_asked(folder: Path, fake: FakeComfyUI) -> 
     listener.connection.shutdown(socket.SHUT_RDWR)
     fake.listeners = None
     assert len(list(chosen.backend.generate(chosen.panel[:2]))) == 2
+    chosen.backend.close()
+
+
+def heard(folder: Path, fake: FakeComfyUI, n_images: int) -> Setup:
+    """The setup, after a merge and some images."""
+    chosen = ready(folder, fake.url)
+    recipe = chosen.baseline("even")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    assert len(list(chosen.backend.generate(chosen.panel[:1] * n_images))) == n_images
+    return chosen
+
+
+def test_websocket_that_is_not_to_be_had_is_tried_again_when_the_server_was_away(
+    folder: Path, fake: FakeComfyUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = heard(folder, fake, 3)
+    assert fake.asked["/ws"] == 1
+    monkeypatch.setattr(chosen.backend._server, "n_lost", 1)  # type: ignore[attr-defined]
+    assert len(list(chosen.backend.generate(chosen.panel[:2]))) == 2
+    assert fake.asked["/ws"] == 2
+    chosen.backend.close()
+
+
+def test_websocket_that_tells_nothing_is_given_up(
+    folder: Path, fake: FakeComfyUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LONGEST_REST_S", 0.3)
+    fake.listeners, fake.is_silent, fake.takes_s = {}, True, 0.1
+    chosen = heard(folder, fake, 2)
+    assert chosen.backend._events is None  # type: ignore[attr-defined]
+    assert fake.asked["/ws"] == 1
+    chosen.backend.close()
+
+
+def test_websocket_that_tells_late_is_kept(
+    folder: Path, fake: FakeComfyUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LONGEST_REST_S", 0.05)
+    fake.listeners, fake.takes_s = {}, 0.2
+    chosen = heard(folder, fake, 2)
+    assert chosen.backend._events is not None  # type: ignore[attr-defined]
+    assert fake.asked["/ws"] == 1
     chosen.backend.close()
 
 

@@ -25,7 +25,7 @@ from bayesian_merger.handover import Handover
 from bayesian_merger.pictures import decoded
 from bayesian_merger.registry import nearest
 from bayesian_merger.server import Events, Refused, Server, Slow, Strange
-from bayesian_merger.workflow import SHOWN, Graph, Link, Workflow
+from bayesian_merger.workflow import PARTS, SHOWN, Graph, Link, NodeClass, Workflow
 
 
 class _Model(NamedTuple):
@@ -67,7 +67,10 @@ _OURS = "BayesianMergerLoader"
 _NODES = {"sd1": "ModelMergeSD1", "sdxl": "ModelMergeSDXL"}
 _METHODS = ("weighted_sum", "add_difference")
 _UNET = "model.diffusion_model."
-_TEXT = ("cond_stage_model.", "conditioner.")
+_TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
+# A model's parts in words, and how the names of their tensors begin.
+_TITLES = {"MODEL": "denoising network", "CLIP": "text encoder", "VAE": "VAE"}
+_BEGINNINGS = {"MODEL": (_UNET,), "CLIP": _TEXT, "VAE": ("first_stage_model.", "vae.")}
 _PROOF = Prompt(0, "proof", "", 0, width=64, height=64, steps=1)
 # The first pause before it is looked whether an image is done, and the longest; the longest where the
 # server tells it. It does so by the last of the events "executing", or by one of these.
@@ -111,15 +114,24 @@ class ComfyUI:
         # What the server tells of our jobs; the name by which it knows us.
         self._events: Events | None = None
         self._client = secrets.token_hex(16)
+        # How often it had been away when it told nothing; it is listened to again when it was since.
+        self._mute_at: int | None = None
+        # Our last job there.
+        self._job = ""
         self._clip_skip, self._timeout_s = clip_skip, timeout_s
         # Where merges lie for our node, if ComfyUI has it; whether they are all made by it.
         self._offer = Offer()
         self._is_ours = False
         self._handover: Handover | None = None
+        # What our node is to load.
+        self._order: Mapping[str, str] = {}
         self._claim: Claim | None = None
         self._merged = _Model({}, [], [], [])
         self._workflow_file = workflow
         self._own: Workflow | None = None
+        # The parts of the merge that are in no image, and the first merge that was asked about.
+        self._idle: list[str] = []
+        self._first: Recipe | None = None
         # Of each node, as the server describes them.
         self._inputs: dict[str, Mapping[str, Any]] = {}
 
@@ -129,7 +141,7 @@ class ComfyUI:
         architecture: str,
         shapes: Mapping[str, tuple[int, ...]],
     ) -> list[str]:
-        """ConfigError for no ComfyUI, an architecture that it does not merge, unknown samplers."""
+        """ConfigError for no ComfyUI, models that it cannot use or merge, unknown samplers."""
         url = self._server.url
         try:
             system = self._server.look("/system_stats")["system"]
@@ -145,13 +157,21 @@ class ComfyUI:
         for node in (*needed, *([_NODES[architecture]] if architecture in _NODES else [])):
             self._inputs[node] = self._required(node)
         notes = [f"ComfyUI {version} at {url}; {self._way()}"]
-        if self._workflow_file:
-            self._own = Workflow(self._workflow_file, self._kinds)
-            self._own.of([[""], [""], [""]], _PROOF)
+        self._own = Workflow(self._workflow_file, self._class) if self._workflow_file else None
+        takes = self._own.takes if self._own else set(PARTS)
+        held = [part for part in PARTS if any(n.startswith(_BEGINNINGS[part]) for n in shapes)]
+        if missing := [_TITLES[part] for part in PARTS if part in takes and part not in held]:
+            raise ConfigError(
+                f"the merge holds no {' and no '.join(missing)}, which the images need; name a workflow "
+                f"that loads its own (backend.workflow)"
+            )
+        self._idle = [part for part in held if part not in takes]
+        if self._own:
             return [
                 *notes,
                 "steps, CFG scale, sampler and all else but prompts, seeds and sizes are the workflow's",
                 *self._own.notes,
+                *self._idle_notes(architecture),
             ]
         samplers = self._choices("KSampler", "sampler_name")
         schedulers = self._choices("KSampler", "scheduler")
@@ -174,7 +194,52 @@ class ComfyUI:
         return notes
 
     def require(self, recipe: Recipe, merged: Merge) -> None:
-        """ConfigError for a merge that ComfyUI's nodes cannot make, if it has not ours."""
+        """ConfigError for a merge that ComfyUI's nodes cannot make, if it has not ours.
+
+        And where the search seems to vary nothing that an image shows.
+        """
+        if self._idle:
+            self._require_effect(recipe, merged)
+        self._choose(recipe, merged)
+
+    def _require_effect(self, recipe: Recipe, merged: Merge) -> None:
+        """ConfigError if this merge and the first of its method differ only in what is in no image."""
+        if self._first is None or self._first.method != recipe.method:
+            self._first = recipe
+        idle = tuple(begin for part in self._idle for begin in _BEGINNINGS[part])
+        shown = {key for n in merged if not n.startswith(idle) for key in merged.moved_by(n)}
+        varied = [
+            (weight, block)
+            for weight, values in recipe.weights.items()
+            for block, value in values.items()
+            if self._first.weights[weight][block] != value
+        ]
+        if varied and not shown.intersection(varied):
+            titles = " and ".join(_TITLES[part] for part in self._idle)
+            names = ", ".join(f"{block}_{weight}" for weight, block in varied)
+            raise ConfigError(
+                f"the workflow has its own {titles}, and the search varies nothing else ({names}); take "
+                f"it from the checkpoint's loader there, or search other weights"
+            )
+
+    def _idle_notes(self, architecture: str) -> list[str]:
+        """What of the merge, and of our options, the workflow does not use."""
+        blocks = {"CLIP": "CLIP, T5" if architecture == "flux" else "base", "VAE": "VAE"}
+        notes = []
+        for part in self._idle:
+            weights = f" ({blocks[part]})" if part in blocks else ""
+            notes.append(
+                f"the workflow has its own {_TITLES[part]}; weights of the merge's{weights} change "
+                f"nothing"
+            )
+        if "CLIP" in self._idle and self._clip_skip > 1:
+            notes.append(
+                "backend.clip_skip changes nothing, as the workflow has its own text encoder"
+            )
+        return notes
+
+    def _choose(self, recipe: Recipe, merged: Merge) -> None:
+        """Have our node load the merges if ComfyUI's cannot make this one; ConfigError without it."""
         try:
             self._nodes(recipe, merged)
         except ConfigError as error:
@@ -192,24 +257,31 @@ class ComfyUI:
 
         ConfigError for one that its nodes cannot make.
         """
-        self.require(recipe, merged)
+        self._choose(recipe, merged)
         if self._is_ours:
             self._hand_over(recipe, merged)
             return
         self._merged = self._skipping(self._nodes(recipe, merged))
         # ComfyUI merges when an image is made, so the smallest one is, which also proves that it can.
-        self._done(self._built_in(_PROOF))
+        # With a workflow of the user's its first image does: the models may hold no text encoder.
+        if self._own is None:
+            self._done(self._built_in(_PROOF))
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
         """Images one by one, in the server's queue."""
         for prompt in prompts:
-            made = self._picture(self._done(self._workflow(prompt)))
+            done = self._done(self._workflow(prompt))
+            # The server may have been started anew, or be another by now.
+            if "merge" in _outputs(done):
+                self._confirm(done)
+            made = self._picture(done)
             # A workflow of the user's may enlarge what it makes.
             image = decoded(made, None if self._own else (prompt.width, prompt.height))
             yield Sample(image, prompt)
 
     def close(self) -> None:
         """Close the connections, and remove the merge."""
+        is_held = bool(self._handover and self._job)
         if self._handover:
             self._handover.close()
         if self._claim:
@@ -217,6 +289,8 @@ class ComfyUI:
         if self._events:
             self._events.close()
         self._handover = self._claim = self._events = None
+        if is_held:
+            self._free()
         self._server.close()
 
     def _way(self) -> str:
@@ -239,19 +313,39 @@ class ComfyUI:
             file = self._offer.folder / f"{STEM}{self._offer.token[:16]}.safetensors"
             self._handover = Handover(file)
         self._handover.put(merged)
-        name, live = f"{STEM}{recipe.digest()}", self._handover.probes()
-        order = {"file": self._handover.path.stem, "name": name, "live": json.dumps(live)}
-        nodes = {"merge": _node(_OURS, **order)}
+        self._order = {
+            "file": self._handover.path.stem,
+            "name": f"{STEM}{recipe.digest()}",
+            "live": json.dumps(self._handover.probes()),
+        }
+        nodes = {"merge": _node(_OURS, **self._order)}
         self._merged = self._skipping(_Model(nodes, *(["merge", slot] for slot in range(3))))
-        done = self._done(self._built_in(_PROOF))
+        # It needs no image to load the merge and to tell of it.
+        self._confirm(self._done(nodes))
+
+    def _confirm(self, done: Mapping[str, Any]) -> None:
+        """TrialError if our node tells that it has loaded anything but the merge."""
+        assert self._handover
         try:
-            receipt = json.loads(done["outputs"]["merge"]["bayesian_merger"][0])
+            receipt = json.loads(_outputs(done)["merge"]["bayesian_merger"][0])
             told, values = receipt["name"], receipt["live"]
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise TrialError("ComfyUI tells nothing of the model that it has loaded") from error
-        if told != name:
+        if told != self._order["name"]:
             raise TrialError(f"ComfyUI did not take the merge, it has {str(told)[:80]}")
-        self._handover.confirm(values, live)
+        self._handover.confirm(values, json.loads(self._order["live"]))
+
+    def _free(self) -> None:
+        """Have ComfyUI let go of the merge, which is of no use to anybody.
+
+        As it lets go of all else too, only if our job is the last there and no other waits.
+        """
+        with suppress(Refused, Strange, ConfigError):
+            queue = self._server.look("/queue")
+            at_work = [*_jobs(queue, "queue_running"), *_jobs(queue, "queue_pending")]
+            last = self._server.look("/history?max_items=1")
+            if {*at_work, *(last if isinstance(last, dict) else [])} <= {self._job}:
+                self._server.try_post("/free", {"unload_models": True, "free_memory": True})
 
     def _skipping(self, merged: _Model) -> _Model:
         """The model whose text encoder stops at the layer that `clip_skip` names."""
@@ -271,13 +365,14 @@ class ComfyUI:
             ) from error
         return found if isinstance(found, dict) else {}
 
-    def _kinds(self, node: str) -> list[str] | None:
-        """The kinds of a node's results; None if there is no such node."""
+    def _class(self, node: str) -> NodeClass | None:
+        """What the server says of a class of nodes; None if it has no such."""
         try:
-            found = self._server.look(f"/object_info/{quote(node)}")[node]["output"]
-        except (Refused, Strange, KeyError, TypeError):
+            found = self._server.look(f"/object_info/{quote(node)}")[node]
+            kinds, is_end = found["output"], found.get("output_node") is True
+        except (Refused, Strange, KeyError, TypeError, AttributeError):
             return None
-        return [str(kind) for kind in found] if isinstance(found, list) else []
+        return NodeClass([str(kind) for kind in kinds] if isinstance(kinds, list) else [], is_end)
 
     def _choices(self, node: str, name: str) -> list[str]:
         """What an input of a node may be."""
@@ -307,23 +402,27 @@ class ComfyUI:
         graph: Graph = {}
         for letter, model in zip("abc", recipe.models, strict=False):
             graph[letter] = _node("CheckpointLoaderSimple", ckpt_name=self._file(model.name))
-        other = "b"
+        texts = [n for n in merged if n.startswith(_TEXT) and merged.moved_by(n)]
+        other, clip, clip2 = "b", ["a", 1], ["b", 1]
         if recipe.method == "add_difference":
             difference = {"model1": ["b", 0], "model2": ["c", 0], "multiplier": 1.0}
             graph["difference"] = _node("ModelMergeSubtract", **difference)
             graph["sum"] = _node("ModelMergeAdd", model1=["a", 0], model2=["difference", 0])
-            texts = {"clip1": ["b", 1], "clip2": ["c", 1], "multiplier": 1.0}
-            graph["text difference"] = _node("CLIPMergeSubtract", **texts)
-            graph["text sum"] = _node("CLIPMergeAdd", clip1=["a", 1], clip2=["text difference", 0])
             other = "sum"
         shares = self._shares(recipe, merged)
         graph["model"] = _node(
             _NODES[recipe.architecture], model1=["a", 0], model2=[other, 0], **shares
         )
-        ratio = 1.0 - _alpha(recipe, merged, [n for n in merged if n.startswith(_TEXT)], "base")
-        clip2 = ["text sum", 0] if other == "sum" else ["b", 1]
-        graph["clip"] = _node("CLIPMergeSimple", clip1=["a", 1], clip2=clip2, ratio=ratio)
-        return _Model(graph, ["model", 0], ["clip", 0], [recipe.vae, 2])
+        if texts and recipe.method == "add_difference":
+            pair = {"clip1": ["b", 1], "clip2": ["c", 1], "multiplier": 1.0}
+            graph["text difference"] = _node("CLIPMergeSubtract", **pair)
+            graph["text sum"] = _node("CLIPMergeAdd", clip1=["a", 1], clip2=["text difference", 0])
+            clip2 = ["text sum", 0]
+        if texts:
+            ratio = 1.0 - _alpha(recipe, merged, texts, "base")
+            graph["clip"] = _node("CLIPMergeSimple", clip1=["a", 1], clip2=clip2, ratio=ratio)
+            clip = ["clip", 0]
+        return _Model(graph, ["model", 0], clip, [recipe.vae, 2])
 
     def _shares(self, recipe: Recipe, merged: Merge) -> dict[str, float]:
         """The share of the first model in each part of the U-Net that ComfyUI's node knows."""
@@ -406,15 +505,23 @@ class ComfyUI:
         raise TrialError("ComfyUI forgets its jobs again and again")
 
     def _begun(self, workflow: Graph) -> str:
+        self._listen()
         try:
-            if self._events is None or not self._events.is_open:
-                self._events = self._server.listen(f"/ws?clientId={self._client}")
             answer = self._server.post("/prompt", {"prompt": workflow, "client_id": self._client})
-            return str(answer["prompt_id"])
+            self._job = str(answer["prompt_id"])
+            return self._job
         except Refused as error:
             raise TrialError(f"ComfyUI refuses the workflow: {error}") from error
         except (Strange, Slow, KeyError, TypeError) as error:
             raise TrialError(f"ComfyUI: {error}") from error
+
+    def _listen(self) -> None:
+        """Hear what the server tells of our jobs, if it does."""
+        if self._mute_at == self._server.n_lost or (self._events and self._events.is_open):
+            return
+        self._events = self._server.listen(f"/ws?clientId={self._client}")
+        if self._events is None:
+            self._mute_at = self._server.n_lost
 
     def _waited(self, job: str) -> Mapping[str, Any] | None:
         """What the server tells of the job when it is done; None if it knows nothing of it.
@@ -423,9 +530,13 @@ class ComfyUI:
         """
         pause, missed, n_lost = _PAUSE_S, 0, self._server.n_lost
         end = time.monotonic() + self._timeout_s
+        has_rested = is_told = False
         while time.monotonic() < end:
             history = self._asked(f"/history/{job}")
             if isinstance(done := history.get(job), dict):
+                if self._events and has_rested and not is_told:
+                    self._events.close()
+                    self._events, self._mute_at = None, self._server.n_lost
                 return done
             if pause >= _LONGEST_PAUSE_S:
                 queue = self._asked("/queue")
@@ -438,23 +549,27 @@ class ComfyUI:
                 if is_pending or self._server.n_lost > n_lost:
                     n_lost = self._server.n_lost
                     end = time.monotonic() + self._timeout_s
-            self._rest(job, pause)
+            is_told = self._rest(job, pause) or is_told
+            has_rested = True
             pause = min(1.3 * pause, _LONGEST_PAUSE_S)
         raise TrialError(f"ComfyUI has made no image in {self._timeout_s:g} s")
 
-    def _rest(self, job: str, pause: float) -> None:
-        """Wait a little, or till the server tells that the job is done."""
+    def _rest(self, job: str, pause: float) -> bool:
+        """Wait a little, or till the server tells that the job is done; False if it told nothing."""
         if self._events is None or not self._events.is_open:
             time.sleep(pause)
-            return
+            return True
+        is_told = False
         end = time.monotonic() + _LONGEST_REST_S
         while self._events.is_open and (left := end - time.monotonic()) > 0:
             told = self._events.next(left)
             data = told.get("data") if told else None
             if told and isinstance(data, dict) and data.get("prompt_id") == job:
+                is_told = True
                 is_last = told.get("type") == "executing" and data.get("node") is None
                 if is_last or told.get("type") in _ENDS:
-                    return
+                    break
+        return is_told or not self._events.is_open
 
     def _asked(self, path: str) -> Mapping[str, Any]:
         try:
@@ -474,7 +589,7 @@ class ComfyUI:
     def _picture(self, done: Mapping[str, Any]) -> bytes:
         """The PNG that a workflow has made."""
         try:
-            image = done["outputs"][SHOWN]["images"][0]
+            image = _outputs(done)[SHOWN]["images"][0]
             place = {key: str(image[key]) for key in ("filename", "subfolder", "type")}
         except (KeyError, TypeError, IndexError):
             raise TrialError("ComfyUI was done without an image") from None
@@ -482,6 +597,12 @@ class ComfyUI:
             return self._server.fetch(f"/view?{urlencode(place)}")
         except (Refused, Strange, Slow) as error:
             raise TrialError(f"ComfyUI: {error}") from error
+
+
+def _outputs(done: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the nodes of a job have told, by their names."""
+    found = done.get("outputs")
+    return found if isinstance(found, dict) else {}
 
 
 def _require_success(done: Mapping[str, Any]) -> None:
