@@ -20,7 +20,7 @@ class CutOff(Exception):
 
 
 class Proxy(FakeServer):
-    """Passes on to `server`; `faults` has, by the end of a path, what becomes of an answer.
+    """Passes on to `server`; `faults` has, by a part of a path, what becomes of an answer.
 
     `met` counts the faults that were made.
     """
@@ -35,7 +35,8 @@ class Proxy(FakeServer):
     def reply(self, to: BaseHTTPRequestHandler, body: Any) -> None:
         sent = None if to.command == "GET" else body or {}
         answer = self._client.request(to.command, to.path, json=sent)
-        name = to.path.partition("?")[0].rpartition("/")[2].replace("-", "_")
+        parts = to.path.partition("?")[0].replace("-", "_").split("/")
+        name = next((part for part in parts if part in self.faults), parts[-1])
         self.asked[name] += 1
         try:
             found = answer.json() if answer.content else None

@@ -22,6 +22,7 @@ import toy_plugin
 from comfyui_fake import FakeComfyUI
 from comfyui_modules import NODE
 from PIL import Image
+from proxy_fake import Fault, Proxy, cuts
 from safetensors.torch import load_file, save_file
 from test_names import known_layout
 from test_run import Silent
@@ -68,10 +69,10 @@ def ready(folder: Path, url: str, *overrides: str) -> Setup:
     return setup.prepare(configuration.load(folder / "config.toml", options), folder, "toy")
 
 
-def start(folder: Path, url: str, *overrides: str) -> Outcome:
+def start(folder: Path, url: str, *overrides: str, into: str = "run") -> Outcome:
     chosen = ready(folder, url, *overrides)
     try:
-        return run.run(chosen, folder / "run", Silent())
+        return run.run(chosen, folder / into, Silent())
     finally:
         chosen.backend.close()
 
@@ -562,18 +563,25 @@ def test_checkpoint_may_lie_in_a_folder(folder: Path, fake: FakeComfyUI) -> None
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "number", "said"),
     [
-        ("fails", "OutOfMemoryError no memory"),
-        ("interrupts", "the image was interrupted in ComfyUI"),
+        ("fails", 1, "OutOfMemoryError no memory"),
+        ("interrupts", 5, "ComfyUI is interrupted in what it makes again and again"),
     ],
 )
 def test_job_that_fails_fails_the_trial(
-    folder: Path, fake: FakeComfyUI, fault: str, said: str
+    folder: Path, fake: FakeComfyUI, fault: str, number: int, said: str
 ) -> None:
-    setattr(fake, fault, 1)
+    setattr(fake, fault, number)
     with pytest.raises(TrialError, match=said):
         painted(folder, fake.url)
+
+
+def test_job_that_the_user_interrupts_is_begun_anew(folder: Path, fake: FakeComfyUI) -> None:
+    before = painted(folder, fake.url)
+    fake.interrupts = 2
+    assert painted(folder, fake.url).tobytes() == before.tobytes()
+    assert fake.interrupts == 0
 
 
 def test_job_that_the_server_forgets_is_begun_anew(
@@ -822,6 +830,32 @@ def test_real_server_adds_a_difference_as_our_merge_does(
     apart = [abs(x - y) for x, y in zip(sample.image.tobytes(), theirs.tobytes(), strict=True)]
     assert max(apart) <= 3
     chosen.backend.close()
+
+
+@pytest.mark.comfyui
+def test_real_server_behind_a_bad_proxy_is_searched_as_without_it(
+    real: tuple[str, Path], folder: Path
+) -> None:
+    url, base = real
+    checkpoints = base / "models" / "checkpoints"
+    (folder / "portrait.toml").write_text('prompt = "x"\nwidth = 64\nheight = 64\nsteps = 1\n')
+    files = [
+        f"models.{m}={checkpoints}/{n}.safetensors" for m, n in (("a", "first"), ("b", "second"))
+    ]
+    options = [*files, 'panel.payloads=["portrait.toml"]', "search.images=2", "heldout.images=2"]
+
+    def searched(into: str, **faults: Fault) -> tuple[Outcome, Proxy]:
+        proxy = Proxy(url, **faults)
+        try:
+            return start(folder, proxy.url, *options, into=into), proxy
+        finally:
+            proxy.stop()
+
+    whole, _ = searched("whole")
+    broken, proxy = searched("broken", prompt=cuts(5), view=cuts(4), history=cuts(7))
+    assert min(proxy.met.values()) >= 2
+    assert [r.images for r in broken.results] == [r.images for r in whole.results]
+    assert [r.scores for r in broken.results] == [r.scores for r in whole.results]
 
 
 @pytest.mark.comfyui

@@ -28,6 +28,10 @@ from bayesian_merger.server import Events, Refused, Server, Slow, Strange
 from bayesian_merger.workflow import PARTS, SHOWN, Graph, Link, NodeClass, Workflow
 
 
+class _InterruptedError(TrialError):
+    """Somebody has interrupted a job of ours."""
+
+
 class _Model(NamedTuple):
     """Nodes that make a model, and the results of these that are its parts."""
 
@@ -279,6 +283,10 @@ class ComfyUI:
             image = decoded(made, None if self._own else (prompt.width, prompt.height))
             yield Sample(image, prompt)
 
+    def give_up(self) -> None:
+        """From now on, wait no more for the server if it is away."""
+        self._server.give_up()
+
     def close(self) -> None:
         """Close the connections, and remove the merge."""
         is_held = bool(self._handover and self._job)
@@ -491,7 +499,11 @@ class ComfyUI:
         }
 
     def _done(self, workflow: Graph) -> Mapping[str, Any]:
-        """What the server tells of a workflow when it has succeeded; begun anew if it forgets it."""
+        """What the server tells of a workflow when it has succeeded.
+
+        Begun anew if the server forgets it, or somebody interrupts it there.
+        """
+        fault = ""
         for _ in range(_ROUNDS):
             job = self._begun(workflow)
             try:
@@ -499,10 +511,16 @@ class ComfyUI:
             except BaseException:
                 self._forget(job)
                 raise
-            if done is not None:
+            if done is None:
+                fault = "forgets its jobs"
+                continue
+            try:
                 _require_success(done)
-                return done
-        raise TrialError("ComfyUI forgets its jobs again and again")
+            except _InterruptedError as error:
+                fault = str(error)
+                continue
+            return done
+        raise TrialError(f"ComfyUI {fault} again and again")
 
     def _begun(self, workflow: Graph) -> str:
         self._listen()
@@ -615,7 +633,7 @@ def _require_success(done: Mapping[str, Any]) -> None:
     pairs = [m for m in (messages if isinstance(messages, list) else []) if _is_message(m)]
     told = {name: entry for name, entry in pairs}
     if "execution_interrupted" in told:
-        raise TrialError("the image was interrupted in ComfyUI")
+        raise _InterruptedError("is interrupted in what it makes")
     error = told.get("execution_error", {})
     kind, said = error.get("exception_type", ""), error.get("exception_message", "no reason")
     raise TrialError(f"ComfyUI: {kind} {' '.join(str(said).split())[:300]}")
