@@ -882,7 +882,7 @@ def order(folder: Path, url: str) -> str:
     return json.dumps({**about, **more, "settings": settings})
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")
 def test_ctrl_c_says_what_it_waits_for(folder: Path, begin: Begin) -> None:
     fake = begin()
     is_asked = threading.Event()
@@ -902,7 +902,7 @@ def test_ctrl_c_says_what_it_waits_for(folder: Path, begin: Begin) -> None:
         text=True,
     ) as process:
         assert is_asked.wait(60)
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # as Ctrl-C, which a process in the background is told to ignore
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert [line for line in told.splitlines() if line] == [
@@ -1275,6 +1275,8 @@ from bayesian_merger.scorers import scorer
 
 @scorer
 class Failing:
+    '''A scorer that cannot score.'''
+
     def __call__(self, samples):
         raise ValueError("no taste")
 """
