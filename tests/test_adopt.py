@@ -299,7 +299,7 @@ def test_payload_that_is_missing_is_said(there: Path) -> None:
     with pytest.raises(ConfigError, match=r"cargo\.yaml: there is no .*lake\.yaml"):
         adopt.adopted(there / "conf" / "config.yaml")
     (there / "conf" / "payloads" / "cargo.yaml").write_text("steps: 20\n")
-    with pytest.raises(ConfigError, match="no payload is named"):
+    with pytest.raises(ConfigError, match="`defaults` names no payloads, as"):
         adopt.adopted(there / "conf" / "config.yaml")
 
 

@@ -223,7 +223,9 @@ class FakeWebUI(FakeServer):
         }
 
     def _known_fields(self) -> dict[str, None]:
-        return {name: None for name in _FIELDS if (self.kind, name) != (OLD, "scheduler")}
+        own = ("hr_cfg", "hr_additional_modules") if self.kind == FORGE else ()
+        known = (*_FIELDS, *own)
+        return {name: None for name in known if (self.kind, name) != (OLD, "scheduler")}
 
     def _image(self, body: Any) -> Answer:
         self.bodies.append(body)

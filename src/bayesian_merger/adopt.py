@@ -90,8 +90,6 @@ def adopted(path: Path) -> Adopted:
     base = path.absolute().parent if is_ini else path.absolute().parent.parent
     models = _models(path, given, base)
     payloads, defaults = _ini_payloads(path, given) if is_ini else _cargo(path, given)
-    if not payloads:
-        raise ConfigError(f"{path}: no payload is named, or none is there")
     notes = _notes(given, base)
     try:
         per_round = prompts.n_images(prompts.read_payloads(payloads, defaults))
@@ -267,6 +265,11 @@ def _cargo(path: Path, given: Mapping[str, Any]) -> tuple[list[Path], dict[str, 
         for folder, names in group.items() if isinstance(group, dict) else ():
             for one in names if isinstance(names, list) else [names]:
                 files.append(_file(cargo.parent / str(folder), one).absolute())
+    if not files:
+        raise ConfigError(
+            f"{cargo}: its list `defaults` names no payloads, as `- cargo: [portrait]` would, whose "
+            f"file is {cargo.parent / 'cargo' / 'portrait.yaml'}"
+        )
     if missing := [file for file in files if not file.is_file()]:
         raise ConfigError(f"{cargo}: there is no {missing[0]}")
     said = {key: value for key, value in fields.items() if value is not None}
@@ -277,7 +280,10 @@ def _cargo(path: Path, given: Mapping[str, Any]) -> tuple[list[Path], dict[str, 
 def _ini_payloads(path: Path, given: Mapping[str, Any]) -> tuple[list[Path], dict[str, Any]]:
     """The files in the folder of payloads, each of which says all."""
     folder = path.absolute().parent / str(given.get("payloads_dir", "payloads"))
-    return sorted(f for f in folder.glob("*.yaml") if ".tmpl" not in f.suffixes), {}
+    files = sorted(f for f in folder.glob("*.yaml") if ".tmpl" not in f.suffixes)
+    if not files:
+        raise ConfigError(f"{folder}: there are no payloads (*.yaml)")
+    return files, {}
 
 
 def _chosen(given: Mapping[str, Any], group: str, usual: str) -> str:

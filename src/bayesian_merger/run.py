@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from bayesian_merger.backends import Differentiable
+from bayesian_merger.backends import Backend, Differentiable, Exclusive
 from bayesian_merger.checkpoint import remove_parts
 from bayesian_merger.data import (
     MOST_SCORE,
@@ -324,6 +324,7 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
     with locked(folder), storage_errors():
         remove_parts(folder)
         check_folder(setup, folder)
+        _take(setup.backend)
         study = open_study(folder, setup.config.search.storage, create=True)
         setup = _as_begun(setup, study)
         study.require_same(setup.identity)
@@ -358,6 +359,15 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
                     f"{error}; the report and best.toml are written, and the same command tries again"
                 ) from error
         return outcome
+
+
+def _take(engine: Backend) -> None:
+    """Have the back end before anything is begun; RunError if it is not to be had."""
+    try:
+        if isinstance(engine, Exclusive):
+            engine.take()
+    except TrialError as error:
+        raise RunError(f"the back end: {error}; the same command tries it again") from error
 
 
 def _extend(study: Study, more: int | None, is_finished: bool) -> str:

@@ -308,7 +308,8 @@ def _engine(config: Config, folder: Path) -> Backend:
     for key, value in options.items():
         if key in _WHERE and isinstance(value, list) and len(value) != len(urls):
             raise ConfigError(f"backend.{key} has {len(value)} entries, backend.url {len(urls)}")
-    if not urls or len(set(map(str, urls))) < len(urls):
+    spelt = {str(url).rstrip("/").replace("://localhost", "://127.0.0.1") for url in urls}
+    if len(spelt) < max(1, len(urls)):
         raise ConfigError("backend.url names no server, or one twice")
     engines: list[Backend] = []
     try:

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from bayesian_merger.backends import Backend, Merge, Particular, Patient
+from bayesian_merger.backends import Backend, Exclusive, Merge, Particular, Patient
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.errors import ConfigError
 
@@ -85,6 +85,12 @@ class Spread:
         for engine in self._engines:
             if isinstance(engine, Particular):
                 engine.require(recipe, merged)
+
+    def take(self) -> None:
+        """Have all servers; ConfigError if another run has one."""
+        for engine in self._engines:
+            if isinstance(engine, Exclusive):
+                engine.take()
 
     def load(self, recipe: Recipe, merged: Merge) -> None:
         """Make `merged` the model of all, at once; the first fault of any."""

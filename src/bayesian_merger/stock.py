@@ -123,6 +123,13 @@ class Stock(NamedTuple):
             told.append(f"payload {', '.join(names[:_MOST_NAMED])}{more}: {mistake}")
         return [*told, *self._own_parts()]
 
+    def hires(self, prompt: Prompt) -> dict[str, Any]:
+        """What Forge needs of a prompt with hires fix as its page sends it, and its API does not."""
+        of_page = {"hr_additional_modules": ["Use same choices"], "hr_cfg": prompt.cfg_scale}
+        if not prompt.extra.get("enable_hr"):
+            return {}
+        return {name: value for name, value in of_page.items() if name in (self.fields or ())}
+
     def _own_parts(self) -> Iterator[str]:
         for name, part in _OWN_PARTS.items():
             if is_own(own := self.settings.get(name)):
@@ -168,7 +175,7 @@ class Stock(NamedTuple):
                 yield "script", str(script), self.scripts
         for name in _loras(prompt):
             yield "LoRA", name, self.loras
-        for name in _vaes(prompt):
+        for name in vaes_of(prompt):
             yield "VAE", name, self.vaes
         if not extra.get("enable_hr"):
             return
@@ -210,7 +217,7 @@ def taken(
     if not is_next:
         wanted = {name for prompt in prompts for name in _loras(prompt)}
         loras = _names_anew(server, "loras", "name", "alias", refresh="refresh-loras", of=wanted)
-    wanted = {name for prompt in prompts for name in _vaes(prompt)}
+    wanted = {name for prompt in prompts for name in vaes_of(prompt)}
     scripts = server.look_for(f"{API}/scripts")
     upscalers = [
         name
@@ -236,6 +243,12 @@ def overridden(prompt: Prompt) -> Mapping[str, Any]:
     """The server's settings that a prompt overrides."""
     found = prompt.extra.get(SETTINGS)
     return found if isinstance(found, dict) else {}
+
+
+def vaes_of(prompt: Prompt) -> list[str]:
+    """The VAE that a prompt's settings name."""
+    found = overridden(prompt).get("sd_vae")
+    return [str(found)] if is_own(found) else []
 
 
 def is_own(name: object) -> bool:
@@ -295,9 +308,3 @@ def _fields(server: Server) -> list[str] | None:
 def _loras(prompt: Prompt) -> list[str]:
     """The LoRAs that a prompt names."""
     return _LORA.findall(f"{prompt.prompt} {prompt.negative_prompt}")
-
-
-def _vaes(prompt: Prompt) -> list[str]:
-    """The VAE that a prompt's settings name."""
-    found = overridden(prompt).get("sd_vae")
-    return [str(found)] if is_own(found) else []

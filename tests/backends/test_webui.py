@@ -288,6 +288,30 @@ def test_server_that_puts_its_own_part_into_every_model_is_refused(
         ready(folder, fake)
 
 
+def test_hires_fix_of_forge_is_what_its_page_sends(folder: Path, begin: Begin) -> None:
+    """Its API lacks modules that its own code asks for, and takes a CFG scale of 1."""
+    payload(folder, "enable_hr = true\ncfg_scale = 5")
+    fake = begin(FORGE)
+    chosen = loaded(folder, fake)
+    list(chosen.backend.generate(chosen.panel[:2]))
+    chosen.backend.close()
+    hires, plain = fake.bodies
+    assert hires["hr_additional_modules"] == ["Use same choices"]
+    assert hires["hr_cfg"] == 5
+    assert not plain.keys() & {"hr_additional_modules", "hr_cfg"}
+
+
+def test_vae_that_cannot_be_looked_up_is_noted(folder: Path, begin: Begin) -> None:
+    payload(folder, 'override_settings = { sd_vae = "bright.vae.pt" }')
+    fake = begin(FORGE)
+    fake.twist = lambda path, body, answer: (
+        (404, {"detail": "Not Found"}) if path.endswith("sd-vae") else answer
+    )
+    chosen = ready(folder, fake)
+    chosen.backend.close()
+    assert "nothing is known of bright.vae.pt" in chosen.notes[1]
+
+
 @pytest.mark.parametrize("before", [{}, {"CLIP_stop_at_last_layers": 1}])
 @pytest.mark.parametrize("kind", [A1111, NEXT])
 def test_setting_that_a_payload_overrides_is_its_own(
@@ -998,6 +1022,9 @@ def test_two_runs_do_not_share_a_server(folder: Path, begin: Begin, way: str) ->
     """Whatever ways they take to it, and however they spell its address."""
     fake = begin(home=folder / "home")
     chosen = loaded(folder, fake, f"backend.extension={str(way == 'file').lower()}")
+    with pytest.raises(ConfigError, match="another run has the server"):
+        start(folder, fake, "search.seed=3")
+    assert not outcomes.has_study(folder / "run", None)  # so it may begin otherwise
     for address in (fake.url, f"{fake.url.replace('127.0.0.1', 'localhost')}/"):
         for extension in ("true", "false"):
             with pytest.raises(ConfigError, match="another run has the server"):
@@ -1324,6 +1351,7 @@ def test_mistakes_for_several_servers_are_told_of_each(folder: Path, begin: Begi
     [
         (("backend.url=[]",), "names no server, or one twice"),
         (('backend.url=["http://x", "http://x"]',), "names no server, or one twice"),
+        (('backend.url=["http://127.0.0.1:1", "http://localhost:1/"]',), "or one twice"),
         (('backend.url=["http://x", 3]',), "url"),
         (
             ('backend.url=["http://x", "http://y"]', 'backend.models_dir=["a"]'),

@@ -118,6 +118,15 @@ class Particular(Protocol):
 
 
 @runtime_checkable
+class Exclusive(Protocol):
+    """A back end that one run has at a time."""
+
+    def take(self) -> None:
+        """Have it, till it is closed; ConfigError if another run has it. Asked before all else."""
+        ...
+
+
+@runtime_checkable
 class Patient(Protocol):
     """A back end that waits for a server which is away."""
 

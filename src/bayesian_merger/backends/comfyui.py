@@ -256,6 +256,15 @@ class ComfyUI:
                 ) from error
             self._is_ours = True
 
+    def take(self) -> None:
+        """Have our node's place for merges, if it is used; ConfigError if another run has it."""
+        if self._is_ours and self._claim is None:
+            assert self._offer.folder
+            claim = Claim(self._server, self._offer.folder)
+            claim.take()
+            claim.watch()
+            self._claim = claim
+
     def load(self, recipe: Recipe, merged: Merge) -> None:
         """Make the nodes of the merge; TrialError if ComfyUI's model is not the merge.
 
@@ -312,12 +321,9 @@ class ComfyUI:
 
     def _hand_over(self, recipe: Recipe, merged: Merge) -> None:
         """Have our node load the merge, and tell what the model then is."""
+        self.take()
         assert self._offer.folder
         if self._handover is None:
-            claim = Claim(self._server, self._offer.folder)
-            claim.take()
-            claim.watch()
-            self._claim = claim
             file = self._offer.folder / f"{STEM}{self._offer.token[:16]}.safetensors"
             self._handover = Handover(file)
         self._handover.put(merged)

@@ -44,6 +44,7 @@ from bayesian_merger.stock import (
     tables,
     taken,
     texts,
+    vaes_of,
 )
 
 _log = logging.getLogger(__name__)
@@ -150,6 +151,11 @@ class WebUI:
                 f"the server has no choice of schedulers, so its own setting holds, not "
                 f"{', '.join(sorted(ignored))}"
             )
+        if stock.vaes is None and (vaes := {v for prompt in prompts for v in vaes_of(prompt)}):
+            notes.append(
+                f"the server tells of no VAEs, so nothing is known of {', '.join(sorted(vaes))} "
+                f"(Forge takes them by its setting forge_additional_modules only)"
+            )
         if modules := options.get("forge_additional_modules"):
             notes.append(
                 f"Forge replaces parts of every merge: {', '.join(map(str, modules))[:200]}"
@@ -163,7 +169,7 @@ class WebUI:
 
     def load(self, recipe: Recipe, merged: Merge) -> None:
         """Have the server make its images by the merge, and read back that it does."""
-        self._take()
+        self.take()
         assert self._delivery is not None
         before = self._delivery.name
         self._delivery.bring(recipe, merged)
@@ -205,9 +211,10 @@ class WebUI:
             found = self._server.look(f"{API}/options")
         except Refused as error:
             if error.status == 404:
-                raise ConfigError(
-                    f"backend.url: {url} has no API; start the webui with --api"
-                ) from error
+                advice = "start the webui with --api"
+                if url.endswith(API):
+                    advice = f"leave {API} out of its address"
+                raise ConfigError(f"backend.url: {url} has no API; {advice}") from error
             if error.status in (401, 403):
                 raise ConfigError(
                     f"backend.url: {url} asks for a user and a password; put user:password into the "
@@ -269,10 +276,10 @@ class WebUI:
         # The folder itself rather than one below it.
         return min(folders, key=lambda folder: len(folder.parts))
 
-    def _take(self) -> None:
-        """Have the folder for our merges; the server's own checkpoint is kept for later.
+    def take(self) -> None:
+        """Have the server; what it had before is kept for later, and ConfigError if another run has it.
 
-        On the disk too, and with a guard, as this process may be killed.
+        Kept on the disk too, and with a guard, as this process may be killed.
         """
         assert self._delivery is not None
         self._claim = self._claim or Claim(self._server, self._delivery.folder)
@@ -372,7 +379,11 @@ class WebUI:
         if settings := {**self._usual, **overridden(prompt)}:
             wanted[SETTINGS] = settings
         always = {"batch_size": 1, "n_iter": 1, "save_images": False, "send_images": True}
-        answer = self._asked("post", f"{API}/txt2img", {**always, **prompt.extra, **wanted})
+        asked = {**always, **self._stock.hires(prompt), **prompt.extra, **wanted}
+        try:
+            answer = self._asked("post", f"{API}/txt2img", asked)
+        except TrialError as error:
+            raise TrialError(f"payload {prompt.payload}: {error}") from error
         images = answer.get("images")
         if not isinstance(images, list) or not images:
             raise TrialError("the server answered without an image")
