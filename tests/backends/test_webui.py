@@ -811,6 +811,20 @@ def test_merge_of_a_run_of_which_nothing_is_noted_is_told(
     assert fake.chosen == "one.safetensors"  # the first that it lists
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_settings_that_somebody_has_chosen_since_a_crash_are_kept(
+    folder: Path, begin: Begin
+) -> None:
+    payload(folder, "override_settings = { CLIP_stop_at_last_layers = 2 }")
+    fake = begin()
+    command = [sys.executable, "-c", KILLED, str(folder), f"backend.url={fake.url}", "guard"]
+    subprocess.run(command, check=False)
+    fake.chosen, fake.settings = "zero.safetensors", {"CLIP_stop_at_last_layers": 3}
+    loaded(folder, fake).backend.close()
+    assert fake.chosen == "zero.safetensors"
+    assert fake.settings == {"CLIP_stop_at_last_layers": 3}
+
+
 def receipt(**changes: Any) -> Callable[[str, Any, Answer], Answer]:
     def twist(path: str, body: Any, answer: Answer) -> Answer:
         return (200, {**answer[1], **changes}) if path.endswith("/load") else answer

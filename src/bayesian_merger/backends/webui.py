@@ -300,12 +300,14 @@ class WebUI:
             if is_of_before:
                 text = "%s has a merge of an earlier run, and nothing tells what it had before: %s"
                 _log.warning(text, self._server.url, f"it will have {now}")
-        known = {**options, **before.options}
+        # Where somebody has chosen another checkpoint since, its settings are somebody's too.
+        left = before.options if is_of_before else {}
+        known = {**options, **left}
         self._usual = {name: known[name] for name in self._overridden if name in options}
         self._former = Former(
             f"{API}/options",
             {"sd_model_checkpoint": now} if now else {},
-            {**before.options, **self._usual},
+            {**left, **self._usual},
         )
         self._claim.watch(self._former)
 
