@@ -1455,6 +1455,9 @@ def test_real_server_keeps_to_itself_what_a_payload_overrides(folder: Path) -> N
     options = [f"backend.url={url}", f"models.a={a}", f"models.b={b}"]
     before = httpx.get(f"{url}/sdapi/v1/options").json()
     chosen = setup.prepare(configuration.load(folder / "config.toml", options), folder, "toy")
+    if chosen.notes[0].startswith("SD.Next"):
+        chosen.backend.close()
+        pytest.skip("SD.Next takes clip skip as a field of a payload")
     recipe = chosen.baseline("even")
     chosen.backend.load(recipe, chosen.merger.merge(recipe))
     skipped, whole = (
