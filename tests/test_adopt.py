@@ -35,7 +35,7 @@ batch_size: 2
 init_points: 10
 n_iters: 15
 save_imgs: True
-scorer_method: chad
+scorer_method: exotic
 save_best: True
 best_format: safetensors
 best_precision: 16
@@ -140,7 +140,7 @@ def test_payloads_are_read_where_they_are(there: Path) -> None:
 
 def test_what_has_no_place_here_is_told(there: Path) -> None:
     notes = "\n".join(adopt.adopted(there / "conf" / "config.yaml").notes)
-    assert "'chad' is not here: put a scorer where the configuration says" in notes
+    assert "'exotic' is not here: put a scorer where the configuration says" in notes
     assert "keeps model A's VAE" in notes
     assert "left out" not in notes
     more = """
@@ -149,7 +149,6 @@ bounds_transformer: True
 prune: False
 shiny: 3
 best_format: ckpt
-scorer_model_name: sac+logos+ava1-l14-linearMSE.pth
 draw_unet_weights: "0.1,0.2"
 weights_clip: True
 """
@@ -161,7 +160,6 @@ weights_clip: True
     assert "shiny is left out: not known" in notes
     assert "best_format is left out" in notes
     assert "wildcards_dir is left out" in notes
-    assert "scorer_model_name is left out: a scorer has" in notes
     assert "draw_unet_weights is left out" in notes
     assert "weights_clip is left out: it had no effect" in notes
     assert "prune" not in notes
@@ -184,15 +182,15 @@ def test_optimiser_that_is_another_here_is_told(
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ("chad", "'chad' is not here"),
-        ("[chad, laion]", "'chad', 'laion' is not here"),
+        ("exotic", "'exotic' is not here"),
+        ("[exotic, odd]", "'exotic', 'odd' are not here"),
         ('"x\\n[models]"', "'x\\n[models]' is not here"),
         ("", "scorer_method names none"),
     ],
 )
 def test_place_of_a_scorer_that_is_missing_is_kept(there: Path, method: str, said: str) -> None:
     path = there / "conf" / "config.yaml"
-    path.write_text(SETTINGS.replace("scorer_method: chad", f"scorer_method: {method}"))
+    path.write_text(SETTINGS.replace("scorer_method: exotic", f"scorer_method: {method}"))
     text, notes = adopt.adopted(path)
     assert f"# A scorer belongs here ({said})." in text
     assert f"{said}: put a scorer where" in notes[-1]
@@ -204,9 +202,28 @@ def test_place_of_a_scorer_that_is_missing_is_kept(there: Path, method: str, sai
 
 def test_scorers_that_are_here_are_taken(there: Path) -> None:
     path = there / "conf" / "config.yaml"
-    path.write_text(SETTINGS.replace("method: chad", "method: [exposure, contrast]"))
+    path.write_text(SETTINGS.replace("method: exotic", "method: [exposure, contrast, exposure]"))
     assert list(read(there).scorers) == ["exposure", "contrast"]
     assert "scorer" not in "\n".join(adopt.adopted(path).notes)
+
+
+@pytest.mark.parametrize(
+    ("file", "here"),
+    [
+        ("sac+logos+ava1-l14-linearMSE.pth", "chad"),
+        ("ava+logos-l14-linearMSE.pth", "ava_logos"),
+        ("ava+logos-l14-reluMSE.pth", "ava_logos_relu"),
+        ("", "chad"),
+    ],
+)
+def test_chad_is_the_scorer_of_its_file(there: Path, file: str, here: str) -> None:
+    path = there / "conf" / "config.yaml"
+    path.write_text(
+        SETTINGS.replace("method: exotic", f"method: chad\nscorer_model_name: '{file}'")
+    )
+    assert list(read(there).scorers) == [here]
+    told = "in the last versions it was ava+logos" in "\n".join(adopt.adopted(path).notes)
+    assert told == (not file)
 
 
 def test_search_makes_as_many_images_as_payloads_asked_for(there: Path) -> None:

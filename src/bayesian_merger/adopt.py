@@ -36,7 +36,6 @@ _WITHOUT = {
     "prune": "all that belongs to no block is kept as it is",
     "rebasin": "there is no git re-basin",
     "weights_clip": "it had no effect, as it never reached the merge; merge.clip = true has one",
-    "scorer_model_name": "a scorer has its own files",
     "draw_unet_weights": "the report draws the weights",
 }
 # Of no consequence here, or told elsewhere.
@@ -48,8 +47,14 @@ _SILENT = (
 _READ = (
     *("model_a", "model_b", "model_c", "merge_mode", "best_precision", "url"),
     *("optimiser", "init_points", "n_iters", "batch_size", "latin_hypercube_sampling"),
-    *("wildcards_dir", "scorer_method", "save_best", "save_imgs"),
+    *("wildcards_dir", "scorer_method", "scorer_model_name", "save_best", "save_imgs"),
 )
+# What scorer_method chad was by scorer_model_name; its last versions had no choice, but the second.
+_CHADS = {
+    "sac+logos+ava1-l14-linearMSE.pth": "chad",
+    "ava+logos-l14-linearMSE.pth": "ava_logos",
+    "ava+logos-l14-reluMSE.pth": "ava_logos_relu",
+}
 # Fields of a cargo that say what would be the case without them.
 _USUAL: Mapping[str, Any] = {
     **{"subseed": -1, "subseed_strength": 0, "seed_resize_from_h": -1, "seed_resize_from_w": -1},
@@ -170,11 +175,15 @@ def _optimiser(given: Mapping[str, Any]) -> str:
 def _scorers(given: Mapping[str, Any]) -> tuple[list[str], str]:
     """The scorers that are here, and what of them is missing, if anything."""
     method = given.get("scorer_method")
-    named = [str(name) for name in (method if isinstance(method, list) else [method]) if name]
-    missing = ", ".join(repr(name) for name in named if name not in scorer.names())
-    if not named:
+    listed = [str(name) for name in (method if isinstance(method, list) else [method]) if name]
+    if not listed:
         return [], "scorer_method names none"
-    return [n for n in named if n in scorer.names()], f"{missing} is not here" if missing else ""
+    chad = _CHADS.get(str(given.get("scorer_model_name")), "chad")
+    named = list(dict.fromkeys(chad if name == "chad" else name for name in listed))
+    missing = [name for name in named if name not in scorer.names()]
+    verb = "is" if len(missing) == 1 else "are"
+    told = f"{', '.join(map(repr, missing))} {verb} not here" if missing else ""
+    return [name for name in named if name not in missing], told
 
 
 def _has_wildcards(given: Mapping[str, Any], folder: Path) -> bool:
@@ -200,7 +209,12 @@ def _notes(given: Mapping[str, Any], base: Path) -> list[str]:
         notes.append(f"wildcards_dir is left out: {folder} is no folder")
     if str(given.get("best_format", "safetensors")) != "safetensors":
         notes.append("best_format is left out: merges are written as .safetensors")
-    _, missing = _scorers(given)
+    found, missing = _scorers(given)
+    if "chad" in found and given.get("scorer_model_name") not in _CHADS:
+        notes.append(
+            "scorer_method chad is sac+logos+ava1-l14-linearMSE.pth; in the last versions it was "
+            "ava+logos-l14-linearMSE.pth, which is ava_logos here"
+        )
     if missing:
         notes.append(
             f"{missing}: put a scorer where the configuration says that one belongs "

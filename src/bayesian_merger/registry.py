@@ -111,6 +111,11 @@ class Registry(Generic[T]):
             return self.get(name)(**given)
         except MergerError:
             raise
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"{self.kind} {name} needs the package {error.name}, which is not installed; "
+                f"pip install {error.name}"
+            ) from error
         except Exception as error:  # a user's constructor may raise anything
             raise ConfigError(
                 f"{self.kind} {name}: {type(error).__name__}: {one_line(error)}"

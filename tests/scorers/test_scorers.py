@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 from PIL import Image
 
 from bayesian_merger.data import Prompt, Sample
 from bayesian_merger.errors import ConfigError
-from bayesian_merger.scorers import scorer
+from bayesian_merger.scorers import classifiers, heads, scorer
 
 
 def samples() -> list[Sample]:
@@ -25,11 +27,42 @@ def samples() -> list[Sample]:
 
 # Other tests may have registered toys of theirs.
 OWN = [n for n in scorer.names() if scorer.get(n).__module__.startswith("bayesian_merger.")]
+KNOWN_HEADS = [row.name for row in heads.ROWS]
+KNOWN_CLASSIFIERS = {row.name: row.label for row in classifiers.ROWS}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small random models in the place of the learnt ones."""
+    found = tmp_path_factory.mktemp("models")
+    for n_features in (512, 768):
+        tiny_models.clip(found / f"clip{n_features}", n_features)
+    for name, shapes in tiny_models.HEADS.items():
+        tiny_models.head_file(found / f"{name}.pth", shapes)
+    for label in {"good", *KNOWN_CLASSIFIERS.values()}:
+        tiny_models.classifier(found / label, (label, "bad"))
+    return found
+
+
+def options(name: str, folder: Path) -> dict[str, str]:
+    """What a scorer needs to be built here."""
+    if name in (*KNOWN_HEADS, "head"):
+        file = folder / f"{'chad' if name == 'head' else name}.pth"
+        n_features = 512 if name == "aes" else 768
+        return {"weights": str(file), "tower": str(folder / f"clip{n_features}")}
+    if name in (*KNOWN_CLASSIFIERS, "classifier"):
+        label = KNOWN_CLASSIFIERS.get(name, "good")
+        return {"model": str(folder / label), "label": label}
+    if name in ("clipscore", "pickscore"):
+        return {"tower": str(folder / "clip768")}
+    return {}
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_scorer_gives_one_finite_number_for_each_sample_and_the_same_again(name: str) -> None:
-    judge = scorer.build(name, {})
+def test_scorer_gives_one_finite_number_for_each_sample_and_the_same_again(
+    name: str, folder: Path
+) -> None:
+    judge = scorer.build(name, options(name, folder))
     scores = judge(samples())
     assert [type(score) for score in scores] == [float] * 3
     assert all(math.isfinite(score) for score in scores)
@@ -38,10 +71,17 @@ def test_scorer_gives_one_finite_number_for_each_sample_and_the_same_again(name:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_score_of_a_sample_does_not_depend_on_its_company(name: str) -> None:
-    judge = scorer.build(name, {})
+def test_score_of_a_sample_does_not_depend_on_its_company(name: str, folder: Path) -> None:
+    judge = scorer.build(name, options(name, folder))
     alone = [judge([sample])[0] for sample in samples()]
     assert judge(samples()) == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_scorer_says_what_it_is(name: str) -> None:
+    about = getattr(scorer.get(name), "about")  # noqa: B009 - of a factory of any kind
+    assert about.range
+    assert about.sees in ("image", "image and prompt")
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -18,7 +18,7 @@ from bayesian_merger.cli.screen import out
 from bayesian_merger.curves import CURVES
 from bayesian_merger.methods import mecha
 from bayesian_merger.registry import import_file
-from bayesian_merger.scorers import scorer
+from bayesian_merger.scorers import About, scorer
 from bayesian_merger.space import PRESETS
 
 
@@ -52,10 +52,20 @@ def list_command(kind: str, plugins: Sequence[Path]) -> None:
         for name in names:
             listed = methods.get(name) if kind == "methods" else registry.get(name)
             told = (listed.__doc__ or "").strip().partition("\n")[0]
-            needs = f" ({_needs(listed)})" if kind == "methods" else ""
-            out.print(f"{name}{needs}\n  {told}", soft_wrap=True)
+            more = {"methods": _needs, "scorers": _about}.get(kind, lambda _: "")(listed)
+            out.print(f"{name}{f' ({more})' if more else ''}\n  {told}", soft_wrap=True)
         return
     out.print(table)
+
+
+def _about(plugin: Any) -> str:
+    """A scorer's range, what it sees, its licence and what it needs, as far as it tells."""
+    about = getattr(plugin, "about", None)
+    if not isinstance(about, About):
+        return ""
+    licence = f"licence {about.licence}" if about.licence else ""
+    needs = f"needs {about.needs}" if about.needs else ""
+    return "; ".join(filter(None, (about.range, f"sees {about.sees}", licence, needs)))
 
 
 def _needs(plugin: methods.Method) -> str:

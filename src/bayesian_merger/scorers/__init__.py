@@ -7,14 +7,34 @@ One that can be differentiated has `differentiable` as well, and a search may fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from bayesian_merger.data import Sample
 from bayesian_merger.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Precision = Literal["fp32", "fp16", "bf16"]
+"""In which numbers a network computes; fp16 and bf16 take half the memory."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a list of scorers tells of one, as its attribute `about`.
+
+    `range` is that of its scores in words, `sees` what it judges by, `licence` that of its weights, and
+    `needs` what must be installed or is downloaded.
+    """
+
+    range: str
+    sees: Literal["image", "image and prompt"] = "image"
+    licence: str = ""
+    needs: str = ""
 
 
 class Scorer(Protocol):
@@ -38,3 +58,15 @@ class DifferentiableScorer(Scorer, Protocol):
 
 
 scorer: Registry[Callable[..., Scorer]] = Registry("scorer", "bayesian_merger.scorers")
+
+
+# Emphasis as webuis write it, (word:1.2) and [word], and commands: <lora:name:1>, BREAK, AND.
+_COMMANDS = re.compile(r"<[a-z]+:[^<>]*>|\b(?:BREAK|AND)\b")
+_SHARES = re.compile(r":\s*[\d.]+\s*(?=[)\]])")
+_BRACKETS = re.compile(r"(?<!\\)[()\[\]]|\\(?=[()\[\]])")
+
+
+def plain_words(prompt: str) -> str:
+    """A prompt without the marks of webuis, which are not in the captions that models learnt from."""
+    text = _BRACKETS.sub("", _SHARES.sub("", _COMMANDS.sub(" ", prompt)))
+    return re.sub(r"\s*,(?:\s*,)+", ",", re.sub(r"\s+", " ", text)).strip(" ,")

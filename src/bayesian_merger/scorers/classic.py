@@ -8,7 +8,7 @@ import numpy as np
 
 from bayesian_merger.data import Sample
 from bayesian_merger.errors import ConfigError
-from bayesian_merger.scorers import scorer
+from bayesian_merger.scorers import About, scorer
 
 
 def _luminance(sample: Sample) -> np.ndarray:
@@ -19,6 +19,8 @@ def _luminance(sample: Sample) -> np.ndarray:
 @scorer
 class Exposure:
     """Closeness of an image's mean luminance to `target`, in [0, 1]; higher is better."""
+
+    about = About("0 to 1")
 
     def __init__(self, target: float = 0.5) -> None:
         """ConfigError unless `target` is in [0, 1]."""
@@ -33,6 +35,8 @@ class Exposure:
 @scorer
 class Contrast:
     """Standard deviation of an image's luminance, doubled: 0 for a flat image, 1 for black and white."""
+
+    about = About("0 to 1")
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         return [2 * float(_luminance(s).std()) for s in samples]

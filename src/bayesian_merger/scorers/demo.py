@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bayesian_merger.data import Sample
-from bayesian_merger.scorers import scorer
+from bayesian_merger.scorers import About, scorer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,6 +33,8 @@ class Demo:
     stands alone. The network was trained by `tools/make_demo.py` on drawn scenes and their faults;
     `weights` is its file.
     """
+
+    about = About("0 to 10", "image and prompt", "MIT")
 
     def __init__(self, device: str = "cpu", weights: Path = WEIGHTS) -> None:
         from safetensors.torch import load_file

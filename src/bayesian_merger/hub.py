@@ -1,0 +1,163 @@
+"""Learnt parts that are not ours: a file or a repository, at a pinned revision -> its place on the disk.
+
+What is here already is taken as it is; anything else is downloaded once, checked and kept. Repositories
+are those of the Hugging Face hub, and lie in its own cache; single files lie in this program's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import platformdirs
+
+from bayesian_merger.checkpoint import sha256_of, whole_file
+from bayesian_merger.errors import ConfigError, first_line
+
+if TYPE_CHECKING:
+    import httpx
+
+CLIP_L14 = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
+CLIP_B32 = "openai/clip-vit-base-patch32@3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
+PICKSCORE = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
+
+_TIMEOUT_S = 30.0
+_REVISION = re.compile(r"[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+# What is looked for first and second.
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the internet, by its content."""
+
+    address: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return self.address.rpartition("/")[2].replace("%2B", "+")
+
+
+def file(wanted: File, option: str) -> Path:
+    """Where the file is; it is downloaded if it is not here.
+
+    ConfigError if it cannot be had, which says where to put it, or that `option` may name it.
+    """
+    import httpx
+
+    path = platformdirs.user_cache_path("bayesian-merger") / "scorers" / wanted.name
+    if path.is_file():
+        if (found := sha256_of(path)) != wanted.sha256:
+            raise ConfigError(
+                f"{path}: SHA-256 {found[:12]}..., not {wanted.sha256[:12]}..., so it is damaged or "
+                f"another file; delete it, and it is downloaded again"
+            )
+        return path
+    try:
+        with httpx.stream(
+            "GET", wanted.address, follow_redirects=True, timeout=_TIMEOUT_S
+        ) as answer:
+            answer.raise_for_status()
+            _save(answer, wanted, path)
+    except (httpx.HTTPError, OSError) as error:
+        raise ConfigError(
+            f"{wanted.name} is not here, and cannot be downloaded from {wanted.address} "
+            f"({first_line(error)}); put it at {path}, or name it by {option}"
+        ) from error
+    return path
+
+
+def _save(answer: httpx.Response, wanted: File, path: Path) -> None:
+    from tqdm.auto import tqdm
+
+    digest = hashlib.sha256()
+    size = int(answer.headers.get("content-length", 0)) or None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        whole_file(path) as target,
+        tqdm(desc=wanted.name, total=size, unit="B", unit_scale=True, leave=False) as bar,
+    ):
+        for piece in answer.iter_bytes():
+            digest.update(piece)
+            target.write(piece)
+            bar.update(len(piece))
+        if digest.hexdigest() != wanted.sha256:
+            raise ConfigError(
+                f"{wanted.address} is another file than this program knows (SHA-256 "
+                f"{digest.hexdigest()[:12]}..., not {wanted.sha256[:12]}...)"
+            )
+
+
+def folder(repository: str, option: str) -> Path:
+    """Where the model "owner/name@revision" of the hub is; it is downloaded if it is not here.
+
+    ConfigError if it cannot be had, or if no revision is named, as a repository may change.
+    """
+    name, _, revision = repository.partition("@")
+    if not _REPOSITORY.fullmatch(name):
+        raise ConfigError(f"{repository!r} is no repository; write it as 'owner/name@revision'")
+    if not _REVISION.fullmatch(revision):
+        raise ConfigError(
+            f"{repository!r} names no revision, and a repository may change; write it as "
+            f"'{name}@' with the 40 digits of a commit, as its page lists them: "
+            f"https://huggingface.co/{name}/commits/main"
+        )
+    return _snapshot(name, revision, option)
+
+
+def _snapshot(name: str, revision: str, option: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    def fetched(weights: str, *, here: bool = False) -> Path:
+        patterns = ["*.json", "*.txt", "*.model", weights]
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, local_files_only=here
+            )
+        )
+
+    try:  # what is here needs no answer of the hub
+        path = fetched(_WEIGHTS[0], here=True)
+    except Exception:  # noqa: BLE001 - of which the client has one for each of its versions
+        path = Path()
+    if not _is_whole(path):
+        try:
+            path = fetched(_WEIGHTS[0])
+            if not any(path.glob(_WEIGHTS[0])):
+                path = fetched(_WEIGHTS[1])
+        except Exception as error:
+            raise ConfigError(_away(name, revision, option, first_line(error))) from error
+    if not _is_whole(path):
+        raise ConfigError(_away(name, revision, option, "it lacks config.json or weights"))
+    for weights in _WEIGHTS:
+        for one in path.glob(weights):
+            _require_undamaged(one)
+    return path
+
+
+def _is_whole(path: Path) -> bool:
+    has_weights = any(True for weights in _WEIGHTS for _ in path.glob(weights))
+    return has_weights and (path / "config.json").is_file()
+
+
+def _away(name: str, revision: str, option: str, reason: str) -> str:
+    return (
+        f"{name} is not here, and cannot be downloaded ({reason}); download config.json, "
+        f"preprocessor_config.json, the tokenizer's files and model.safetensors of "
+        f"https://huggingface.co/{name}/tree/{revision} into a folder, and name that by {option}"
+    )
+
+
+def _require_undamaged(path: Path) -> None:
+    """ConfigError if a file of the cache is not what its name says: the SHA-256 of the content.
+
+    Without symbolic links, as on Windows, the cache does not tell.
+    """
+    blob = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and sha256_of(blob) != blob.name:
+        raise ConfigError(f"{blob} is damaged; delete it, and it is downloaded again")
