@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import pickle
 import shutil
 import signal
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import toy_plugin
+from rich.console import Console
 from safetensors.torch import save_file
 from test_run import folder as folder
 from test_run import start
 
 from bayesian_merger import cli
-from bayesian_merger.cli import screen
+from bayesian_merger.cli import screen, search
+from bayesian_merger.data import Recipe, Result
 from bayesian_merger.methods import method
 
 Command = Callable[..., tuple[int, str, str]]
@@ -326,3 +329,14 @@ def test_list_names_a_plugin_that_says_nothing_of_itself(
 
 def test_unknown_command_exits_with_2(command: Command) -> None:
     assert command("runn")[0] == 2
+
+
+def test_what_servers_tell_is_nothing_that_a_terminal_obeys() -> None:
+    text, recipe = io.StringIO(), Recipe("weighted_sum", "sd1", (), {})
+    with search._Progress(Console(file=text)) as observer:
+        observer.noted("its VAE is \x1b]0;evil\x07\x1b[31mred.pt")
+        failed = Result("explore", "trial 1", 1, "failed", recipe, {}, reason="HTTP 500: \x1b[2J")
+        observer.finished(failed, None)
+    assert "\x1b" not in text.getvalue()
+    assert "red.pt" in text.getvalue()
+    assert "HTTP 500" in text.getvalue()

@@ -50,16 +50,17 @@ class FakeWebUI(FakeServer):
     """A server on a port of its own, with the checkpoints of a folder.
 
     `twist` may change any answer before it is sent: it gets the path, the body and the answer. `cut`
-    and `slow` are numbers of further images whose answer breaks off or comes drop by drop, `errors` of
-    requests that fail with 500, `others` of images after which somebody else's job begins. `asked`
-    counts the requests by path. With a `home` it has our extension, whose merges lie there.
+    and `slow` are numbers of further images whose answer breaks off or comes drop by drop, `broken` of
+    requests whose answer breaks off, `errors` of such that fail with 500, `others` of images after
+    which somebody else's job begins. `asked` counts the requests by path. With a `home` it has our
+    extension, whose merges lie there.
     """
 
     def __init__(
         self, kind: str, folder: Path, auth: str = "", port: int = 0, home: Path | None = None
     ) -> None:
         self.kind, self.folder, self.auth = kind, folder, auth
-        self.cut = self.slow = self.errors = 0
+        self.cut = self.slow = self.errors = self.broken = 0
         self.asked: Counter[str] = Counter()
         self.bodies: list[Mapping[str, Any]] = []
         self.twist: Callable[[str, Any, Answer], Answer] = lambda path, body, answer: answer
@@ -91,8 +92,11 @@ class FakeWebUI(FakeServer):
         status, found = self.answer(path, body, to.headers.get("authorization", ""))
         is_image = path.endswith("txt2img")
         data = head(to, status, found)
-        if is_image and self.cut:
-            self.cut -= 1
+        if self.broken or (is_image and self.cut):
+            if self.broken:
+                self.broken -= 1
+            else:
+                self.cut -= 1
             to.wfile.write(data[: len(data) // 2])
             to.close_connection = True
         elif is_image and self.slow:

@@ -21,10 +21,10 @@ from bayesian_merger.errors import ConfigError, RunError, TrialError
 from bayesian_merger.guard import JOURNAL, STEM, Former, Guard, clear, journal_of, sweep
 from bayesian_merger.handover import Handed, Handover
 from bayesian_merger.server import Refused, Server, Strange
-from bayesian_merger.stock import API
+from bayesian_merger.stock import API, tables
 
 Ask = Callable[..., Any]
-"""Verb ("get", "post"), path and body -> the server's answer, a table or a list; TrialError."""
+"""Verb ("get", "post"), path, body and kind (a dict) -> the server's answer; TrialError."""
 
 _EXTENSION = "/bayesian-merger/v1"
 _NOTHING = Former()
@@ -183,8 +183,8 @@ class ByFile:
     def _choose(self, path: Path) -> None:
         """Have the server load the file; RunError if it sees none, TrialError if it does not load."""
         self._ask("post", f"{API}/refresh-checkpoints")
-        models = self._ask("get", f"{API}/sd-models")
-        titles = [str(one.get("title")) for one in models if isinstance(one, dict)]
+        models = tables(self._ask("get", f"{API}/sd-models", kind=list))
+        titles = [str(one.get("title")) for one in models]
         title = next((title for title in titles if path.stem in title), None)
         if title is None:
             raise RunError(
@@ -235,12 +235,7 @@ class IntoMemory:
     def _renew(self, merged: Handed) -> None:
         """Have the folder made again, which somebody has removed; RunError if it is not."""
         self.forget()
-        offer = offered(self._server, size_of(merged))
-        if offer.folder != self.folder:
-            raise RunError(
-                f"{self.folder} is gone, and with it the place for merges; {offer.fault}"
-            )
-        self._token = offer.token
+        self._token = renewed(self._server, self.folder, merged).token
 
     def _load(self, name: str) -> None:
         """TrialError if the receipt is not that of the merge."""
@@ -249,7 +244,6 @@ class IntoMemory:
         file = {"token": self._token, "file": self._file.path.name}
         order = {**file, "name": name, "nonce": nonce, "live": live}
         receipt = self._ask("post", f"{_EXTENSION}/load", order)
-        receipt = receipt if isinstance(receipt, dict) else {}
         if receipt.get("name") != name:
             told = str(receipt.get("name"))[:80]
             raise TrialError(f"the server did not take the merge, it has {told}")
@@ -294,6 +288,14 @@ def offered(server: Server, n_bytes: int) -> Offer:
     if not token or hashlib.sha256(token.encode()).hexdigest() != found.get("token_sha256"):
         return Offer(fault=f"its folder {folder} cannot be seen from here, or is another's")
     return Offer(folder, token, str(found.get("loader"))[:40])
+
+
+def renewed(server: Server, folder: Path, merged: Handed) -> Offer:
+    """The place in a folder that was removed, made again; RunError if it is not."""
+    offer = offered(server, size_of(merged))
+    if offer.folder != folder:
+        raise RunError(f"{folder} is gone, and with it the place for merges; {offer.fault}")
+    return offer
 
 
 def _token_in(folder: Path) -> str:

@@ -7,13 +7,16 @@ line there is an order that takes the place of the one before: JSON, or null for
 from __future__ import annotations
 
 import base64
+import http.client
 import ipaddress
 import json
 import os
+import queue
 import re
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Mapping
@@ -26,7 +29,11 @@ JOURNAL = "server.json"
 
 STEM = "bayesian-merger-"
 _OURS = re.compile(rf"\.?{STEM}[0-9a-f]{{16}}\.safetensors(\.\d+\.part)?")
+_OUR_TITLE = re.compile(rf"{STEM}[0-9a-f]{{16}}(?![\w-])")
+_HASH = re.compile(r" \[[0-9a-f]{8,64}\]$")
 _TIMEOUT_S, _PAUSE_S = 600.0, 2.0
+# What an answer that is cut off, or none at all, may raise.
+_FAULTS = (OSError, ValueError, RecursionError, http.client.HTTPException)
 # Python complains of processes that are forgotten while they run.
 _left: list[subprocess.Popen[str]] = []
 
@@ -60,7 +67,9 @@ class Guard:
         verify: bool,
         wait_s: float,
     ) -> None:
+        _left[:] = [process for process in _left if process.poll() is None]
         order = {
+            "parent": os.getpid(),
             "url": url,
             "path": former.path,
             "settings": dict(former.settings),
@@ -141,8 +150,13 @@ def is_given(now: object, settings: Mapping[str, str]) -> bool:
     )
 
 
+def is_ours(title: str) -> bool:
+    """Whether a server's name of a checkpoint, or its path, is that of a merge of ours."""
+    return bool(_OUR_TITLE.match(re.split(r"[/\\]", title)[-1]))
+
+
 def _name(title: str) -> str:
-    return title.rpartition(" [")[0] or title
+    return _HASH.sub("", title)
 
 
 def sweep(folder: Path, keep: Path | None = None) -> None:
@@ -170,27 +184,25 @@ def journal_of(home: Path) -> Mapping[str, Any]:
     """What the journal says; nothing if there is none that can be read."""
     try:
         found = json.loads((home / JOURNAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def watch(orders: IO[str]) -> None:
-    """Wait for the end of the orders, and do the last of them."""
-    order = None
-    for line in orders:
-        order = json.loads(line)
-    if not order:
+    """Wait for the end of the orders, or of the process that gives them, and do the last of them."""
+    order = _last(orders)
+    if order is None:
         return
     folder, home = Path(order["folder"]), Path(order["home"])
     end = time.monotonic() + order["wait_s"]
 
-    def is_ours() -> bool:
+    def is_latest() -> bool:
         return bool(journal_of(home).get("token") == order["token"])
 
-    while is_ours():
+    while is_latest():
         if _has_given_back(order):
-            if is_ours():
+            if is_latest():
                 clear(folder, home)
             return
         if time.monotonic() > end:
@@ -199,10 +211,39 @@ def watch(orders: IO[str]) -> None:
         time.sleep(_PAUSE_S)
 
 
+def _last(orders: IO[str]) -> Any:
+    """The last order; None once nothing is to be done.
+
+    A child that the process has forked holds its pipe open, though it gives no orders.
+    """
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in orders:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    order = None
+    while True:
+        try:
+            line = lines.get(timeout=_PAUSE_S)
+        except queue.Empty:
+            # On Windows nothing is forked, and a process keeps its parent's number.
+            if sys.platform != "win32" and order and os.getppid() != order["parent"]:
+                return order
+            continue
+        if line is None:
+            return order
+        order = json.loads(line)
+        if order is None:
+            return None
+
+
 def _has_given_back(order: Mapping[str, Any]) -> bool:
     """Whether the server has the settings, as it says itself."""
     settings = order["settings"]
-    with suppress(OSError, ValueError):
+    with suppress(*_FAULTS):
         if order["options"]:
             _asked(order, order["options"])
     if not settings:
@@ -212,13 +253,13 @@ def _has_given_back(order: Mapping[str, Any]) -> bool:
             _asked(order, wanted)
             if is_given(_asked(order, None), settings):
                 return True
-        except (OSError, ValueError):
+        except _FAULTS:
             pass
     return False
 
 
 def _asked(order: Mapping[str, Any], body: Any) -> Any:
-    """The server's answer; OSError for anything but a success."""
+    """The server's answer; one of the faults for anything but a success."""
     headers = {"Content-Type": "application/json"}
     headers |= authorization(os.environ.get(order["auth_env"], ""))
     data = None if body is None else json.dumps(body).encode()

@@ -8,11 +8,13 @@ import logging
 import math
 import os
 import re
+import socket
 import ssl
 import threading
 import time
 from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection, connect
@@ -93,6 +95,31 @@ class Events:
         self._stack.close()
 
 
+def is_here(host: str) -> bool:
+    """Whether an address is of this machine, however it is written."""
+    if host in ("localhost", "0.0.0.0", "::"):
+        return True
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return False
+    for family, kind, protocol, _, address in found:
+        # Nobody but this machine can have its own addresses.
+        with suppress(OSError), socket.socket(family, kind, protocol) as one:
+            one.bind((address[0], 0, *address[2:]))
+            return True
+    return False
+
+
+def key_of(url: str) -> str:
+    """Eight hexadecimal digits by which servers are told apart, however their address is written."""
+    found = urlsplit(url.strip().rstrip("/"))
+    port = found.port or {"https": 443}.get(found.scheme, 80)
+    host = found.hostname or ""
+    place = f"{'localhost' if is_here(host) else host}:{port}{found.path}"
+    return hashlib.sha256(place.encode()).hexdigest()[:8]
+
+
 class Server:
     """JSON in, JSON out, by the options that back ends have for it.
 
@@ -127,6 +154,11 @@ class Server:
             address = httpx.URL(url.strip().rstrip("/"))
         except httpx.InvalidURL as error:
             raise ConfigError(f"backend.url: {url!r} is no address ({error})") from error
+        if address.query or address.fragment:
+            raise ConfigError(
+                "backend.url goes on after a ? or #, which the run folder would keep; leave that out, "
+                f"and put a token as 'Bearer TOKEN' into the environment variable {auth_env}"
+            )
         if address.scheme not in ("http", "https") or not address.host:
             raise ConfigError(
                 f"backend.url: {url!r} is no address; write it as http://127.0.0.1:7860"
@@ -142,11 +174,7 @@ class Server:
                 f"the environment variable {auth_env} holds no token that can be sent"
             )
         self.url, self.auth_env, self.verify = str(address), auth_env, verify
-        near = ("localhost", "127.0.0.1", "::1")
-        host = near[0] if address.host in near else address.host
-        port = address.port or {"http": 80, "https": 443}[address.scheme]
-        where = f"{host}:{port}{address.path}"
-        self.key = hashlib.sha256(where.encode()).hexdigest()[:8]
+        self.key = key_of(str(address))
         self.n_lost = 0
         self._header = header
         self._has_given_up = threading.Event()
@@ -215,9 +243,27 @@ class Server:
                     ping_interval=None,
                 )
             )
-        except (WebSocketException, OSError) as error:
+        except (WebSocketException, OSError, ImportError) as error:  # ImportError for SOCKS
             _log.info("%s has no websocket: %s", self.url, one_line(error))
             return None
+
+    def wait(self, seconds: float) -> None:
+        """A pause, which ends when this is given up."""
+        self._has_given_up.wait(seconds)
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether it is waited for no more."""
+        return self._has_given_up.is_set()
+
+    def denied(self, error: Refused) -> ConfigError | None:
+        """What to do if the server asks who we are."""
+        if error.status not in (401, 403):
+            return None
+        return ConfigError(
+            f"backend.url: {self.url} asks for a user and a password; put user:password into the "
+            f"environment variable {self.auth_env}"
+        )
 
     def give_up(self) -> None:
         """From now on, wait no more for a server that is away; may be called by another thread."""

@@ -23,6 +23,7 @@ from bayesian_merger.errors import ConfigError, MergerError, TrialError
 from bayesian_merger.merge import Merger, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import DifferentiableScorer, Scorer, scorer
+from bayesian_merger.server import key_of
 from bayesian_merger.space import Parameter, Space
 from bayesian_merger.spread import Spread
 from bayesian_merger.study.proposals import FRESH, Objective, Params, Plan, Stop
@@ -308,13 +309,15 @@ def _engine(config: Config, folder: Path) -> Backend:
     for key, value in options.items():
         if key in _WHERE and isinstance(value, list) and len(value) != len(urls):
             raise ConfigError(f"backend.{key} has {len(value)} entries, backend.url {len(urls)}")
-    spelt = {str(url).rstrip("/").replace("://localhost", "://127.0.0.1") for url in urls}
-    if len(spelt) < max(1, len(urls)):
-        raise ConfigError("backend.url names no server, or one twice")
+    if not urls:
+        raise ConfigError("backend.url names no server")
     engines: list[Backend] = []
     try:
         for i in range(len(urls)):
             engines.append(backend.build(name, _of_server(options, i), folder))
+        # By now they are addresses.
+        if len({key_of(str(url)) for url in urls}) < len(urls):
+            raise ConfigError("backend.url names a server twice")
     except MergerError:
         for engine in engines:
             engine.close()

@@ -6,9 +6,12 @@ import io
 import json
 import math
 import os
+import shutil
 import socket
+import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +34,7 @@ from bayesian_merger import config as configuration
 from bayesian_merger import run, setup
 from bayesian_merger.backends import comfyui as module
 from bayesian_merger.data import Outcome, Prompt
-from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.errors import ConfigError, RunError, TrialError
 from bayesian_merger.setup import Setup
 
 
@@ -675,6 +678,56 @@ def test_job_that_hangs_is_stopped_and_fails_the_trial(folder: Path, fake: FakeC
         ("queue", {"delete": ["job-1"]}),
         ("interrupt", {"prompt_id": "job-1"}),
     ]
+
+
+def test_ctrl_c_takes_the_jobs_out_of_the_queues_of_several_servers(folder: Path) -> None:
+    fakes = [FakeComfyUI(folder / "models") for _ in range(2)]
+    chosen = ready(folder, fakes[0].url, f"backend.url={json.dumps([f.url for f in fakes])}")
+    recipe = chosen.baseline("even")
+    chosen.backend.load(recipe, chosen.merger.merge(recipe))
+    for fake in fakes:
+        fake.hangs, fake.stopped = 1, []
+    images = chosen.backend.generate(chosen.panel[:2])
+
+    def stopped() -> None:
+        with pytest.raises(RunError, match="before ComfyUI was done"):
+            list(images)
+        ended.append(True)
+
+    ended: list[bool] = []
+    waiting = threading.Thread(target=stopped)
+    waiting.start()
+    while not all(fake.graphs[-1].get("shown") and not fake.hangs for fake in fakes):
+        time.sleep(0.01)
+    start = time.monotonic()
+    chosen.backend.close()
+    waiting.join(10)
+    assert ended
+    assert time.monotonic() - start < 5
+    for fake in fakes:
+        assert [path for path, _ in fake.stopped] == ["queue", "interrupt"]
+        fake.stop()
+
+
+def test_place_of_our_node_that_was_removed_is_made_again(
+    folder: Path, with_node: FakeComfyUI
+) -> None:
+    chosen = ready(folder, with_node.url, "merge.method=slerp")
+    for name in ("even", "a"):
+        recipe = chosen.baseline(name)
+        chosen.backend.load(recipe, chosen.merger.merge(recipe))
+        [place] = (folder / "home").iterdir()
+        assert stat.S_IMODE(place.stat().st_mode) == 0o700
+        shutil.rmtree(place)
+    chosen.backend.close()
+
+
+def test_comfyui_that_asks_for_a_password_says_where_it_goes(
+    folder: Path, fake: FakeComfyUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake, "answer", lambda path, query, body: (401, {"detail": "no"}))
+    with pytest.raises(ConfigError, match="put user:password into the environment variable BAY"):
+        ready(folder, fake.url)
 
 
 def test_webui_is_no_comfyui(

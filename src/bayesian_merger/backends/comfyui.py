@@ -18,8 +18,8 @@ from urllib.parse import quote, urlencode
 
 from bayesian_merger.backends import Key, Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
-from bayesian_merger.delivery import Claim, Offer, offered
-from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.delivery import Claim, Offer, offered, renewed
+from bayesian_merger.errors import ConfigError, RunError, TrialError
 from bayesian_merger.guard import STEM
 from bayesian_merger.handover import Handover
 from bayesian_merger.pictures import decoded
@@ -151,7 +151,9 @@ class ComfyUI:
             system = self._server.look("/system_stats")["system"]
             version = str(system.get("comfyui_version", "of unknown version"))[:40]
         except (Refused, Strange, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"backend.url: {url} is no ComfyUI ({error})") from error
+            denied = self._server.denied(error) if isinstance(error, Refused) else None
+            other = ConfigError(f"backend.url: {url} is no ComfyUI ({error})")
+            raise denied or other from error
         self._offer = offered(self._server, 2 * sum(math.prod(one) for one in shapes.values()))
         if architecture not in _NODES and not self._offer.folder:
             raise ConfigError(
@@ -258,12 +260,11 @@ class ComfyUI:
 
     def take(self) -> None:
         """Have our node's place for merges, if it is used; ConfigError if another run has it."""
-        if self._is_ours and self._claim is None:
+        if self._is_ours and not (self._claim and self._claim.is_watched):
             assert self._offer.folder
-            claim = Claim(self._server, self._offer.folder)
-            claim.take()
-            claim.watch()
-            self._claim = claim
+            self._claim = Claim(self._server, self._offer.folder)
+            self._claim.take()
+            self._claim.watch()
 
     def load(self, recipe: Recipe, merged: Merge) -> None:
         """Make the nodes of the merge; TrialError if ComfyUI's model is not the merge.
@@ -322,9 +323,13 @@ class ComfyUI:
     def _hand_over(self, recipe: Recipe, merged: Merge) -> None:
         """Have our node load the merge, and tell what the model then is."""
         self.take()
-        assert self._offer.folder
+        folder = self._offer.folder
+        assert folder
+        if not folder.is_dir():  # somebody has removed it
+            self._handover = None
+            self._offer = renewed(self._server, folder, merged)
         if self._handover is None:
-            file = self._offer.folder / f"{STEM}{self._offer.token[:16]}.safetensors"
+            file = folder / f"{STEM}{self._offer.token[:16]}.safetensors"
             self._handover = Handover(file)
         self._handover.put(merged)
         self._order = {
@@ -556,6 +561,8 @@ class ComfyUI:
         end = time.monotonic() + self._timeout_s
         has_rested = is_told = False
         while time.monotonic() < end:
+            if self._server.is_given_up:
+                raise RunError("stopped, before ComfyUI was done")
             history = self._asked(f"/history/{job}")
             if isinstance(done := history.get(job), dict):
                 if self._events and has_rested and not is_told:
@@ -581,12 +588,14 @@ class ComfyUI:
     def _rest(self, job: str, pause: float) -> bool:
         """Wait a little, or till the server tells that the job is done; False if it told nothing."""
         if self._events is None or not self._events.is_open:
-            time.sleep(pause)
+            self._server.wait(pause)
             return True
         is_told = False
         end = time.monotonic() + _LONGEST_REST_S
         while self._events.is_open and (left := end - time.monotonic()) > 0:
-            told = self._events.next(left)
+            if self._server.is_given_up:
+                break
+            told = self._events.next(min(left, _LONGEST_PAUSE_S))
             data = told.get("data") if told else None
             if told and isinstance(data, dict) and data.get("prompt_id") == job:
                 is_told = True

@@ -31,7 +31,7 @@ from bayesian_merger.delivery import (
     size_of,
 )
 from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
-from bayesian_merger.guard import STEM, Former, is_given, spellings
+from bayesian_merger.guard import Former, is_given, is_ours, spellings
 from bayesian_merger.pictures import decoded
 from bayesian_merger.server import Refused, Server, Slow, Strange
 from bayesian_merger.stock import (
@@ -215,12 +215,8 @@ class WebUI:
                 if url.endswith(API):
                     advice = f"leave {API} out of its address"
                 raise ConfigError(f"backend.url: {url} has no API; {advice}") from error
-            if error.status in (401, 403):
-                raise ConfigError(
-                    f"backend.url: {url} asks for a user and a password; put user:password into the "
-                    f"environment variable {self._server.auth_env}"
-                ) from error
-            raise ConfigError(f"backend.url: {url}{API}/options: {error}") from error
+            other = ConfigError(f"backend.url: {url}{API}/options: {error}")
+            raise self._server.denied(error) or other from error
         except Strange as error:
             raise ConfigError(f"backend.url: {url} is no webui: {error}") from error
         told = self._server.look_for(f"{API}/version")
@@ -252,7 +248,7 @@ class WebUI:
     def _folder(self, models: Sequence[Mapping[str, Any]]) -> Path:
         """The server's folder of checkpoints, as it is seen from here."""
         files = [str(one.get("filename") or "") for one in models]
-        files = [file for file in files if STEM not in file]
+        files = [file for file in files if not is_ours(file)]
         if self._given_dir is not None:
             folder = self._given_dir
             if not folder.is_dir():
@@ -289,14 +285,14 @@ class WebUI:
         options = self._asked("get", f"{API}/options")
         now = options.get("sd_model_checkpoint")
         now = now if isinstance(now, str) else ""
-        if is_of_before := STEM in now:  # of a run that was killed, and so was its guard
+        if is_of_before := is_ours(now):  # of a run that was killed, and so was its guard
             now = str(before.settings.get("sd_model_checkpoint", ""))
         if not now and isinstance(told := self._server.look_for(f"{API}/checkpoint"), dict):
             now = str(told.get("title") or "")  # SD.Next, before anything was chosen there
-        if not now or STEM in now:
-            models = tables(self._asked("get", f"{API}/sd-models"))
+        if not now or is_ours(now):
+            models = tables(self._asked("get", f"{API}/sd-models", kind=list))
             titles = [str(one.get("title")) for one in models]
-            now = next((title for title in titles if STEM not in title), "")
+            now = next((title for title in titles if not is_ours(title)), "")
             if is_of_before:
                 text = "%s has a merge of an earlier run, and nothing tells what it had before: %s"
                 _log.warning(text, self._server.url, f"it will have {now}")
@@ -448,8 +444,8 @@ class WebUI:
             return math.isclose(asked, made)
         return bool(made == asked)
 
-    def _asked(self, verb: str, path: str, body: Any = None) -> Any:
-        """The answer, a table or a list; what the server refuses fails the trial."""
+    def _asked(self, verb: str, path: str, body: Any = None, kind: type = dict) -> Any:
+        """The answer, an empty one if it is of another kind; what the server refuses fails the trial."""
         try:
             found = self._server.get(path) if verb == "get" else self._server.post(path, body)
         except (Refused, Strange) as error:
@@ -459,7 +455,7 @@ class WebUI:
                 f"the server: {error}; is the webui busy with something else? Else raise "
                 f"backend.timeout_s"
             ) from error
-        return found if isinstance(found, dict | list) else {}
+        return found if isinstance(found, kind) else kind()
 
 
 def _changes_size(prompt: Prompt) -> bool:

@@ -123,7 +123,7 @@ def check_command(
     folder = run_dir or _default_run_dir(config_file)
     run.check_folder(setup, folder)
     for note in setup.notes:
-        out.print(f"note: {note}", soft_wrap=True)
+        out.print(f"note: {plain(note)}", soft_wrap=True)
     out.print("every file is in order; making a merge and a batch of images ...", soft_wrap=True)
     with _using(setup.backend):
         tried = run.try_out(setup)
@@ -292,7 +292,7 @@ def _say_begun(
     if brought.starts:
         out.print(f"merges that are tried first: {brought.starts}")
     for reason, n in brought.left_out.items():
-        out.print(f"note: left out as {reason}: {n}", soft_wrap=True)
+        out.print(f"note: left out as {plain(reason)}: {n}", soft_wrap=True)
     where = f" --run-dir {run_dir}" if run_dir else ""
     more = ", and the same further options" if has_more else ""
     out.print(f"next: bayesian-merger run {config_file}{where}{more}", soft_wrap=True)
@@ -358,10 +358,10 @@ class _Progress:
             line = f"after {result.name}: {value} is expected of the merge recommended so far"
         else:
             return
-        self._console.print(line, soft_wrap=True)
+        self._console.print(plain(line), soft_wrap=True)
 
     def noted(self, text: str) -> None:
-        self._console.print(f"note: {text}", soft_wrap=True)
+        self._console.print(f"note: {plain(text)}", soft_wrap=True)
 
 
 _STAGES = {
