@@ -29,11 +29,11 @@ from bayesian_merger.data import Interval, Outcome, Prompt, Recipe, Result
 from bayesian_merger.outcome import mean
 from bayesian_merger.setup import Setup, prepare
 from bayesian_merger.study import Study
-from bayesian_merger.values import Yardstick
+from bayesian_merger.values import Measure, Yardstick
 
 DEMO = Path(bayesian_merger.__file__).parent / "demo"
 EVEN = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-ONE_SCORER = Yardstick({"demo": 1.0}, {})
+ONE_SCORER = Yardstick(Measure({"demo": 1.0}))
 
 
 class Silent:

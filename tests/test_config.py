@@ -98,7 +98,8 @@ def test_configuration_is_plain_data_for_the_record(tmp_path: Path) -> None:
     plain = as_plain(config(tmp_path, SMALLEST + "target = 0.4\n"))
     again = json.loads(json.dumps(plain))
     assert again == plain
-    assert again["scorers"]["exposure"] == {"weight": 1.0, "target": 0.4}
+    own = {"scorer": None, "weight": 1.0, "payloads": None, "target": 0.4}
+    assert again["scorers"]["exposure"] == own
     assert again["models"]["a"] == str(tmp_path / "a.safetensors")
 
 

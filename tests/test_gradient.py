@@ -168,10 +168,31 @@ def test_slopes_are_those_of_the_mean_score(folder: Path) -> None:
     chosen = ready(folder, "backend.noise=0.0")
     chosen.backend.load(chosen.baseline("even"), chosen.merger.merge(chosen.baseline("even")))
     prompts = [chosen.prompt(FRESH + i) for i in range(2)]
-    ((_, slopes, _),) = run._followed(chosen, prompts, Yardstick(chosen.weights, {}))
+    ((_, slopes, _),) = run._followed(chosen, prompts, Yardstick(chosen.measure))
     assert slopes
     assert slopes["IN00_alpha"] == pytest.approx(10 * 2 * 0.3 / 26, rel=1e-5)
     assert slopes["base_alpha"] == pytest.approx(-10 * 2 * 0.3 / 26, rel=1e-5)
+
+
+def test_slopes_are_those_of_the_scorers_that_judge_an_image(folder: Path) -> None:
+    both = ('scorers.twice={ scorer = "nearness", sharpness = 20.0, payloads = ["portrait"] }',)
+    chosen = ready(folder, "backend.noise=0.0", 'value.normalise="none"', *both)
+    chosen.backend.load(chosen.baseline("even"), chosen.merger.merge(chosen.baseline("even")))
+    prompts = [chosen.prompt(FRESH + i) for i in range(2)]
+    pieces = [run._followed(chosen, [one], Yardstick(chosen.measure)) for one in prompts]
+    slopes = {p.payload: next(piece).slopes for p, piece in zip(prompts, pieces, strict=True)}
+    plain, more = slopes["landscape"], slopes["portrait"]
+    assert plain
+    assert more
+    assert plain["IN00_alpha"] == pytest.approx(10 * 2 * 0.3 / 26, rel=1e-5)
+    assert more["IN00_alpha"] == pytest.approx(1.5 * plain["IN00_alpha"], rel=1e-5)
+
+
+def test_search_by_anything_but_a_weighted_mean_does_without_the_gradient(folder: Path) -> None:
+    assert ready(folder).plan.optimiser == "gradient"
+    assert ready(folder, 'value.combine="minimum"').plan.optimiser == "bayes"
+    with pytest.raises(ConfigError, match="make no weighted mean of the scores"):
+        ready(folder, 'value.normalise="rank"', "search.optimiser=gradient")
 
 
 def test_payloads_have_their_share_of_new_images() -> None:
@@ -473,7 +494,7 @@ def test_search_begins_beside_a_parent_that_beats_the_even_merge(
     assert report.first_slopes(outcome)[0] == ("the even merge" if began == 0.5 else first.name)
     chosen = ready(folder, "search.images=12")
     study = outcomes.open_study(folder / "run")
-    proposer = run.searching(study, chosen, Yardstick(chosen.weights, {}))
+    proposer = run.searching(study, chosen, Yardstick(chosen.measure))
     points = [one.point for one in proposer._bayes._judged(proposer.study)]
     assert [point[0] for point in points if np.ptp(point) == 0 and point[0] in (0, 1)] == knows
 

@@ -23,6 +23,7 @@ LAYERS = (
         "checkpoint",
         "devices",
         "gp",
+        "junk",
         "kernels",
         "metadata",
         "names",

@@ -674,3 +674,84 @@ def test_method_that_lacks_its_third_model_is_told(folder: Path) -> None:
         start(folder, 'search.methods=["slurp"]')
     with pytest.raises(ConfigError, match="'n_average' has no weights to search"):
         start(folder, 'search.methods=["n_average"]')
+
+
+def test_scorer_judges_the_payloads_that_it_is_told_to(folder: Path) -> None:
+    outcome = start(
+        folder,
+        'scorers.contrast.payloads=["port*"]',
+        'scorers.sharp={ scorer = "likeness", sharpness = 20.0 }',
+        "search.objectives=scorers",
+    )
+    by_payload: dict[str, set[frozenset[str]]] = {}
+    for result in outcome.results:
+        for index, scores in result.scores.items():
+            by_payload.setdefault(outcome.panel[index].payload, set()).add(frozenset(scores))
+    assert by_payload == {
+        "portrait": {frozenset({"likeness", "contrast", "sharp"})},
+        "landscape": {frozenset({"likeness", "sharp"})},
+    }
+    for scores in outcome.results[0].scores.values():
+        assert scores["sharp"] == pytest.approx(2 * scores["likeness"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (('scorers.likeness.payloads=["portrat"]',), "no payload matches 'portrat'; did you mean"),
+        (('scorers.likeness.payloads=["x*"]',), r"no payload matches 'x\*'; there are: landscape"),
+        (('scorers.likeness.payloads=["portrait"]',), "payload landscape: no scorer judges it"),
+        (('scorers.mine.scorer="likenes"',), "unknown scorer 'likenes'; did you mean 'likeness'"),
+        (('value.combine="geometric"', 'value.normalise="zscore"'), "makes negative ones"),
+        (("guards.blank=-1",), "neither 'fail', 'off' nor a positive penalty"),
+        (('guards.blank="no"',), "neither 'fail', 'off' nor a positive penalty"),
+    ],
+)
+def test_mistakes_in_how_scores_are_combined_are_told(
+    folder: Path, options: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        start(folder, *options)
+
+
+def test_junk_costs_its_penalty_and_is_told(folder: Path) -> None:
+    # Stripes beyond what can be painted are all white.
+    white = ("search.ranges={'*' = [0.5, 3.0]}", 'search.groups=[["*"]]', "search.n_iters=6")
+    outcome, lines = seen(folder, *white, into="penalty")
+    marked = [r for r in outcome.results if any("junk.blank" in s for s in r.scores.values())]
+    assert marked
+    assert all(r.state == "complete" and r.value for r in marked)
+    assert any("images of trial" in line and "are junk: blank" in line for line in lines)
+    with pytest.raises(RunError, match="all their images are the same"):
+        seen(folder, *white, 'guards={ blank = "off", duplicate = "off" }', into="off")
+
+
+def test_junk_may_fail_its_trial(folder: Path) -> None:
+    with pytest.raises(RunError, match=r"3 trials in a row failed.*seed \d+ is junk: blank"):
+        start(folder, "search.ranges={'*' = [2.5, 3.0]}", 'guards.blank="fail"')
+
+
+def test_baseline_of_nothing_but_junk_stops_the_run(folder: Path) -> None:
+    toy_plugin.write_model(folder / "one.safetensors", 3.0)
+    with pytest.raises(RunError, match=r"baseline b cannot .*all its 6 images are junk: blank"):
+        start(folder)
+
+
+def test_image_of_another_merge_is_junk(folder: Path) -> None:
+    with pytest.raises(RunError, match=r"baseline even cannot be judged.* is junk: duplicate"):
+        start(folder, "backend.fault=frozen", 'guards.duplicate="fail"')
+
+
+@pytest.mark.parametrize("combine", ["minimum", "geometric"])
+def test_search_by_another_mean_finds_a_better_merge(folder: Path, combine: str) -> None:
+    second = "scorers.nearness.weight=2.0"
+    outcome = start(folder, f"value.combine={combine}", second, "search.n_iters=8")
+    assert outcome.config["search"]["optimiser"] == "auto"
+    assert outcome.gain["over_even"].low > 0
+
+
+def seen(folder: Path, *overrides: str, into: str) -> tuple[Outcome, list[str]]:
+    """The run, and what its observer was told."""
+    ready = setup.prepare(configuration.load(folder / "config.toml", overrides), folder, "toy")
+    observer = Silent()
+    return run.run(ready, folder / into, observer), observer.lines

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
 from bayesian_merger.data import Estimate, Prompt, Recipe, Result
-from bayesian_merger.errors import RunError
-from bayesian_merger.values import Yardstick, effective_n, shares, weighted_mean
+from bayesian_merger.errors import RunError, TrialError
+from bayesian_merger.values import Measure, Yardstick, effective_n, shares, weighted_mean
 
-ONE = Yardstick({"taste": 1.0}, {"taste": (5.0, 2.0)})
+ONE = Yardstick(Measure({"taste": 1.0}), {"taste": (3.0, 7.0)})
 
 
 def panel(weights: Sequence[float]) -> tuple[Prompt, ...]:
@@ -139,9 +140,8 @@ def test_several_scorers_are_normalised_by_the_baselines_before_they_are_average
         result(taste=[4.0, 6.0], sharpness=[100.0, 300.0]),
     ]
     yardstick = Yardstick.from_baselines(
-        {"taste": 3.0, "sharpness": 1.0}, baselines, panel([1, 1])
+        Measure({"taste": 3.0, "sharpness": 1.0}), baselines, panel([1, 1])
     )
-    assert yardstick.scale == {"taste": (5.0, 1.0), "sharpness": (200.0, 100.0)}
     assert yardstick.value({"taste": 5.0, "sharpness": 200.0}) == 0.0
     # (3 x 2 spreads - 1 x 1 spread) / 4
     assert yardstick.value({"taste": 7.0, "sharpness": 100.0}) == 1.25
@@ -152,7 +152,7 @@ def test_unit_of_a_scorer_does_not_matter_beside_another() -> None:
     taste, sharpness = chance.normal(5, 1, 12), chance.normal(0.5, 0.1, 12)
     yardsticks = [
         Yardstick.from_baselines(
-            {"taste": 1.0, "sharpness": 2.0},
+            Measure({"taste": 1.0, "sharpness": 2.0}),
             [result(taste=list(taste), sharpness=list(factor * sharpness))],
             panel([1] * 12),
         )
@@ -166,20 +166,21 @@ def test_unit_of_a_scorer_does_not_matter_beside_another() -> None:
 @pytest.mark.parametrize("score", [0.1, 0.7, 0.0, -3.3, 1e9])
 def test_scorer_that_gives_all_baselines_the_same_score_is_only_shifted(score: float) -> None:
     baselines = [result(taste=[4.0, 6.0, 5.0], flat=[score] * 3)]
-    yardstick = Yardstick.from_baselines({"taste": 1.0, "flat": 1.0}, baselines, panel([1] * 3))
-    assert yardstick.scale["flat"] == pytest.approx((score, 1.0))
+    yardstick = Yardstick.from_baselines(
+        Measure({"taste": 1.0, "flat": 1.0}), baselines, panel([1] * 3)
+    )
     assert yardstick.value({"taste": 5.0, "flat": score + 1}) == pytest.approx(0.5)
 
 
 def test_baselines_without_scores_are_no_yardstick() -> None:
     with pytest.raises(RunError, match="no baseline could be judged"):
-        Yardstick.from_baselines({"taste": 1.0}, [result(taste=[])], panel([1]))
+        Yardstick.from_baselines(Measure({"taste": 1.0}), [result(taste=[])], panel([1]))
 
 
 def test_trial_is_valued_as_if_it_had_seen_the_whole_panel() -> None:
     # Image 0 is harder than image 1 by 4, and image 2 is in between.
     baselines = [result(taste=[1.0, 5.0, 3.0]), result(taste=[2.0, 6.0, 4.0])]
-    yardstick = Yardstick.from_baselines({"taste": 1.0}, baselines, panel([1, 1, 1]))
+    yardstick = Yardstick.from_baselines(Measure({"taste": 1.0}), baselines, panel([1, 1, 1]))
     assert yardstick.offsets == pytest.approx({0: -2.0, 1: 2.0, 2: 0.0})
     for scores in ({0: 3.0}, {1: 7.0}, {0: 3.0, 1: 7.0}, {2: 5.0, 1: 7.0}):
         assert yardstick.trial(result(taste=scores), panel([1, 1, 1])).mean == pytest.approx(5.0)
@@ -187,7 +188,7 @@ def test_trial_is_valued_as_if_it_had_seen_the_whole_panel() -> None:
 
 def test_offsets_of_a_weighted_panel_are_from_its_weighted_mean() -> None:
     baselines = [result(taste=[0.0, 8.0]), result(taste=[4.0, 12.0])]
-    yardstick = Yardstick.from_baselines({"taste": 1.0}, baselines, panel([3, 1]))
+    yardstick = Yardstick.from_baselines(Measure({"taste": 1.0}), baselines, panel([3, 1]))
     assert yardstick.offsets == pytest.approx({0: -2.0, 1: 6.0})
 
 
@@ -198,7 +199,7 @@ def test_error_of_a_trial_is_that_of_the_baselines_over_its_images() -> None:
         result(taste=list(level + offsets + chance.normal(0, 0.5, 40))) for level in levels
     ]
     images = panel([1] * 40)
-    yardstick = Yardstick.from_baselines({"taste": 1.0}, baselines, images)
+    yardstick = Yardstick.from_baselines(Measure({"taste": 1.0}), baselines, images)
     assert yardstick.noise == pytest.approx(0.5, rel=0.15)
     for n in (1, 4):
         found = yardstick.trial(result(taste=[1.0] * n), images)
@@ -208,7 +209,7 @@ def test_error_of_a_trial_is_that_of_the_baselines_over_its_images() -> None:
 
 def test_panel_of_one_image_tells_no_error() -> None:
     baselines = [result(taste=[1.0]), result(taste=[2.0])]
-    yardstick = Yardstick.from_baselines({"taste": 1.0}, baselines, panel([1]))
+    yardstick = Yardstick.from_baselines(Measure({"taste": 1.0}), baselines, panel([1]))
     found = yardstick.trial(result(taste=[4.0]), panel([1]))
     assert (found.mean, found.se) == (4.0, 0.0)
 
@@ -277,3 +278,105 @@ def test_payloads_of_a_trial_keep_their_shares_however_many_images_it_saw() -> N
     assert shares(whole) == {"p": 6.0, "q": 2.0}
     found = ONE.trial(result(taste={0: 8.0, 2: 8.0, 1: 0.0}), whole)
     assert (found.mean, found.n) == (6.0, 3)
+
+
+# How scores are normalised and combined
+
+
+BOTH = [result(taste=[4.0, 6.0, 5.0, 7.0], sharpness=[100.0, 300.0, 200.0, 250.0])]
+
+
+def yardstick(**options: Any) -> Yardstick:
+    measure = Measure({"taste": 3.0, "sharpness": 1.0}, **options)
+    return Yardstick.from_baselines(measure, BOTH, panel([1] * 4))
+
+
+def test_image_that_only_some_scorers_judge_has_their_mean() -> None:
+    found = yardstick()
+    alone = found.value({"taste": 6.0})
+    assert alone == pytest.approx((6.0 - 5.5) / np.std([4, 6, 5, 7]))
+    assert found.value({"sharpness": 212.5}) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_minimum_is_the_worst_of_the_normalised_scores() -> None:
+    found = yardstick(combine="minimum")
+    assert found.value({"taste": 100.0, "sharpness": 212.5}) == pytest.approx(0.0, abs=1e-12)
+    assert found.value({"taste": 100.0}) > 50
+
+
+def test_rank_is_the_share_of_the_baselines_images_that_an_image_beats() -> None:
+    chance = np.random.default_rng(0)
+    taste = list(chance.normal(5, 1, 400))
+    found = Yardstick.from_baselines(
+        Measure({"taste": 1.0}, "rank"), [result(taste=taste)], panel([1] * 400)
+    )
+    for score, share in ((5.0, 0.5), (6.0, 0.841), (4.0, 0.159)):
+        assert found.value({"taste": score}) == pytest.approx(share, abs=0.05)
+    # It goes on beyond the best of them, but never to 1.
+    assert 0.99 < found.value({"taste": 7.8}) < found.value({"taste": 8.0}) < 1
+
+
+@pytest.mark.parametrize("normalise", ["zscore", "rank"])
+def test_scale_and_sign_of_a_scorer_do_not_matter(normalise: Any) -> None:
+    """PickScore's 20 and ImageReward's -1 mean the same."""
+    chance = np.random.default_rng(2)
+    reward = chance.normal(-1, 0.5, 12)
+    other = chance.normal(0, 1, 12)
+    found = [
+        Yardstick.from_baselines(
+            Measure({"reward": 1.0, "other": 1.0}, normalise),
+            [result(reward=list(factor * reward + shift), other=list(other))],
+            panel([1] * 12),
+        ).value({"reward": factor * -0.3 + shift, "other": 0.4})
+        for factor, shift in ((1, 0), (2.5, 21))
+    ]
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_geometric_mean_is_that_of_ranks_by_their_weights() -> None:
+    found = yardstick(combine="geometric")
+    by_rank = yardstick(normalise="rank")
+    scores = {"taste": 6.5, "sharpness": 150.0}
+    one, two = (by_rank.value({name: score}) for name, score in scores.items())
+    assert found.value(scores) == pytest.approx(one**0.75 * two**0.25)
+
+
+def test_geometric_mean_of_what_is_not_positive_has_no_value() -> None:
+    found = yardstick(combine="geometric", normalise="none")
+    assert found.value({"taste": 2.0, "sharpness": 2.0}) == pytest.approx(2.0)
+    with pytest.raises(TrialError, match="scorer taste gave -1, of which there is no geometric"):
+        found.value({"taste": -1.0, "sharpness": 2.0})
+
+
+def test_score_far_below_all_baselines_still_has_a_geometric_mean() -> None:
+    assert 0 < yardstick(combine="geometric").value({"taste": -1e9, "sharpness": 1.0}) < 1e-6
+
+
+def test_junk_costs_its_penalty_in_standard_deviations_of_the_baselines_images() -> None:
+    baselines = [result(taste=[4.0, 6.0, 5.0, 7.0])]
+    measure = Measure({"taste": 1.0}, penalties={"blank": 2.0})
+    found = Yardstick.from_baselines(measure, baselines, panel([1] * 4))
+    assert found.unit == pytest.approx(np.std([4, 6, 5, 7]))
+    assert found.value({"taste": 5.0, "junk.blank": 1.0}) == pytest.approx(5 - 2 * found.unit)
+    # What costs nothing is no part of the value.
+    assert found.value({"taste": 5.0, "junk.noise": 1.0}) == 5.0
+
+
+def test_penalty_is_measured_by_pictures_and_not_by_junk_among_the_baselines() -> None:
+    marked = result(taste=[4.0, 6.0, 5.0, 7.0])
+    scores = {**marked.scores, 3: {**marked.scores[3], "junk.blank": 1.0}}
+    measure = Measure({"taste": 1.0}, penalties={"blank": 2.0})
+    found = Yardstick.from_baselines(measure, [marked.but(scores=scores)], panel([1] * 4))
+    assert found.unit == pytest.approx(np.std([4, 6, 5, 7]))
+
+
+def test_factors_are_the_slopes_of_the_value() -> None:
+    found = yardstick()
+    factors = found.factors(["taste", "sharpness"])
+    low, high = (found.value({"taste": t, "sharpness": 9.0}) for t in (5.0, 6.0))
+    assert factors["taste"] == pytest.approx(high - low)
+    assert found.factors(["sharpness"]) == {
+        "sharpness": pytest.approx(
+            found.value({"sharpness": 2.0}) - found.value({"sharpness": 1.0})
+        )
+    }

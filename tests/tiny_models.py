@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ SIGLIP_PICTURES = {
     "resample": 3,
 }
 
-_SECOND = {
+_SECOND: dict[str, tuple[int, ...]] = {
     "layers.0": (1024, 768),
     "layers.2": (128, 1024),
     "layers.4": (64, 128),
@@ -35,7 +36,7 @@ _SECOND = {
     "layers.7": (1, 16),
 }
 # The layers of the heads that people know, as their files have them.
-HEADS: dict[str, dict[str, tuple[int, int]]] = {
+HEADS: dict[str, dict[str, tuple[int, ...]]] = {
     "laion_v1": {"": (1, 768)},
     "chad": _SECOND,
     "laion": _SECOND,
@@ -47,6 +48,25 @@ HEADS: dict[str, dict[str, tuple[int, int]]] = {
         "layers.6": (64, 128),
         "layers.9": (16, 64),
         "layers.11": (1, 16),
+    },
+    "waifu_v3": {
+        "layers.0": (2048, 768),
+        "layers.2": (2048,),
+        "layers.4": (512, 2048),
+        "layers.6": (512,),
+        "layers.8": (256, 512),
+        "layers.10": (256,),
+        "layers.12": (128, 256),
+        "layers.14": (128,),
+        "layers.16": (32, 128),
+        "layers.18": (1, 32),
+    },
+    "aesthetic_v2_5": {
+        "scoring_head.0": (1024, 1152),
+        "scoring_head.2": (128, 1024),
+        "scoring_head.4": (64, 128),
+        "scoring_head.6": (16, 64),
+        "scoring_head.8": (1, 16),
     },
     "aes": {"fc1": (256, 512), "fc2": (128, 256), "fc3": (1, 128)},
 }
@@ -105,14 +125,24 @@ def classifier(folder: Path, labels: tuple[str, ...] = ("aesthetic", "not_aesthe
     return _with_pictures(folder, SIGLIP_PICTURES)
 
 
-def head_file(path: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
-    """A file of random linear layers as torch.save writes it; its arrays by name."""
+def n_features(name: str) -> int:
+    """How many features a head takes."""
+    return next(iter(HEADS[name].values()))[-1]
+
+
+def head_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """A file of random layers as torch.save writes it, one number being a batch norm; its arrays."""
     generator = torch.Generator().manual_seed(1)
     state = {}
-    for place, (n_out, n_in) in shapes.items():
+    for place, shape in shapes.items():
         prefix = f"{place}." if place else ""
-        state[f"{prefix}weight"] = torch.randn(n_out, n_in, generator=generator) / n_in**0.5
-        state[f"{prefix}bias"] = torch.randn(n_out, generator=generator)
+        scale = shape[-1] ** 0.5 if len(shape) > 1 else 1.0
+        state[f"{prefix}weight"] = torch.randn(shape, generator=generator) / scale
+        state[f"{prefix}bias"] = torch.randn(shape[0], generator=generator)
+        if len(shape) == 1:
+            state[f"{prefix}running_mean"] = torch.randn(shape, generator=generator)
+            state[f"{prefix}running_var"] = torch.rand(shape, generator=generator) + 0.5
+            state[f"{prefix}num_batches_tracked"] = torch.tensor(9)
     torch.save(state, path)
     return {name: tensor.double().numpy() for name, tensor in state.items()}
 

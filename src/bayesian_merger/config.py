@@ -160,15 +160,63 @@ class Backend(BaseModel):
 
 
 class Scorer(BaseModel):
-    """[scorers.NAME]: a scorer, its weight in the mean, and its options."""
+    """[scorers.NAME]: a scorer, by default that of this name, its weight in the mean, its options.
+
+    It judges the images of all `payloads`, or of those whose names match one of these patterns.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
+    scorer: str | None = None
     weight: FiniteFloat = Field(1.0, gt=0)
+    payloads: list[str] | None = Field(None, min_length=1)
 
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+class Value(Section):
+    """[value]: how several scores of an image become one number; see values.Measure."""
+
+    normalise: Literal["none", "zscore", "rank"] | None = None
+    combine: Literal["mean", "geometric", "minimum"] = "mean"
+
+
+def _junk(value: Any) -> str | float:
+    """One line for a mistake, where a union of types has one for each of them."""
+    if value in ("fail", "off"):
+        return str(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError("neither 'fail', 'off' nor a positive penalty")
+    return float(value)
+
+
+Junk = Annotated[str | float, PlainValidator(_junk)]
+
+
+class Guards(Section):
+    """[guards]: what an image that is junk costs.
+
+    "fail" fails its trial, a number is taken off its value, in standard deviations of the baselines'
+    images, and "off" does not look.
+    """
+
+    blank: Junk = 3.0
+    noise: Junk = 3.0
+    saturated: Junk = 3.0
+    duplicate: Junk = 3.0
+
+    @property
+    def penalties(self) -> dict[str, float]:
+        found = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: junk for name, junk in found if isinstance(junk, float)}
+
+    def of(self, mark: str) -> str | float:
+        """What a mark costs."""
+        found: str | float = getattr(self, mark)
+        return found
 
 
 class Output(Section):
@@ -188,6 +236,8 @@ class Config(Section):
     heldout: Heldout = Field(default_factory=lambda: Heldout.model_validate({}))
     backend: Backend = Backend()
     scorers: dict[str, Scorer] = Field(min_length=1)
+    value: Value = Field(default_factory=lambda: Value.model_validate({}))
+    guards: Guards = Field(default_factory=lambda: Guards.model_validate({}))
     output: Output = Output()
     plugins: list[ConfigPath] = []
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import platformdirs
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CLIP_L14 = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
 CLIP_B32 = "openai/clip-vit-base-patch32@3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
+SIGLIP_SO400M = "google/siglip-so400m-patch14-384@9fdffc58afc957d1a03a25b10dba0329ab15c2a3"
 PICKSCORE = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
 
 _TIMEOUT_S = 30.0
@@ -33,14 +35,15 @@ _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 @dataclass(frozen=True)
 class File:
-    """One file of the internet, by its content."""
+    """One file of the internet, by its content, and its name here if that is not its own."""
 
     address: str
     sha256: str
+    called: str = ""
 
     @property
     def name(self) -> str:
-        return self.address.rpartition("/")[2].replace("%2B", "+")
+        return self.called or unquote(self.address.rpartition("/")[2])
 
 
 def file(wanted: File, option: str) -> Path:

@@ -18,7 +18,7 @@ from bayesian_merger.recipes import to_toml
 from bayesian_merger.setup import BASELINES
 from bayesian_merger.study import Stage, Study, is_in, storage_at
 from bayesian_merger.study import create as create_study
-from bayesian_merger.values import Yardstick
+from bayesian_merger.values import Measure, Yardstick
 
 # In a run folder whose study lies elsewhere: what tells it from other folders of its name.
 _ELSEWHERE = "study.id"
@@ -98,7 +98,9 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
     gain = {}
     if finished and confirmed is not None:
         judged["best"] = confirmed
-        yardstick = Yardstick.from_baselines(about["weights"], baselines, panels["panel"])
+        # Runs that were begun before there was anything but weights have these alone.
+        measure = Measure(**about.get("measure", {"weights": about.get("weights")}))
+        yardstick = Yardstick.from_baselines(measure, baselines, panels["panel"])
         gain = {
             f"over_{name}": yardstick.difference(
                 judged["best"], judged[name], panels["heldout_panel"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -19,6 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from bayesian_merger import junk
 from bayesian_merger.backends import Backend, Differentiable, Exclusive
 from bayesian_merger.checkpoint import remove_parts
 from bayesian_merger.data import (
@@ -53,10 +55,10 @@ from bayesian_merger.outcome import (
     write_recipe,
 )
 from bayesian_merger.scorers import DifferentiableScorer, Scorer
-from bayesian_merger.setup import BASELINES, Setup
+from bayesian_merger.setup import BASELINES, Setup, judges
 from bayesian_merger.study import Stage, Study, Trial, storage_errors
 from bayesian_merger.study.proposals import FRESH, Objective, Plan, Proposer
-from bayesian_merger.values import Yardstick, weighted_mean
+from bayesian_merger.values import JUNK, Measure, Yardstick, weighted_mean
 
 _FAILURES_IN_A_ROW = 3
 # Errors of ours say what they mean for the run; a full disk or a lost server stops it.
@@ -68,6 +70,7 @@ _TELL_EVERY = 5
 # So many images of merges whose weights differ by more on average are not the same by chance.
 _TELLING, _NEAR = 3, 0.1
 _MOST_COMPROMISES = 8
+_BLANK = f"{JUNK}blank"
 _T = TypeVar("_T")
 
 
@@ -113,12 +116,14 @@ def judge(
     observer: Observer,
     keep: Path | None,
     yardstick: Yardstick | None = None,
+    others: Sequence[Result] = (),
 ) -> None:
     """One trial: merge, generate, score, image by image; what the trial has is not made again.
 
     Images go to the folder `keep`, if given, before their scores are stored. With a `yardstick` the
-    slopes of the value by each parameter are measured too, a few images at once. TrialError if the
-    merge, an image, a score or any slope is not to be had.
+    slopes of the value by each parameter are measured too, a few images at once. `others` are what its
+    images must differ from. TrialError if the merge, an image, a score or any slope is not to be had,
+    or if an image is junk that fails it.
     """
     done = trial.scores.keys() if yardstick is None else trial.followed
     todo = [prompt for prompt in panel if prompt.index not in done]
@@ -132,6 +137,7 @@ def judge(
     trial.spend(merge=time.monotonic() - start)
     pieces = _followed(setup, todo, yardstick) if yardstick else _plain(setup, panel, done)
     faults: list[str] = []
+    marked: Counter[str] = Counter()
     # Whatever fails, no image is made any more afterwards: an error keeps what it passes alive.
     with closing(_scored(setup, pieces)) as scored:
         for (samples, slopes, fault), scores, spent in scored:
@@ -141,7 +147,13 @@ def judge(
                     if keep:
                         save_image(sample, keep / f"{sample.prompt.index:03}.png")
                     made_of = sample.prompt.to_dict() if sample.prompt.index >= FRESH else None
-                    trial.record(sample.prompt.index, found, digest_of(sample.image), made_of)
+                    digest = digest_of(sample.image)
+                    marks = [key for key in found if key.startswith(JUNK)]
+                    if not marks and _is_double(sample, digest, trial.result(), others, setup):
+                        marks = _fined(setup, sample, ["duplicate"])
+                    told = {**found, **dict.fromkeys(marks, 1.0)}
+                    trial.record(sample.prompt.index, told, digest, made_of)
+                    marked.update(marks)
             if slopes is not None:
                 # Last: what has slopes has all.
                 trial.follow([sample.prompt.index for sample in samples], slopes)
@@ -152,6 +164,9 @@ def judge(
             observer.judged(fresh, made=True)
             if yardstick and trial.fault:
                 raise TrialError(trial.fault)
+    for mark, n_marked in marked.items():
+        what = mark.removeprefix(JUNK)
+        observer.noted(f"{n_marked} of {len(todo)} images of {trial.name} are junk: {what}")
     if faults:
         what = f"{trial.name} was judged without its gradient"
         if any(piece.by for piece in trial.result().slopes):
@@ -204,8 +219,41 @@ def _timed(pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, float]]:
 
 def _score_of(setup: Setup, piece: _Piece, made_s: float) -> _Scored:
     start = time.monotonic()
-    scores = score(setup.scorers, piece.samples)
+    marked = [_fined(setup, sample, junk.marks(sample.image)) for sample in piece.samples]
+    scores = score(setup.scorers, piece.samples, setup.only)
+    for row, marks in zip(scores, marked, strict=True):
+        row.update(dict.fromkeys(marks, 1.0))
     return _Scored(piece, scores, {"generate": made_s, "score": time.monotonic() - start})
+
+
+def _fined(setup: Setup, sample: Sample, marks: Sequence[str]) -> list[str]:
+    """The marks of an image that cost a penalty, as they stand among its scores.
+
+    TrialError for one that fails the trial.
+    """
+    found = []
+    for mark in marks:
+        cost = setup.config.guards.of(mark)
+        if cost == "fail":
+            prompt = sample.prompt
+            raise TrialError(
+                f"the image of payload {prompt.payload} and seed {prompt.seed} is junk: {mark}; with a "
+                f"number for guards.{mark} it would only cost that"
+            )
+        if cost != "off":
+            found.append(f"{JUNK}{mark}")
+    return found
+
+
+def _is_double(
+    sample: Sample, digest: str, result: Result, others: Sequence[Result], setup: Setup
+) -> bool:
+    """Whether a merge of clearly other weights has made the very same image."""
+    return setup.config.guards.duplicate != "off" and any(
+        other.images.get(sample.prompt.index) == digest and _distance(result, other, setup) > _NEAR
+        for other in others
+        if other.state != "failed"
+    )
 
 
 def _judge_and_follow(
@@ -215,15 +263,16 @@ def _judge_and_follow(
     observer: Observer,
     keep: Path | None,
     yardstick: Yardstick,
+    others: Sequence[Result] = (),
 ) -> None:
     """`judge` with slopes, or without them where they cannot be had."""
     try:
-        judge(trial, panel, setup, observer, keep, yardstick)
+        judge(trial, panel, setup, observer, keep, yardstick, others)
         return
     except TrialError as error:
         reason = str(error)
     # Outside the clause, whose error holds on to the memory of the graph.
-    judge(trial, panel, setup, observer, keep)
+    judge(trial, panel, setup, observer, keep, others=others)
     trial.unfollowed(reason)
     observer.noted(f"{trial.name} was judged without its gradient: {reason}")
 
@@ -277,11 +326,18 @@ def _followed(
 
     def value(pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
         total = pixels.new_zeros(len(some))
-        for name, factor in yardstick.factors.items():
+        factors = [yardstick.factors(setup.judges(prompt)) for prompt in some]
+        for name, judge_of in scorers.items():
+            rows = [i for i, own in enumerate(factors) if name in own]
+            if not rows:
+                continue
             # Of memory that is too small the back end hears itself, as it may do with less.
             with _no_value(f"scorer {name}", passing=(torch.OutOfMemoryError,)):
-                scores = _differentiable(scorers[name], pixels, some)
-            total = total + factor * scores.to(total)
+                scores = _differentiable(judge_of, pixels[rows], [some[i] for i in rows])
+            shares = total.new_tensor([factors[i][name] for i in rows])
+            total = total.index_add(
+                0, torch.tensor(rows, device=total.device), shares * scores.to(total)
+            )
         return total
 
     with _ended(engine.follow(prompts, value, setup.space.searched, setup.plan.last)) as pieces:
@@ -406,7 +462,7 @@ def baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> Y
     """Judge A, the even merge and B; they set the scale of the values and anchor the search."""
     trials = _judged_baselines("baseline", study, setup, setup.panel, folder, observer)
     results = [trial.result() for trial in trials]
-    yardstick = Yardstick.from_baselines(setup.weights, results, setup.panel)
+    yardstick = Yardstick.from_baselines(setup.measure, results, setup.panel)
     for trial in trials:
         if not trial.is_complete:
             trial.complete(yardstick.estimate(trial.result(), setup.panel))
@@ -433,11 +489,13 @@ def _judged_baselines(
             follows = stage == "baseline" and trial.name == "even" and setup.follows_even
             # One that is complete without its slopes had none to be had.
             if follows and not trial.is_complete:
-                measure = Yardstick(setup.weights, {})
+                measure = Yardstick(setup.measure)
                 _judge_and_follow(trial, panel, setup, observer, keep, measure)
             else:
-                judge(trial, panel, setup, observer, keep)
+                before = [t.result() for t in trials[: number - 1]]
+                judge(trial, panel, setup, observer, keep, others=before)
             _require_change([t.result() for t in trials[:number]], setup)
+            _require_pictures(trial.result())
         except TrialError as error:
             # What a back end made that fails here is not to be trusted, hence all or none.
             for doubtful in trials:
@@ -569,11 +627,12 @@ def attempt(
     observer.started(trial.stage, trial.name, len(panel))
     is_kept = setup.config.output.save_imgs
     keep = pictures_of(folder, trial.stage, trial.name) if is_kept else None
+    others = [*study.judged("baseline"), *study.searched()]
     try:
         if trial.follows:
-            _judge_and_follow(trial, panel, setup, observer, keep, yardstick)
+            _judge_and_follow(trial, panel, setup, observer, keep, yardstick, others)
         else:
-            judge(trial, panel, setup, observer, keep)
+            judge(trial, panel, setup, observer, keep, others=others)
         _require_change([*study.judged("baseline"), *study.searched()], setup)
     except TrialError as error:
         trial.fail(str(error))
@@ -586,7 +645,9 @@ def attempt(
 def _at(objective: Objective, baseline: Result, setup: Setup, yardstick: Yardstick) -> Estimate:
     """What a baseline has of one of several objectives."""
     if objective.kind == "scorer":
-        return Yardstick({objective.name: 1.0}, {}).estimate(baseline, setup.panel)
+        name = objective.name
+        own = [p for p in setup.panel if name in baseline.scores.get(p.index, {})]
+        return Yardstick(Measure({name: 1.0})).estimate(baseline, own)
     return yardstick.estimate(baseline, [p for p in setup.panel if p.payload == objective.name])
 
 
@@ -608,8 +669,8 @@ def _confirm(
         keep = pictures_of(folder, stage, name) if stage == "heldout" else None
         observer.started(stage, name, len(panel))
         try:
-            judge(trial, panel, setup, observer, keep)
             others = [other for other in study.judged(stage) if other.name != name]
+            judge(trial, panel, setup, observer, keep, others=others)
             _require_change([*others, trial.result()], setup)
         except TrialError as error:
             trial.fail(str(error))
@@ -634,20 +695,30 @@ def _confirm(
     raise RunError(f"none of the {len(few)} best merges can be judged on fresh seeds")
 
 
+def _require_pictures(result: Result) -> None:
+    """TrialError if all images are junk."""
+    marks = [[key for key in scores if key.startswith(JUNK)] for scores in result.scores.values()]
+    if marks and all(marks):
+        kinds = dict.fromkeys(key.removeprefix(JUNK) for keys in marks for key in keys)
+        raise TrialError(f"all its {len(marks)} images are junk: {', '.join(kinds)}")
+
+
 def _require_change(results: Sequence[Result], setup: Setup) -> None:
     """NothingChangedError if merges of clearly other weights have made the very same images.
 
     Each image is compared with the one before it of the same prompt and seed. One or two may well be
-    alike, all black say, so it takes the last three, and all of a merge that was judged on more.
+    alike, so it takes the last three, and all of a merge that was judged on more. What is marked as
+    blank tells nothing.
     """
     latest: dict[int, Result] = {}
     alike: list[tuple[Result, Result]] = []
     for now in results:
         if now.state == "failed":
             continue
+        told = [i for i in now.images if _BLANK not in now.scores.get(i, {})]
         before = {
             item: latest[item]
-            for item in now.images
+            for item in told
             if item in latest and _distance(now, latest[item], setup) > _NEAR
         }
         same = [one for item, one in before.items() if one.images[item] == now.images[item]]
@@ -729,11 +800,11 @@ def try_out(setup: Setup) -> TryOut:
     _generate(setup, [replace(batch[0], seed=batch[0].seed ^ 1)])
     warm = time.monotonic()
     samples = _generate(setup, batch)
-    scores = score(setup.scorers, samples)
+    scores = score(setup.scorers, samples, setup.only)
     per_image = (time.monotonic() - warm) / len(batch)
     per_followed, n_followed, notes = 0.0, 0, []
     if setup.plan.optimiser == "gradient":
-        one = Yardstick(setup.weights, dict.fromkeys(setup.weights, (0.0, 1.0)))
+        one = Yardstick(setup.measure)
         try:
             notes = _disagreements(setup.scorers, samples, scores)
             list(_followed(setup, batch[:1], one))  # the same here
@@ -804,15 +875,25 @@ def _no_value(part: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[
         raise TrialError(f"{part}: {type(error).__name__}: {first_line(error)}") from error
 
 
-def score(scorers: Mapping[str, Scorer], samples: Sequence[Sample]) -> list[dict[str, float]]:
-    """The scores of each sample; TrialError for a scorer that returns anything but finite numbers."""
+def score(
+    scorers: Mapping[str, Scorer],
+    samples: Sequence[Sample],
+    only: Mapping[str, frozenset[str]] | None = None,
+) -> list[dict[str, float]]:
+    """The scores of each sample, by those that judge its payload.
+
+    TrialError for a scorer that returns anything but finite numbers.
+    """
     table: list[dict[str, float]] = [{} for _ in samples]
+    judged = [judges(scorers, only or {}, sample.prompt) for sample in samples]
     for name, judge_of in scorers.items():
+        rows = [i for i, names in enumerate(judged) if name in names]
+        some = [samples[i] for i in rows]
         with _no_value(f"scorer {name}"):
-            scores = [float(score) for score in judge_of(samples)]
-        if len(scores) != len(samples):
-            raise TrialError(f"scorer {name} gave {len(scores)} scores for {len(samples)} images")
-        for row, score in zip(table, scores, strict=True):
+            scores = [float(score) for score in judge_of(some)] if some else []
+        if len(scores) != len(some):
+            raise TrialError(f"scorer {name} gave {len(scores)} scores for {len(some)} images")
+        for row, score in zip((table[i] for i in rows), scores, strict=True):
             if not abs(score) < MOST_SCORE:
                 raise TrialError(f"scorer {name} gave {score}")
             row[name] = score

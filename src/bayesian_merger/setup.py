@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,13 +22,13 @@ from bayesian_merger.config import Config
 from bayesian_merger.data import Prompt, Recipe, Weights
 from bayesian_merger.errors import ConfigError, MergerError, TrialError
 from bayesian_merger.merge import Merger, even_weights, n_used, open_model
-from bayesian_merger.registry import import_file
-from bayesian_merger.scorers import DifferentiableScorer, Scorer, scorer
+from bayesian_merger.registry import import_file, nearest
+from bayesian_merger.scorers import About, DifferentiableScorer, Scorer, scorer
 from bayesian_merger.server import key_of
 from bayesian_merger.space import Parameter, Space
 from bayesian_merger.spread import Spread
 from bayesian_merger.study.proposals import FRESH, Objective, Params, Plan, Stop
-from bayesian_merger.values import shares
+from bayesian_merger.values import Measure, shares
 
 METHOD = "method"
 BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
@@ -47,7 +48,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a run needs, opened and checked; relative paths are below `folder`."""
+    """Everything a run needs, opened and checked; relative paths are below `folder`.
+
+    `only` holds, of scorers that do not judge all images, the payloads of those that they do.
+    """
 
     config: Config
     folder: Path
@@ -60,7 +64,8 @@ class Setup:
     heldout_panel: tuple[Prompt, ...]
     backend: Backend
     scorers: Mapping[str, Scorer]
-    weights: Mapping[str, float]
+    measure: Measure
+    only: Mapping[str, frozenset[str]]
     warnings: tuple[str, ...]
     fresh: Callable[[int], Prompt]
 
@@ -84,7 +89,12 @@ class Setup:
         a payload that counts little as of others.
         """
         n_weights = len({prompt.weight for prompt in self.panel if prompt.weight > 0})
-        return self.plan.optimiser == "gradient" and len(self.weights) == n_weights == 1
+        is_plain = self.measure.norm == "none" and len(self.scorers) == n_weights == 1
+        return self.plan.optimiser == "gradient" and is_plain
+
+    def judges(self, prompt: Prompt) -> list[str]:
+        """The scorers of an image."""
+        return judges(self.scorers, self.only, prompt)
 
     def prompt(self, item: int) -> Prompt:
         """An image of the panel, or from FRESH on one beside it."""
@@ -160,7 +170,7 @@ class Setup:
             "blocks": self.space.blocks,
             "models": [Path(model.name).stem for model in self.merger.references()],
             "config": configuration.as_plain(self.config),
-            "weights": dict(self.weights),
+            "measure": asdict(self.measure),
             "trials": self.plan.n_trials,
             "panel": [p.to_dict() for p in self.panel],
             "select_panel": [p.to_dict() for p in self.select_panel],
@@ -205,6 +215,8 @@ class Setup:
             "search": search,
             "backend": backend_options,
             "scorers": dict(zip(plain["scorers"], scorer_options, strict=True)),
+            "value": plain["value"],
+            "guards": plain["guards"],
             "files": {key: sha256_of(path) for key, path in self._files().items()},
             "images": {name: len(panel) for name, panel in panels.items()},
             **{name: {str(p.index): p.to_dict() for p in panel} for name, panel in panels.items()},
@@ -220,7 +232,7 @@ class Setup:
         for key, path in backend.files(engine.name, options, self.folder).items():
             found[f"backend.{key}"] = path
         for name, entry in chosen.items():
-            for key, path in scorer.files(name, entry.options, self.folder).items():
+            for key, path in scorer.files(_kind(name, entry), entry.options, self.folder).items():
                 found[f"scorers.{name}.{key}"] = path
         return found
 
@@ -244,9 +256,10 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
     merger = attempt(lambda: _open_models(config))
     found = attempt(lambda: _space(config, merger)) if merger else None
     panels = attempt(lambda: _panels(config, folder))
-    weights = {name: chosen.weight for name, chosen in config.scorers.items()}
+    measure = attempt(lambda: _measure(config))
+    only = attempt(lambda: _only(config, panels.search)) if panels else None
     scorers: dict[str, Scorer | None] = {
-        name: attempt(partial(scorer.build, name, chosen.options, folder))
+        name: attempt(partial(scorer.build, _kind(name, chosen), chosen.options, folder))
         for name, chosen in config.scorers.items()
     }
     engine = attempt(lambda: _engine(config, folder))
@@ -263,7 +276,7 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
     if found and found.inert and warnings is not None:
         blocks = ", ".join(dict.fromkeys(found.names[name][1] for name in sorted(found.inert)))
         warnings.append(f"the models are the same in {blocks}, which the search leaves out")
-    if mistakes or not (merger and found and plan and panels and engine):
+    if mistakes or not (merger and found and plan and panels and engine and measure):
         if engine:
             engine.close()
         raise ConfigError("\n".join(mistakes))
@@ -280,8 +293,9 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
         panels.heldout,
         engine,
         built,
-        weights,
-        tuple(warnings or ()),
+        measure,
+        only or {},
+        (*(warnings or ()), *_licences(built)),
         panels.fresh,
     )
     for name in BASELINES:
@@ -294,6 +308,63 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
             setup.backend.close()
             raise
     return setup
+
+
+def judges(names: Iterable[str], only: Mapping[str, frozenset[str]], prompt: Prompt) -> list[str]:
+    """Those of the scorers that judge an image."""
+    return [name for name in names if name not in only or prompt.payload in only[name]]
+
+
+def _kind(name: str, chosen: configuration.Scorer) -> str:
+    """Which scorer it is; without a word, that of the name."""
+    return chosen.scorer or name
+
+
+def _measure(config: Config) -> Measure:
+    chosen, weights = config.value, {n: one.weight for n, one in config.scorers.items()}
+    found = Measure(weights, chosen.normalise, chosen.combine, config.guards.penalties)
+    if chosen.combine == "geometric" and chosen.normalise == "zscore":
+        raise ConfigError(
+            "value.combine is 'geometric', which is for positive numbers, but value.normalise 'zscore' "
+            "makes negative ones; set it to 'rank', or leave it out"
+        )
+    return found
+
+
+def _only(config: Config, panel: Sequence[Prompt]) -> dict[str, frozenset[str]]:
+    """The payloads of scorers that do not judge all; ConfigError where one judges none, or none one."""
+    payloads = dict.fromkeys(prompt.payload for prompt in panel)
+    found, mistakes = {}, []
+    for name, chosen in config.scorers.items():
+        if chosen.payloads is not None:
+            patterns = chosen.payloads
+            found[name] = frozenset(
+                p for p in payloads if any(fnmatchcase(p, x) for x in patterns)
+            )
+            for pattern in patterns:
+                if not any(fnmatchcase(payload, pattern) for payload in payloads):
+                    hint = nearest(pattern, payloads) or f"; there are: {', '.join(payloads)}"
+                    mistakes.append(
+                        f"scorers.{name}.payloads: no payload matches {pattern!r}{hint}"
+                    )
+    for prompt in {prompt.payload: prompt for prompt in panel}.values():
+        if not mistakes and not judges(config.scorers, found, prompt):
+            mistakes.append(
+                f"payload {prompt.payload}: no scorer judges it; add one, or leave it out"
+            )
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return found
+
+
+def _licences(scorers: Mapping[str, Scorer]) -> list[str]:
+    """Which scorers may not be used for everything."""
+    notes = []
+    for name, one in scorers.items():
+        about = getattr(one, "about", None)
+        if isinstance(about, About) and about.restricts:
+            notes.append(f"scorer {name} has a licence that restricts its use: {about.licence}")
+    return notes
 
 
 def _engine(config: Config, folder: Path) -> Backend:
@@ -519,6 +590,8 @@ def _optimiser(
     reasons = [f"{what} cannot be differentiated" for what in _rigid(config, engine, scorers)]
     if search.optimiser == "auto" and not methods.is_linear(methods.get(config.merge.method)):
         reasons.append(f"method {config.merge.method} is not linear")
+    if not _measure(config).is_linear:
+        reasons.append("value.combine and value.normalise make no weighted mean of the scores")
     if len(_methods(config)) > 1:
         reasons.append("a choice among search.methods has no slope")
     if search.objectives != "mean":

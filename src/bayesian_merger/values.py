@@ -5,45 +5,86 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
+from scipy.special import ndtr
 from scipy.stats import t as student
 
 from bayesian_merger.data import Estimate, Interval, Prompt, Result
-from bayesian_merger.errors import RunError
+from bayesian_merger.errors import RunError, TrialError
+
+Normalise = Literal["none", "zscore", "rank"]
+Combine = Literal["mean", "geometric", "minimum"]
+# Of a rank, so that it has a logarithm.
+_SMALLEST = 1e-12
+
+
+JUNK = "junk."
+"""The beginning of what stands among the scores of an image that is junk: "junk.blank" -> 1."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How the scores of an image become its value.
+
+    Each score is normalised: "zscore" by mean and spread of the baselines' images, "rank" by the share
+    of them that it beats, in (0, 1). Then they are combined: the "mean" by `weights`, their "geometric"
+    mean, or the "minimum" of those that have a weight. For None a single scorer's scores are taken as
+    they are, and several are normalised. `penalties` are for marks of junk, in standard deviations of
+    the baselines' images.
+    """
+
+    weights: Mapping[str, float]
+    normalise: Normalise | None = None
+    combine: Combine = "mean"
+    penalties: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def norm(self) -> Normalise:
+        """How scores are normalised, where None leaves the choice."""
+        if self.normalise:
+            return self.normalise
+        if self.combine == "geometric":
+            return "rank"
+        return "none" if len(self.weights) == 1 else "zscore"
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether a value rises evenly with each score."""
+        return self.combine == "mean" and self.norm != "rank"
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Turns the scores of one image into its value.
+    """Turns the scores of one image into its value, as `measure` says.
 
-    With one scorer the value is its score. With several, each is first normalised by `scale`, the
-    mean and spread of its scores over the baselines' images, then averaged by `weights`.
-
+    `known` holds the scores of the baselines' images by scorer, without which nothing is normalised.
     `offsets` says how much higher the baselines score on an image of the search's panel than on all of
-    it, and `noise` is the standard deviation of one image's value beside that.
+    it, `noise` is the standard deviation of one image's value beside that, and `unit` of all of them.
     """
 
-    weights: Mapping[str, float]
-    scale: Mapping[str, tuple[float, float]]
+    measure: Measure
+    known: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     offsets: Mapping[int, float] = field(default_factory=dict)
     noise: float = 0.0
+    unit: float = 1.0
 
     @classmethod
     def from_baselines(
-        cls, weights: Mapping[str, float], baselines: Sequence[Result], panel: Sequence[Prompt]
+        cls, measure: Measure, baselines: Sequence[Result], panel: Sequence[Prompt]
     ) -> Yardstick:
         """The yardstick that the baselines' scores on `panel` give; RunError if they have none."""
-        scale = {}
-        for name in weights:
-            scores = [s[name] for result in baselines for s in result.scores.values()]
+        known = {}
+        for name in measure.weights:
+            scores = [s[name] for r in baselines for s in r.scores.values() if name in s]
             if not scores:
                 raise RunError("no baseline could be judged, so no merge can be compared to it")
-            # Of equal scores the computed spread is not always 0, but rounding.
-            spread = float(np.std(scores)) if max(scores) > min(scores) else 1.0
-            scale[name] = (float(np.mean(scores)), spread)
-        plain = cls(weights, scale)
+            known[name] = tuple(scores)
+        bare = cls(replace(measure, penalties={}), known)
+        every = [bare.value(scores) for result in baselines for scores in result.scores.values()]
+        plain = cls(measure, known, unit=_spread(every))
         values = np.array(
             [
                 [plain.value(result.scores[p.index]) for p in panel if p.index in result.scores]
@@ -60,32 +101,62 @@ class Yardstick:
         freedom = (len(values) - 1) * (len(panel) - 1)
         noise = math.sqrt(float((rest**2).sum()) / freedom) if freedom > 0 else 0.0
         places = (prompt.index for prompt in panel)
-        return cls(weights, scale, dict(zip(places, map(float, offsets), strict=True)), noise)
+        found = dict(zip(places, map(float, offsets), strict=True))
+        return replace(plain, offsets=found, noise=noise)
 
     def value(self, scores: Mapping[str, float]) -> float:
-        """The value of one image."""
-        if len(self.weights) == 1:
-            return next(scores[name] for name in self.weights)
-        total = sum(self.weights.values())
-        terms = (
-            weight * (scores[name] - self.scale[name][0]) / self.scale[name][1]
-            for name, weight in self.weights.items()
-        )
-        return sum(terms) / total
+        """The value of one image, by those scorers that judge it.
+
+        TrialError for a geometric mean of what is not positive.
+        """
+        weights = {name: w for name, w in self.measure.weights.items() if name in scores}
+        terms = {name: self._normalised(name, scores[name]) for name in weights}
+        total = sum(weights.values())
+        if self.measure.combine == "minimum":
+            found = min(terms.values())
+        elif self.measure.combine == "geometric":
+            for name, term in terms.items():
+                if term <= 0:
+                    raise TrialError(
+                        f"scorer {name} gave {scores[name]:.4g}, of which there is no geometric mean; "
+                        f"set value.normalise to 'rank', or value.combine to 'mean'"
+                    )
+            logs = sum(weight * math.log(terms[name]) for name, weight in weights.items())
+            found = math.exp(logs / total)
+        else:
+            found = sum(weight * terms[name] for name, weight in weights.items()) / total
+        for name, penalty in self.measure.penalties.items():
+            found -= penalty * self.unit * scores.get(f"{JUNK}{name}", 0.0)
+        return found
+
+    def _normalised(self, name: str, score: float) -> float:
+        known = self.known.get(name)
+        if not known or self.measure.norm == "none":
+            return score
+        spread = _spread(known)
+        if self.measure.norm == "zscore":
+            return (score - float(np.mean(known))) / spread
+        # Smoothed, so that it goes on beyond the best of them: Silverman 1986, Density Estimation,
+        # equation 3.31.
+        width = 0.9 * spread * len(known) ** -0.2
+        share = float(np.mean(ndtr((score - np.array(known)) / width)))
+        return max(share, _SMALLEST)
+
+    def factors(self, names: Sequence[str]) -> dict[str, float]:
+        """How much the value of an image that these scorers judge rises with each of its scores."""
+        weights = {name: w for name, w in self.measure.weights.items() if name in names}
+        total = sum(weights.values())
+        is_scaled = self.measure.norm == "zscore"
+        scales = {
+            n: _spread(self.known[n]) if is_scaled and n in self.known else 1.0 for n in weights
+        }
+        return {name: weight / total / scales[name] for name, weight in weights.items()}
 
     def estimate(self, result: Result, panel: Sequence[Prompt]) -> Estimate:
         """The weighted mean value over the panel's images that `result` has."""
         seen = [p for p in panel if p.index in result.scores]
         values = [self.value(result.scores[p.index]) for p in seen]
         return weighted_mean(values, [p.weight for p in seen])
-
-    @property
-    def factors(self) -> dict[str, float]:
-        """How much the value of an image rises with each of its scores."""
-        if len(self.weights) == 1:
-            return dict.fromkeys(self.weights, 1.0)
-        total = sum(self.weights.values())
-        return {name: w / total / self.scale[name][1] for name, w in self.weights.items()}
 
     def trial(
         self, result: Result, panel: Sequence[Prompt], further: Sequence[Prompt] = ()
@@ -123,6 +194,11 @@ class Yardstick:
             return Interval(found.mean, -math.inf, math.inf)
         reach = float(student.ppf(0.975, freedom)) * found.se
         return Interval(found.mean, found.mean - reach, found.mean + reach)
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Standard deviation of the values; 1 of equal ones, whose computed spread may be rounding."""
+    return float(np.std(values)) if max(values) > min(values) else 1.0
 
 
 def mean_slopes(results: Sequence[Result]) -> dict[str, Estimate]:

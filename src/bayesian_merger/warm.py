@@ -21,6 +21,7 @@ from bayesian_merger.outcome import digest_of, open_study, pictures_of, read_out
 from bayesian_merger.setup import Setup
 from bayesian_merger.study import Study, storage_errors
 from bayesian_merger.study.proposals import Params
+from bayesian_merger.values import JUNK
 
 _N_STARTS = 5
 _Identity = Mapping[str, Any]
@@ -156,7 +157,7 @@ class _Known:
         self.foreign: list[str] = []
         self.n_scores = self.n_of_panel = self.n_rescored = 0
         self._panel = [Prompt.from_dict(prompt) for prompt in before.about["panel"]]
-        self._scorers = setup.scorers
+        self._scorers, self._only = setup.scorers, setup.only
         self._kept = [name for name in setup.scorers if _is_same_scorer(name, old, new)]
         same = old["backend"] == new["backend"] and _files(old, "backend.") == _files(
             new, "backend."
@@ -172,7 +173,7 @@ class _Known:
     def scores(self, result: Result, pictures: Path) -> dict[int, _Scored]:
         """Image of the new run -> its scores, of those that can be had."""
         found = {
-            index: {name: scores[name] for name in self._kept}
+            index: {n: s for n, s in scores.items() if n in self._kept or n.startswith(JUNK)}
             for index, scores in result.scores.items()
             if index < len(self._panel)
         }
@@ -181,7 +182,7 @@ class _Known:
             samples = [
                 sample for index in found if (sample := self._sample(result, index, pictures))
             ]
-            again = run.score(missing, samples) if samples else []
+            again = run.score(missing, samples, self._only) if samples else []
             found = {
                 sample.prompt.index: {**found[sample.prompt.index], **scores}
                 for sample, scores in zip(samples, again, strict=True)

@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_models import HEADS, head_file
+from tiny_models import HEADS, head_file, n_features
 
 from bayesian_merger.checkpoint import sha256_of
 from bayesian_merger.data import Prompt, Sample
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("towers")
-    return {n: tiny_models.clip(folder / str(n), n) for n in (24, 512, 768)}
+    return {n: tiny_models.clip(folder / str(n), n) for n in (24, 512, 768, 1152)}
 
 
 def pictures(n: int = 3) -> list[Sample]:
@@ -39,8 +39,13 @@ def by_hand(name: str, features: np.ndarray, state: dict[str, np.ndarray]) -> li
     places = list(HEADS[name])
     for place in places:
         prefix = f"{place}." if place else ""
-        x = x @ state[f"{prefix}weight"].T + state[f"{prefix}bias"]
-        if place != places[-1] and name in ("ava_logos_relu", "aes"):
+        weight, bias = state[f"{prefix}weight"], state[f"{prefix}bias"]
+        if weight.ndim == 1:
+            spread = np.sqrt(state[f"{prefix}running_var"] + 1e-5)
+            x = (x - state[f"{prefix}running_mean"]) / spread * weight + bias
+            continue
+        x = x @ weight.T + bias
+        if place != places[-1] and name in ("ava_logos_relu", "aes", "waifu_v3"):
             x = np.maximum(x, 0)
     return list(1 / (1 + np.exp(-x[:, 0])) if name == "aes" else x[:, 0])
 
@@ -54,7 +59,7 @@ def test_head_of_the_true_shapes_gives_what_a_hand_computes(
     name: str, towers: dict[int, Path], tmp_path: Path
 ) -> None:
     state = head_file(tmp_path / "head.pth", HEADS[name])
-    place = towers[512 if name == "aes" else 768]
+    place = towers[n_features(name)]
     judge = scorer.build(
         name, {"weights": str(tmp_path / "head.pth"), "tower": str(place), "device": "cpu"}
     )
@@ -68,7 +73,7 @@ def test_score_has_a_gradient_and_is_the_same_with_it(
     name: str, towers: dict[int, Path], tmp_path: Path
 ) -> None:
     head_file(tmp_path / "head.pth", HEADS[name])
-    place = towers[512 if name == "aes" else 768]
+    place = towers[n_features(name)]
     judge = scorer.build(name, {"weights": str(tmp_path / "head.pth"), "tower": str(place)})
     assert isinstance(judge, DifferentiableScorer)
     images = np.stack([np.array(sample.image) for sample in pictures()])

@@ -35,8 +35,8 @@ KNOWN_CLASSIFIERS = {row.name: row.label for row in classifiers.ROWS}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small random models in the place of the learnt ones."""
     found = tmp_path_factory.mktemp("models")
-    for n_features in (512, 768):
-        tiny_models.clip(found / f"clip{n_features}", n_features)
+    for n in (512, 768, 1152):
+        tiny_models.clip(found / f"clip{n}", n)
     for name, shapes in tiny_models.HEADS.items():
         tiny_models.head_file(found / f"{name}.pth", shapes)
     for label in {"good", *KNOWN_CLASSIFIERS.values()}:
@@ -47,9 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(name: str, folder: Path) -> dict[str, str]:
     """What a scorer needs to be built here."""
     if name in (*KNOWN_HEADS, "head"):
-        file = folder / f"{'chad' if name == 'head' else name}.pth"
-        n_features = 512 if name == "aes" else 768
-        return {"weights": str(file), "tower": str(folder / f"clip{n_features}")}
+        known = "chad" if name == "head" else name
+        place = folder / f"clip{tiny_models.n_features(known)}"
+        return {"weights": str(folder / f"{known}.pth"), "tower": str(place)}
     if name in (*KNOWN_CLASSIFIERS, "classifier"):
         label = KNOWN_CLASSIFIERS.get(name, "good")
         return {"model": str(folder / label), "label": label}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "fp16", "bf16"]
 """In which numbers a network computes; fp16 and bf16 take half the memory."""
 
+_RESTRICTING = ("AGPL", "-NC", "Noncommercial", "OpenRAIL")
+
 
 @dataclass(frozen=True)
 class About:
@@ -35,6 +37,11 @@ class About:
     sees: Literal["image", "image and prompt"] = "image"
     licence: str = ""
     needs: str = ""
+
+    @property
+    def restricts(self) -> bool:
+        """Whether the licence forbids some uses, as of what is sold."""
+        return any(mark in self.licence for mark in _RESTRICTING)
 
 
 class Scorer(Protocol):

@@ -96,7 +96,46 @@ class Row:
     licence: str
 
 
-ROWS: tuple[Row, ...] = ()
+_CAFE = "AGPL-3.0"
+# The name of the wanted label, as files of the hub differ in the order of labels.
+ROWS = (
+    Row(
+        "cafe_aesthetic",
+        "Whether a picture is aesthetic, mostly for anime: of sd-webui-bayesian-merger, which took the "
+        "probability of the likelier label though.",
+        "cafeai/cafe_aesthetic@3bca27c5c0b6021056b1e84e5a18cf1db9fe5d4c",
+        "aesthetic",
+        _CAFE,
+    ),
+    Row(
+        "cafe_style",
+        "Whether a picture is of a style: anime, or by `label` real_life, 3d, manga_like, other.",
+        "cafeai/cafe_style@d5ae1a7ac05a12ab84732c25f2ea7225d35ac81b",
+        "anime",
+        _CAFE,
+    ),
+    Row(
+        "cafe_waifu",
+        "Whether a picture shows a waifu. Its repository is not pinned: name a revision, or a folder.",
+        "cafeai/cafe_waifu",
+        "waifu",
+        _CAFE,
+    ),
+    Row(
+        "aesthetic_shadow_v2",
+        "How good an anime picture is. Its author has withdrawn it: name a copy, or a folder.",
+        "shadowlilac/aesthetic-shadow-v2",
+        "hq",
+        "CC-BY-NC-4.0",
+    ),
+    Row(
+        "imclasif_quality",
+        "Whether the quality of a picture is good.",
+        "sanali209/imclasif-quality-v001@fe08effe5145e04dfe54b6a27f5054cb780bb49a",
+        "good",
+        "",
+    ),
+)
 
 
 def _scorer_of(row: Row) -> type[Classifier]:
@@ -105,11 +144,12 @@ def _scorer_of(row: Row) -> type[Classifier]:
     def constructor(
         self: Classifier,
         label: str = row.label,
+        repository: str = row.repository,
         model: Path | None = None,
         device: str = "auto",
         precision: Precision = "fp32",
     ) -> None:
-        Classifier.__init__(self, label, row.repository, model, device, precision)
+        Classifier.__init__(self, label, repository, model, device, precision)
 
     needs = f"transformers, {row.repository.partition('@')[0]}"
     return type(

@@ -15,7 +15,7 @@ from bayesian_merger import devices
 from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.data import Sample
 from bayesian_merger.errors import ConfigError, MergerError
-from bayesian_merger.hub import CLIP_B32, CLIP_L14, File, file, folder
+from bayesian_merger.hub import CLIP_B32, CLIP_L14, SIGLIP_SO400M, File, file, folder
 from bayesian_merger.scorers import About, Precision, scorer
 
 if TYPE_CHECKING:
@@ -252,10 +252,36 @@ ROWS = (
             "dda8c653a305cc8fcb1bb9614065dfec05c071fc4b757a26ebbb73ca9145c32f",
         ),
         "0 to 1",
-        "AGPL-3.0",
+        "CreativeML OpenRAIL-M",
         repository=CLIP_B32,
         activation="relu",
         last="sigmoid",
+    ),
+    Row(
+        "waifu_v3",
+        "Waifu scorer v3: how good an anime picture is. Not cut at 0 and 10, as there.",
+        File(
+            "https://huggingface.co/Eugeoter/waifu-scorer-v3/resolve/"
+            "c2a747fd61d310a90e9cbbf8fc590c522f234424/model.safetensors",
+            "7def1b66314e318d9b045ff225fd51bb83bfbca855b12b2e213a5483efe37efd",
+            "waifu-scorer-v3.safetensors",
+        ),
+        "about 0 to 10",
+        "OpenRAIL",
+        activation="relu",
+    ),
+    Row(
+        "aesthetic_v2_5",
+        "Aesthetic predictor v2.5 on SigLIP, which knows illustrations better than LAION's; its author "
+        "calls 5.5 and more great.",
+        _of_github(
+            "discus0434/aesthetic-predictor-v2-5/c0e15567fa61252cbff43d70c49a8bd27202ca9a/models/"
+            "aesthetic_predictor_v2_5.pth",
+            "a6caf256b3dc434273c98dcb12f6bf17c5d4fc647d8df11f038386923dd06220",
+        ),
+        "about 1 to 10",
+        "AGPL-3.0",
+        repository=SIGLIP_SO400M,
     ),
 )
 

@@ -580,7 +580,8 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         if objective is None:
             return {item: self._value(found) for item, found in scores.items()}
         if objective.kind == "scorer":
-            return {item: found[objective.name] for item, found in scores.items()}
+            name = objective.name
+            return {item: found[name] for item, found in scores.items() if name in found}
         own = self._bayes.panel
         return {i: self._value(s) for i, s in scores.items() if own[i] == objective.name}
 
