@@ -23,6 +23,7 @@ LAYERS = (
         "checkpoint",
         "devices",
         "gp",
+        "infotext",
         "junk",
         "kernels",
         "metadata",

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
 
-from bayesian_merger import plots, report
+from bayesian_merger import infotext, plots, report
 from bayesian_merger.checkpoint import whole_file
 from bayesian_merger.data import Model, Outcome, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import ConfigError
@@ -234,6 +235,8 @@ def digest_of(image: Image) -> str:
 
 
 def save_image(sample: Sample, path: Path) -> None:
-    """Write an image as PNG."""
+    """Write an image as PNG, with its prompt as webuis do it."""
+    about = PngInfo()
+    about.add_itxt(infotext.KEY, infotext.written(sample.prompt))
     with whole_file(path) as file:
-        sample.image.save(file, format="PNG")
+        sample.image.save(file, format="PNG", pnginfo=about)

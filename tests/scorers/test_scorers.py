@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def options(name: str, folder: Path) -> dict[str, str]:
+def options(name: str, folder: Path) -> dict[str, Any]:
     """What a scorer needs to be built here."""
     if name in (*KNOWN_HEADS, "head"):
         known = "chad" if name == "head" else name
@@ -53,6 +54,9 @@ def options(name: str, folder: Path) -> dict[str, str]:
     if name in (*KNOWN_CLASSIFIERS, "classifier"):
         label = KNOWN_CLASSIFIERS.get(name, "good")
         return {"model": str(folder / label), "label": label}
+    if name == "process":
+        judge = "import json, sys\nfor line in sys.stdin: print(line[:-2] + ', \"score\": 1.5}')"
+        return {"command": ["python", "-c", judge]}
     if name in ("clipscore", "pickscore"):
         return {"tower": str(folder / "clip768")}
     return {}

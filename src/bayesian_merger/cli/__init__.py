@@ -59,6 +59,14 @@ COMMANDS = {
         "search",
         "Write the report and the figures of RUN_DIR again, from its study alone.",
     ),
+    "score": (
+        "scoring",
+        "Score IMAGES, files or folders of them, from anywhere; prompts are read from the files.",
+    ),
+    "scorer-worker": (
+        "scoring",
+        "Answer lines of JSON with the scores of NAME: a scorer in an environment of its own.",
+    ),
     "list": ("lists", "List what can be named in a configuration or on the command line."),
 }
 
@@ -142,7 +150,7 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = import_module(f"{__name__}.{COMMANDS[cmd_name][0]}")
-        command: click.Command = getattr(module, f"{cmd_name}_command")
+        command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

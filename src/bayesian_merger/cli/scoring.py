@@ -1,0 +1,277 @@
+"""The commands of scorers: score, scorer-worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import click
+from PIL import Image
+
+from bayesian_merger import infotext, run, toml
+from bayesian_merger.cli.options import plugin_option
+from bayesian_merger.cli.screen import err, out, plain
+from bayesian_merger.data import Prompt, Sample
+from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
+from bayesian_merger.registry import import_file
+from bayesian_merger.scorers import Scorer, scorer
+
+_TYPES = (".png", ".jpg", ".jpeg", ".webp")
+_AT_ONCE = 16
+
+_option = click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="[NAME.]KEY=VALUE",
+    help="An option of the scorer (of several, of that of this name); may be repeated.",
+)
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--scorer", "names", multiple=True, required=True, help="May be repeated.")
+@_option
+@click.option("--prompt", help="The prompt of images that do not tell theirs.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON for each image.")
+@plugin_option
+def score_command(
+    images: Sequence[Path],
+    names: Sequence[str],
+    options: Sequence[str],
+    prompt: str | None,
+    as_json: bool,
+    plugins: Sequence[Path],
+) -> None:
+    """Score IMAGES, files or folders of them, from anywhere; prompts are read from the files."""
+    for plugin in plugins:
+        import_file(plugin)
+    paths = _files(images)
+    samples = [_sample(path, i, prompt) for i, path in enumerate(paths)]
+    chosen = {name: _options(name, options, len(names) == 1) for name in dict.fromkeys(names)}
+    _require_owners(options, chosen)
+    judges = {name: scorer.build(name, given) for name, given in chosen.items()}
+    _require_prompts(judges, samples, paths)
+    width = max(len(name) for name in judges)
+    if not as_json:
+        out.print("  ".join(f"{name:>{max(width, 8)}}" for name in judges) + "  image")
+    failed = 0
+    totals = dict.fromkeys(judges, 0.0)
+    for sample, path, scores in _scored(judges, samples, paths):
+        if isinstance(scores, str):
+            failed += 1
+            err.print(f"{path}: {plain(scores)}", soft_wrap=True)
+        elif as_json:
+            out.print(
+                json.dumps({"image": str(path), "scores": scores, "prompt": sample.prompt.prompt}),
+                soft_wrap=True,
+            )
+        else:
+            shown = "  ".join(f"{value:>{max(width, 8)}.4g}" for value in scores.values())
+            out.print(f"{shown}  {plain(str(path))}", soft_wrap=True)
+        if not isinstance(scores, str):
+            totals = {name: total + scores[name] for name, total in totals.items()}
+    n_scored = len(paths) - failed
+    if n_scored > 1 and not as_json:
+        shown = "  ".join(f"{t / n_scored:>{max(width, 8)}.4g}" for t in totals.values())
+        out.print(f"{shown}  mean of {n_scored}")
+    if failed:
+        raise RunError(f"{failed} of {len(paths)} images could not be scored")
+
+
+@click.command()
+@click.argument("name")
+@_option
+@plugin_option
+def scorer_worker_command(name: str, options: Sequence[str], plugins: Sequence[Path]) -> None:
+    """Answer lines of JSON with the scores of NAME: a scorer in an environment of its own.
+
+    For `scorers.process` of a run elsewhere, whose lines it reads. NAME:MODEL is short for the option
+    `model`.
+    """
+    for plugin in plugins:
+        import_file(plugin)
+    name, _, model = name.partition(":")
+    given = _options(name, options, True)
+    with _own_output() as answers:
+        judge = scorer.build(name, {**given, **({"model": model} if model else {})})
+        for asked in _orders(sys.stdin):
+            for told in _answers(judge, asked):
+                answers.write(json.dumps(told) + "\n")
+                answers.flush()
+
+
+def _files(images: Iterable[Path]) -> list[Path]:
+    """The image files; of a folder those in it. ConfigError if there is none."""
+    found: list[Path] = []
+    for path in images:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _TYPES)
+            if not inside:
+                raise ConfigError(
+                    f"{path}: there is no image in this folder ({', '.join(_TYPES)})"
+                )
+            found += inside
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def _sample(path: Path, index: int, prompt: str | None) -> Sample:
+    """An image file with the prompt that it tells, or else this one; ConfigError if it is none."""
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as file:
+            image = file.convert("RGB")
+            told = infotext.read(file.info)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{path}: not an image that can be read ({one_line(error)})") from error
+    words = told.prompt or prompt or ""
+    return Sample(image, Prompt(index, path.stem, words, told.seed or 0, told.negative_prompt))
+
+
+def _options(name: str, options: Sequence[str], is_only: bool) -> dict[str, Any]:
+    """Those of the options that are this scorer's."""
+    found: dict[str, Any] = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        owner, dot, own = key.strip().rpartition(".")
+        if not equals or not own:
+            raise ConfigError(f"--option {option}: write it as KEY=VALUE")
+        if (dot and owner == name) or (not dot and is_only):
+            try:
+                found[own] = toml.loads(f"value = {text}")["value"]
+            except toml.TOMLDecodeError:
+                found[own] = text
+    return found
+
+
+def _require_owners(options: Sequence[str], chosen: Iterable[str]) -> None:
+    names = list(chosen)
+    for option in options:
+        owner = option.partition("=")[0].strip().rpartition(".")[0]
+        if (owner and owner not in names) or (not owner and len(names) > 1):
+            raise ConfigError(f"--option {option}: write it as {names[0]}.KEY=VALUE")
+
+
+def _require_prompts(
+    judges: dict[str, Scorer], samples: Sequence[Sample], paths: Sequence[Path]
+) -> None:
+    """ConfigError where a scorer needs prompts that the images do not tell."""
+    needing = [n for n, one in judges.items() if "prompt" in getattr(_about(one), "sees", "")]
+    mute = [path for s, path in zip(samples, paths, strict=True) if not s.prompt.prompt]
+    if needing and mute:
+        raise ConfigError(
+            f"{len(mute)} of {len(samples)} images tell no prompt (first: {mute[0]}), which "
+            f"{' and '.join(needing)} needs; give it by --prompt"
+        )
+
+
+def _about(judge: Scorer) -> Any:
+    return getattr(judge, "about", None)
+
+
+def _scored(
+    judges: dict[str, Scorer], samples: Sequence[Sample], paths: Sequence[Path]
+) -> Iterator[tuple[Sample, Path, dict[str, float] | str]]:
+    """Each image with its scores, or with why it has none."""
+    for start in range(0, len(samples), _AT_ONCE):
+        some = samples[start : start + _AT_ONCE]
+        found: list[dict[str, float] | str]
+        try:
+            found = list(run.score(judges, some))
+        except TrialError:
+            found = [_alone(judges, sample) for sample in some]
+        yield from zip(some, paths[start : start + _AT_ONCE], found, strict=True)
+
+
+def _alone(judges: dict[str, Scorer], sample: Sample) -> dict[str, float] | str:
+    try:
+        return run.score(judges, [sample])[0]
+    except TrialError as error:
+        return str(error)
+
+
+@contextmanager
+def _own_output() -> Iterator[IO[str]]:
+    """The standard output for answers alone: what anybody else prints goes to the standard error."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            yield answers
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+def _orders(lines: IO[str]) -> Iterator[list[dict[str, Any]]]:
+    """What is asked, as much at once as is there already."""
+    heard: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in lines:
+            heard.put(line)
+        heard.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        some = [heard.get()]
+        while len(some) < _AT_ONCE and some[-1] is not None:
+            try:
+                some.append(heard.get_nowait())
+            except queue.Empty:
+                break
+        asked = [json.loads(line) for line in some if line and line.strip()]
+        if asked:
+            yield asked
+        if some[-1] is None:
+            return
+
+
+def _answers(judge: Scorer, asked: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """An answer to each; an image that cannot be scored does not spoil the others."""
+    numbers: list[Any] = []
+    samples: list[Sample] = []
+    for one in asked:
+        try:
+            with Image.open(one["image"], formats=["PNG", "JPEG", "WEBP"]) as file:
+                image = file.convert("RGB")
+            texts = {
+                key: str(one.get(key, "")) for key in ("payload", "prompt", "negative_prompt")
+            }
+            samples.append(
+                Sample(
+                    image,
+                    Prompt(
+                        len(samples),
+                        texts["payload"],
+                        texts["prompt"],
+                        int(one.get("seed", 0)),
+                        texts["negative_prompt"],
+                    ),
+                )
+            )
+            numbers.append(one["id"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            yield {"id": one.get("id"), "error": f"{type(error).__name__}: {one_line(error)}"}
+    try:
+        found = [row["it"] for row in run.score({"it": judge}, samples)]
+        yield from ({"id": n, "score": s} for n, s in zip(numbers, found, strict=True))
+    except TrialError:
+        for number, sample in zip(numbers, samples, strict=True):
+            told = _alone({"it": judge}, sample)
+            if isinstance(told, str):
+                yield {"id": number, "error": told}
+            else:
+                yield {"id": number, "score": told["it"]}
