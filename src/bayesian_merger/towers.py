@@ -181,11 +181,11 @@ class Tower:
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
         """Features (N, D), float32, of pictures (N, 3, height, width) in [0, 1], with gradients."""
-        return self._encoded(self._preprocessing(pixels.to(self._device, torch.float32)))
+        return self._encoded(self._preprocessing(pixels.to(self._device, wide(self._dtype))))
 
     def _encoded(self, pixels: Tensor) -> Tensor:
         found = self._model.get_image_features(pixel_values=pixels.to(self._dtype))
-        return _tensor(found).float()
+        return _tensor(found).to(wide(self._dtype))
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
         """Features (N, D) of texts, float32, not normalised; what is too long is cut."""
@@ -211,7 +211,12 @@ class Tower:
         )["input_ids"]
         with torch.no_grad():
             found = self._model.get_text_features(input_ids=ids)
-        return _tensor(found)[0].float().to(self._device)
+        return _tensor(found)[0].to(self._device, wide(self._dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which features and pixels are kept: of 32 bits, or more if the model has them."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _tensor(found: Any) -> Tensor:

@@ -7,9 +7,11 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.data import Prompt, Recipe
 from bayesian_merger.errors import TrialError
 from bayesian_merger.merge import Merger
+from bayesian_merger.scorers import scorer as scorers
 from bayesian_merger.scorers.demo import Demo
 
 DEMO = Path(bayesian_merger.__file__).parent / "demo"
@@ -110,6 +113,67 @@ def test_slopes_through_all_steps_are_the_derivatives(
     expected = differences(live, merger, scorer)
     for key in SOME:
         assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+
+
+class Sum:
+    """The sum of scorers, as the loop takes it of several."""
+
+    def __init__(self, *parts: Any) -> None:
+        self._parts = parts
+
+    def differentiable(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return sum(
+            (part.differentiable(pixels, prompts) for part in self._parts), pixels.new_zeros(())
+        )
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Learnt scorers of random weights in float64, by name."""
+    folder = tmp_path_factory.mktemp("learnt")
+    clip, siglip = tiny_models.clip(folder / "clip"), tiny_models.siglip(folder / "siglip")
+    for name, n_in in (("clip", 24), ("siglip", 32)):
+        tiny_models.head_file(folder / f"{name}.pth", {"0": (16, n_in), "2": (1, 16)})
+    options: dict[str, tuple[str, dict[str, Any]]] = {
+        "clipscore": ("clipscore", {"tower": clip}),
+        "pickscore": ("pickscore", {"tower": clip}),
+        "CLIP head": ("head", {"tower": clip, "weights": folder / "clip.pth", "last": "sigmoid"}),
+        "SigLIP head": ("head", {"tower": siglip, "weights": folder / "siglip.pth"}),
+        "classifier": (
+            "classifier",
+            {"model": tiny_models.classifier(folder / "beit"), "label": "aesthetic"},
+        ),
+    }
+
+    def one(name: str) -> Any:
+        if name == "sum":
+            return Sum(one("clipscore"), one("CLIP head"), one("classifier"))
+        kind, given = options[name]
+        found = scorers.build(kind, {**given, "device": "cpu"})
+        for part in (found, getattr(found, "_tower", None)):
+            for attribute in ("_model", "_network", "_layers"):
+                if isinstance(getattr(part, attribute, None), torch.nn.Module):
+                    getattr(part, attribute).double()
+            if part is not None and hasattr(part, "_dtype"):
+                part._dtype = torch.float64
+        return found
+
+    return one
+
+
+@pytest.mark.parametrize(
+    "name", ["clipscore", "pickscore", "CLIP head", "SigLIP head", "classifier", "sum"]
+)
+def test_slopes_of_a_learnt_scorer_are_the_derivatives(
+    live: Diffusers, merger: Merger, learnt: Callable[[str], Any], name: str
+) -> None:
+    judge = learnt(name)
+    load(live, merger)
+    found = followed(live, judge, None)
+    expected = differences(live, merger, judge)
+    for key in SOME:
+        assert expected[key] != 0
+        assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-8), key
 
 
 def test_slopes_through_the_last_step_take_the_earlier_ones_as_given(

@@ -77,10 +77,15 @@ class Classifier:
 
     def differentiable(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """One score each for `pixels` (N, 3, height, width) in [0, 1], with gradients to them."""
-        return self._scores(self._preprocessing(pixels.to(self._place).float()))
+        from bayesian_merger.towers import wide
+
+        return self._scores(self._preprocessing(pixels.to(self._place, wide(self._dtype))))
 
     def _scores(self, pixels: Tensor) -> Tensor:
-        logits: Tensor = self._network(pixel_values=pixels.to(self._dtype)).logits.float()
+        from bayesian_merger.towers import wide
+
+        found: Tensor = self._network(pixel_values=pixels.to(self._dtype)).logits
+        logits = found.to(wide(self._dtype))
         chances = logits.sigmoid() if self._is_single else logits.softmax(1)
         return chances[:, self._label]
 
