@@ -80,6 +80,8 @@ HOMES = {
     "tqdm": {"hub"},
     "sd_mecha": {"methods"},
     "llvmlite": {"kernels"},
+    "imscore": set(),  # by its name, in scorers/extras
+    "pyiqa": {"scorers"},
     "cmaes": set(),  # Optuna imports it
 }
 
