@@ -1,10 +1,11 @@
 # make demo: run the embedded example.   make test: run the checks.   Each installs what it needs into .venv.
 # make peers: compare with sd-meh and sd-mecha, which it installs into .venv-peers.
+# make transformers4: test the learnt scorers with transformers 4, which it installs into .venv-transformers4.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test peers clean
+.PHONY: demo test peers transformers4 clean
 
 demo: .venv/installed
 	$(BIN)/bayesian-merger demo --run-dir runs/demo
@@ -37,5 +38,15 @@ peers: .venv/installed-dev .venv-peers/installed
 		--constraint constraints.txt torch sd-meh 'sd-mecha~=1.1' tensordict
 	touch $@
 
+transformers4: .venv-transformers4/installed
+	.venv-transformers4/bin/python -m pytest tests/test_towers.py tests/test_hub.py tests/test_scoring.py tests/scorers
+
+.venv-transformers4/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-transformers4
+	grep -v -E '^(transformers|huggingface-hub|tokenizers)==' constraints.txt > .venv-transformers4/constraints.txt
+	.venv-transformers4/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .venv-transformers4/constraints.txt --editable ".[scorers]" 'transformers<5' pytest hypothesis
+	touch $@
+
 clean:
-	rm -rf .venv .venv-peers runs
+	rm -rf .venv .venv-peers .venv-transformers4 runs
