@@ -33,8 +33,8 @@ LAYERS = (
         "server",
         "workflow",
     ),
-    ("handover", "hub", "slopes", "stock", "towers"),
-    ("delivery",),
+    ("desk", "handover", "hub", "slopes", "stock", "towers"),
+    ("delivery", "page"),
     ("bayes", "blocks", "folders", "lora", "plots", *PLUGINS),
     (
         "adopt",
@@ -176,7 +176,7 @@ def test_plugin_knows_neither_the_config_nor_the_study_nor_another_plugin(module
         allowed |= {"delivery", "guard", "handover", "pictures"}
         allowed |= {"server", "stock", "workflow"}
     elif top(module) == "scorers":
-        allowed = (allowed - {"names", "toml"}) | {"hub", "towers"}
+        allowed = (allowed - {"names", "toml"}) | {"desk", "hub", "towers"}
     else:
         allowed -= {"checkpoint", "names", "toml"}
     assert ours(module) <= allowed

@@ -45,8 +45,8 @@ def test_pictures_are_prepared_as_transformers_does_it(
     theirs = kind(**{"do_center_crop": False, **said})(picture(*size), return_tensors="pt")
     ours = ready([picture(*size)], Preprocessing.read(tmp_path), CPU)
     assert ours.shape == theirs["pixel_values"].shape
-    # PIL rounds to 1/255 between its two passes, which the division by the deviation quadruples.
-    assert float((ours - theirs["pixel_values"]).abs().max()) < 3 / 255 / 0.26
+    # The rounding of bytes, which the division by the deviation quadruples.
+    assert float((ours - theirs["pixel_values"]).abs().max()) < 2.01 / 255 / 0.26
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_features_of_pixels_are_those_of_images_and_have_gradients(clip: Path) -
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     pixels.requires_grad_()
     features = own.of_pixels(pixels)
-    assert torch.allclose(features, own.of_images([image]), atol=1e-6)
+    assert torch.allclose(features, own.of_images([image]), atol=1e-2)  # rounded to bytes
     features.sum().backward()  # type: ignore[no-untyped-call]
     assert pixels.grad is not None
     assert float(pixels.grad.abs().sum()) > 0

@@ -10,10 +10,10 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from bayesian_merger.data import (
     Result,
     Sample,
 )
+from bayesian_merger.desk import Desk
 from bayesian_merger.errors import (
     CheckpointError,
     ConfigError,
@@ -54,7 +55,7 @@ from bayesian_merger.outcome import (
     write_outcome,
     write_recipe,
 )
-from bayesian_merger.scorers import DifferentiableScorer, Scorer
+from bayesian_merger.scorers import Attended, DifferentiableScorer, Scorer
 from bayesian_merger.setup import BASELINES, Setup, judges
 from bayesian_merger.study import Stage, Study, Trial, storage_errors
 from bayesian_merger.study.proposals import FRESH, Objective, Plan, Proposer
@@ -98,6 +99,15 @@ class Observer(Protocol):
         ...
 
 
+@runtime_checkable
+class Host(Observer, Protocol):
+    """An observer that lets a person answer what a scorer asks."""
+
+    def asked(self, desk: Desk) -> None:
+        """Show what is asked at this desk, from now until it is closed."""
+        ...
+
+
 class _Piece(NamedTuple):
     """Images that were made at once, and their slopes by each parameter, if these are wanted.
 
@@ -126,7 +136,8 @@ def judge(
     or if an image is junk that fails it.
     """
     done = trial.scores.keys() if yardstick is None else trial.followed
-    todo = [prompt for prompt in panel if prompt.index not in done]
+    # What a person has skipped is missing from a complete one.
+    todo = [p for p in panel if p.index not in done] if not trial.is_complete else []
     if yardstick and trial.fault:
         raise TrialError(trial.fault)
     observer.judged(len(panel) - len(todo), made=False)
@@ -143,6 +154,8 @@ def judge(
         for (samples, slopes, fault), scores, spent in scored:
             fresh = sum(sample.prompt in todo for sample in samples)
             for sample, found in zip(samples, scores, strict=True):
+                if not setup.measure.weights.keys() & found.keys():
+                    continue  # a person has skipped it
                 if sample.prompt.index not in trial.scores:
                     if keep:
                         save_image(sample, keep / f"{sample.prompt.index:03}.png")
@@ -164,6 +177,8 @@ def judge(
             observer.judged(fresh, made=True)
             if yardstick and trial.fault:
                 raise TrialError(trial.fault)
+    if not trial.scores:
+        raise TrialError("all its images were skipped")
     for mark, n_marked in marked.items():
         what = mark.removeprefix(JUNK)
         observer.noted(f"{n_marked} of {len(todo)} images of {trial.name} are junk: {what}")
@@ -189,11 +204,14 @@ def _scored(setup: Setup, pieces: Generator[_Piece, None, None]) -> Generator[_S
         with closing(pieces):
             yield from (_score_of(setup, *one) for one in made)
         return
-    with closing(pieces), ThreadPoolExecutor(1) as scoring:
+    # A person who is still asked would hold up the end.
+    with closing(pieces), ThreadPoolExecutor(1) as scoring, _withdrawing(setup):
         waiting: Future[_Scored] | None = None
         while True:
             try:
                 one = next(made, None)
+            except KeyboardInterrupt:
+                raise
             except BaseException:
                 # The fault is of the next; this one is not lost, or has a fault that counts less.
                 with suppress(TrialError):
@@ -207,6 +225,17 @@ def _scored(setup: Setup, pieces: Generator[_Piece, None, None]) -> Generator[_S
             if following is None:
                 return
             waiting = following
+
+
+@contextmanager
+def _withdrawing(setup: Setup) -> Iterator[None]:
+    """What a person is asked is withdrawn afterwards, if nobody waits for it any more."""
+    try:
+        yield
+    finally:
+        for judge_of in setup.scorers.values():
+            if isinstance(judge_of, Attended):
+                judge_of.withdraw()
 
 
 def _timed(pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, float]]:
@@ -377,10 +406,16 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
 
     RunError if it cannot go on, ConfigError if the folder belongs to another configuration.
     """
-    with locked(folder), storage_errors():
+    with locked(folder), storage_errors(), ExitStack() as stack:
         remove_parts(folder)
         check_folder(setup, folder)
         _take(setup.backend)
+        for name, judge_of in setup.scorers.items():
+            if isinstance(judge_of, Attended):
+                if not isinstance(observer, Host):
+                    raise ConfigError(f"scorer {name} asks a person, and here nobody can answer")
+                stack.callback(judge_of.leave)
+                observer.asked(judge_of.attend(folder, setup.n_images()))
         study = open_study(folder, setup.config.search.storage, create=True)
         setup = _as_begun(setup, study)
         study.require_same(setup.identity)
@@ -800,7 +835,9 @@ def try_out(setup: Setup) -> TryOut:
     _generate(setup, [replace(batch[0], seed=batch[0].seed ^ 1)])
     warm = time.monotonic()
     samples = _generate(setup, batch)
-    scores = score(setup.scorers, samples, setup.only)
+    # Nobody is asked for a try.
+    judges_of = {n: one for n, one in setup.scorers.items() if not isinstance(one, Attended)}
+    scores = score(judges_of, samples, setup.only)
     per_image = (time.monotonic() - warm) / len(batch)
     per_followed, n_followed, notes = 0.0, 0, []
     if setup.plan.optimiser == "gradient":
@@ -890,10 +927,13 @@ def score(
         rows = [i for i, names in enumerate(judged) if name in names]
         some = [samples[i] for i in rows]
         with _no_value(f"scorer {name}"):
-            scores = [float(score) for score in judge_of(some)] if some else []
+            found = judge_of(some) if some else []
+            scores = [None if score is None else float(score) for score in found]
         if len(scores) != len(some):
             raise TrialError(f"scorer {name} gave {len(scores)} scores for {len(some)} images")
         for row, score in zip((table[i] for i in rows), scores, strict=True):
+            if score is None:
+                continue
             if not abs(score) < MOST_SCORE:
                 raise TrialError(f"scorer {name} gave {score}")
             row[name] = score

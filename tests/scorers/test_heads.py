@@ -79,7 +79,7 @@ def test_score_has_a_gradient_and_is_the_same_with_it(
     images = np.stack([np.array(sample.image) for sample in pictures()])
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255).requires_grad_()
     scores = judge.differentiable(pixels, [s.prompt.prompt for s in pictures()])
-    assert scores.tolist() == pytest.approx(judge(pictures()), abs=1e-4)
+    assert scores.tolist() == pytest.approx(judge(pictures()), abs=1e-2)  # rounded to bytes
     scores.sum().backward()  # type: ignore[no-untyped-call]
     assert pixels.grad is not None
     assert bool(pixels.grad.any())

@@ -59,6 +59,10 @@ COMMANDS = {
         "search",
         "Write the report and the figures of RUN_DIR again, from its study alone.",
     ),
+    "rate": (
+        "asking",
+        "Let your own eye judge the pictures of RUN_DIR: its best merge beside A, B and the even merge.",
+    ),
     "score": (
         "scoring",
         "Score IMAGES, files or folders of them, from anywhere; prompts are read from the files.",

@@ -18,8 +18,10 @@ from bayesian_merger import adopt, run, warm
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
 from bayesian_merger.backends import Backend
+from bayesian_merger.cli.asking import Asking, Shown, asking_options
 from bayesian_merger.cli.screen import err, out, plain
 from bayesian_merger.data import RIVALS, Outcome, Result
+from bayesian_merger.desk import Desk
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.report import duration
 from bayesian_merger.setup import METHOD, Setup, prepare
@@ -27,6 +29,7 @@ from bayesian_merger.study import storage_errors
 from bayesian_merger.study.proposals import MOST_IMAGES
 
 _PACKAGE = Path(__file__).parents[1]
+_USUAL_ASKING, _HERE = Asking(), Path()
 
 
 _run_dir_option = click.option(
@@ -158,11 +161,15 @@ def check_command(
     help="Images to spend beyond those of a finished run; said again, it goes on with them. With 0 "
     "no more than the configuration says.",
 )
+@asking_options
 @_run_options
 def run_command(
     config_file: Path,
     run_dir: Path | None,
     more: int | None,
+    port: int,
+    no_browser: bool,
+    terminal: bool,
     overrides: Sequence[str],
     **counts: int | None,
 ) -> None:
@@ -171,11 +178,14 @@ def run_command(
     folder = run_dir or _default_run_dir(config_file)
     if more is not None and not outcomes.has_study(folder, config.search.storage):
         raise ConfigError(f"{folder}: there is no run to extend")
-    _run(_prepared(config, config_file), folder, more)
+    how = Asking(port, not no_browser, terminal)
+    _run(_prepared(config, config_file), folder, more, how)
 
 
-def _run(setup: Setup, run_dir: Path, more: int | None = None) -> None:
-    with _using(setup.backend), _Progress(out) as observer:
+def _run(
+    setup: Setup, run_dir: Path, more: int | None = None, how: Asking = _USUAL_ASKING
+) -> None:
+    with _using(setup.backend), _Progress(out, how, run_dir) as observer:
         outcome = run.run(setup, run_dir, observer, more)
     _summary(outcome, run_dir)
 
@@ -301,8 +311,11 @@ def _say_begun(
 class _Progress:
     """The run's progress in the terminal: a live line where there is one, plain lines in a log."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(
+        self, console: Console, how: Asking = _USUAL_ASKING, run_dir: Path = _HERE
+    ) -> None:
+        self._console, self._how, self._run_dir = console, how, run_dir
+        self._shown: list[Shown] = []
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -312,7 +325,7 @@ class _Progress:
             TextColumn("left"),
             TimeRemainingColumn(compact=True),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or how.in_terminal,
             transient=True,
         )
         self._task = self._bar.add_task("baselines", total=None, speed="")
@@ -326,6 +339,11 @@ class _Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        for shown in self._shown:
+            shown.close()
+
+    def asked(self, desk: Desk) -> None:
+        self._shown.append(Shown(desk, self._how, self._console, self._run_dir))
 
     def planned(self, images: int) -> None:
         self._bar.update(self._task, total=images)

@@ -16,7 +16,11 @@ from bayesian_merger.data import Sample
 from bayesian_merger.registry import Registry
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
+
+    from bayesian_merger.desk import Desk
 
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -47,8 +51,11 @@ class About:
 class Scorer(Protocol):
     """What the loop needs of a scorer."""
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        """One finite score for each sample, higher is better. TrialError if it cannot tell."""
+    def __call__(self, samples: Sequence[Sample]) -> Sequence[float | None]:
+        """One finite score for each sample, higher is better, or None for a sample that it leaves out.
+
+        TrialError if it cannot tell.
+        """
         ...
 
 
@@ -61,6 +68,23 @@ class DifferentiableScorer(Scorer, Protocol):
 
         The pixels may be on another device than the scorer.
         """
+        ...
+
+
+@runtime_checkable
+class Attended(Scorer, Protocol):
+    """A scorer that asks a person, in a run only."""
+
+    def attend(self, folder: Path, images: int) -> Desk:
+        """Begin to ask, at this desk; answers lie in `folder`, and about so many `images` will come."""
+        ...
+
+    def withdraw(self) -> None:
+        """Have what is asked now fail: nobody waits for it any more."""
+        ...
+
+    def leave(self) -> None:
+        """Ask nothing more."""
         ...
 
 

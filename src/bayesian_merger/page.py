@@ -1,0 +1,174 @@
+"""A web page on this machine that shows what a desk asks; whoever lacks its token gets nothing."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+import threading
+from http.cookies import CookieError, SimpleCookie
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from bayesian_merger.desk import Desk
+from bayesian_merger.errors import ConfigError
+
+_HOST = "127.0.0.1"
+_FILE = Path(__file__).parent / "templates" / "rate.html"
+_MOST_BODY = 10_000
+_POLL_S = 20.0
+
+
+class Page:
+    """The page of a desk at `url`, from now until it is closed. The port 0 is any that is free."""
+
+    def __init__(self, desk: Desk, port: int = 0) -> None:
+        """ConfigError if the port is taken."""
+        token = secrets.token_urlsafe(24)
+        try:
+            self._server = _Server((_HOST, port), _Handler)
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} of this machine cannot be had ({error.strerror}); name another, or 0 for "
+                f"any"
+            ) from error
+        self._server.desk, self._server.token = desk, token
+        self.url = f"http://{_HOST}:{self._server.server_port}/?token={token}"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.1,), daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer no more."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    """Knows what its requests are about."""
+
+    daemon_threads = True
+    block_on_close = False
+    desk: Desk
+    token: str
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = 60
+    server_version, sys_version = "bayesian-merger", ""
+
+    def do_GET(self) -> None:
+        split = urlsplit(self.path)
+        asked = parse_qs(split.query)
+        if not self._is_allowed(asked.get("token", [""])[0]):
+            return
+        if split.path == "/":
+            self._show(asked)
+        elif split.path == "/state":
+            known = asked.get("known", ["-1"])[0]
+            found = self.server.desk.state(int(known) if known.isdigit() else -1, _POLL_S)
+            self._answer(200, json.dumps(found).encode(), "application/json")
+        elif split.path == "/picture":
+            number = asked.get("number", [""])[0]
+            key = asked.get("key", [""])[0]
+            picture = self.server.desk.picture(key, int(number)) if number.isdigit() else None
+            if picture is None:
+                self._answer(404, b"no such picture")
+            else:
+                self._answer(200, picture, "image/png")
+        else:
+            self._answer(404, b"nothing here")
+
+    def do_POST(self) -> None:
+        if not self._is_allowed(""):
+            return
+        # A form of another site cannot send this type without being asked for leave.
+        if self.headers.get("content-type", "").partition(";")[0] != "application/json":
+            self._answer(415, b"JSON only")
+            return
+        try:
+            size = int(self.headers.get("content-length", ""))
+            told = json.loads(self.rfile.read(size)) if 0 <= size <= _MOST_BODY else None
+        except (ValueError, RecursionError):
+            told = None
+        if not isinstance(told, dict):
+            self._answer(400, b"no table of JSON")
+        elif self.path == "/answer":
+            taken = self.server.desk.answer(str(told.get("key")), told.get("answer"))
+            self._answer(200 if taken else 409, b"")
+        elif self.path == "/undo":
+            self._answer(200 if self.server.desk.undo() else 409, b"")
+        else:
+            self._answer(404, b"nothing here")
+
+    def _is_allowed(self, token: str) -> bool:
+        """Whether the token is there, in the address or a cookie; else it is answered so."""
+        port = self.server.server_port
+        if self.headers.get("host") not in (f"{_HOST}:{port}", f"localhost:{port}"):
+            # Another site whose name leads here.
+            self._answer(403, b"unknown host")
+            return False
+        try:
+            cookie = SimpleCookie(self.headers.get("cookie", "")).get(self._cookie)
+        except CookieError:
+            cookie = None
+        given = token or (cookie.value if cookie else "")
+        if not hmac.compare_digest(given.encode(), self.server.token.encode()):
+            self._answer(403, b"open the address that the program has printed, with its token")
+            return False
+        return True
+
+    @property
+    def _cookie(self) -> str:
+        # Cookies are the same for all ports of a machine.
+        return f"bayesian-merger-{self.server.server_port}"
+
+    def _show(self, asked: dict[str, list[str]]) -> None:
+        """The page; with the token in its address it becomes a cookie first, as addresses are seen."""
+        if "token" in asked:
+            self.send_response(303)
+            self.send_header("location", "/")
+            kept = f"{self._cookie}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
+            self.send_header("set-cookie", kept)
+            self.send_header("content-length", "0")
+            self.end_headers()
+            return
+        nonce = secrets.token_urlsafe(16)
+        page = _FILE.read_text(encoding="utf-8").replace("{{ nonce }}", nonce)
+        own = f"'nonce-{nonce}'"
+        policy = (
+            f"default-src 'none'; img-src 'self'; connect-src 'self'; script-src {own}; "
+            f"style-src {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        self._answer(200, page.encode(), "text/html; charset=utf-8", policy)
+
+    def _answer(
+        self,
+        status: int,
+        body: bytes,
+        kind: str = "text/plain; charset=utf-8",
+        policy: str = "default-src 'none'",
+    ) -> None:
+        self.send_response(status)
+        for name, value in {
+            "content-type": kind,
+            "content-length": str(len(body)),
+            "cache-control": "no-store",
+            "content-security-policy": policy,
+            "x-content-type-options": "nosniff",
+            "referrer-policy": "no-referrer",
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        try:
+            self.wfile.write(body)
+        except OSError:  # the page is closed
+            self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing: only the command line prints."""
