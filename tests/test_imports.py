@@ -48,6 +48,7 @@ LAYERS = (
         "prompts",
         "report",
         "spread",
+        "taste",
         "values",
     ),
     ("setup",),

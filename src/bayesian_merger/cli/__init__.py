@@ -71,6 +71,10 @@ COMMANDS = {
         "scoring",
         "Answer lines of JSON with the scores of NAME: a scorer in an environment of its own.",
     ),
+    "train-scorer": (
+        "scoring",
+        "Learn your taste from what you have rated in RUN_DIRS: a scorer of your own, ready to use.",
+    ),
     "list": ("lists", "List what can be named in a configuration or on the command line."),
 }
 

@@ -15,11 +15,12 @@ from typing import IO, Any
 import click
 from PIL import Image
 
-from bayesian_merger import infotext, run, toml
+from bayesian_merger import checkpoint, devices, hub, infotext, run, taste, toml, towers
 from bayesian_merger.cli.options import plugin_option
 from bayesian_merger.cli.screen import err, out, plain
 from bayesian_merger.data import Prompt, Sample
 from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
+from bayesian_merger.hub import CLIP_L14
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import Scorer, scorer
 
@@ -107,6 +108,65 @@ def scorer_worker_command(name: str, options: Sequence[str], plugins: Sequence[P
             for told in _answers(judge, asked):
                 answers.write(json.dumps(told) + "\n")
                 answers.flush()
+
+
+@click.command()
+@click.argument(
+    "run_dirs", nargs=-1, required=True, type=click.Path(path_type=Path, file_okay=False)
+)
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write."
+)
+@click.option("--repository", default=CLIP_L14, show_default=True, help="A model of the hub.")
+@click.option("--tower", type=click.Path(path_type=Path), help="A folder with a model instead.")
+@click.option("--device", default="auto", show_default=True)
+def train_scorer_command(
+    run_dirs: Sequence[Path], output: Path, repository: str, tower: Path | None, device: str
+) -> None:
+    """Learn your taste from what you have rated in RUN_DIRS: a scorer of your own, ready to use."""
+    import torch
+    from torch.nn.functional import normalize
+
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"{output}: give it the ending .safetensors")
+    if output.exists():
+        raise ConfigError(f"{output} exists already and is left as it is; name another")
+    ratings = taste.read(run_dirs)
+    place = tower or hub.folder(repository, "--tower")
+    encoder = towers.tower(place, devices.device(device, "--device"), "fp32")
+    features = []
+    for start in range(0, len(ratings.pictures), _AT_ONCE):
+        images = []
+        for path in ratings.pictures[start : start + _AT_ONCE]:
+            with Image.open(path, formats=["PNG"]) as file:
+                images.append(file.convert("RGB"))
+        features.append(normalize(encoder.of_images(images)).cpu().double())
+    found = taste.learn(ratings, torch.cat(features).numpy())
+    tensors = {
+        "weight": torch.from_numpy(found.weight[None]).float(),
+        "bias": torch.tensor([found.bias], dtype=torch.float32),
+    }
+    told = {"format": "pt", "made_by": "bayesian-merger", "ratings": str(ratings.n)}
+    checkpoint.write(
+        output,
+        {name: checkpoint.Layout(tuple(one.shape), one.dtype) for name, one in tensors.items()},
+        lambda name: [tensors[name]],
+        told if tower else {**told, "repository": repository},
+    )
+    out.print(f"learnt from {len(ratings.marks)} marks and {len(ratings.pairs)} pairs")
+    if found.rank_correlation is not None:
+        out.print(
+            f"on prompts and seeds left out: rank correlation {found.rank_correlation:.2f} of its "
+            f"marks with yours"
+        )
+    if found.agreement is not None:
+        out.print(f"on prompts and seeds left out: it chooses as you in {found.agreement:.0%}")
+    out.print(f"wrote {output}; as a scorer:", soft_wrap=True)
+    more = f'\ntower = "{tower.absolute().as_posix()}"' if tower else ""
+    out.print(
+        f'[scorers.taste]\nscorer = "head"\nweights = "{output.absolute().as_posix()}"{more}',
+        soft_wrap=True,
+    )
 
 
 def _files(images: Iterable[Path]) -> list[Path]:

@@ -28,7 +28,8 @@ Activation = Literal["none", "relu", "gelu", "leaky_relu", "sigmoid"]
 class Head:
     """Any head of linear layers in a file, on the image features of a CLIP or SigLIP model.
 
-    `weights` is the file, `repository` the model on the hub, or `tower` a folder with it. `activation`
+    `weights` is the file, `repository` the model on the hub, or `tower` a folder with it; without
+    either it is the one that the file names, as of `train-scorer`, or CLIP ViT-L/14. `activation`
     stands between the layers, `last` behind the last; of several outputs, `output` is the score.
     Features have length 1, unless `normalised` is false.
     """
@@ -39,7 +40,7 @@ class Head:
         self,
         weights: Path,
         tower: Path | None = None,
-        repository: str = CLIP_L14,
+        repository: str = "",
         activation: Activation = "none",
         last: Activation = "none",
         normalised: bool = True,
@@ -55,7 +56,8 @@ class Head:
         except (MergerError, ValueError) as error:
             raise ConfigError(f"{where}.weights: {weights.name}: {error}") from error
         place = devices.device(device, f"{where}.device")
-        tower = tower or folder(repository, f"{where}.tower")
+        named = repository or checkpoint.metadata.get("repository") or CLIP_L14
+        tower = tower or folder(named, f"{where}.tower")
         from bayesian_merger.towers import tower as shared
 
         self._tower = shared(tower, place, precision)
