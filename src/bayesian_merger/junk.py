@@ -1,4 +1,4 @@
-"""What is no picture, whatever a scorer says of it: plain NumPy, of an image alone.
+"""What is no picture, whatever a scorer says of it: by its pixels alone.
 
 A mark never enters the mean silently: it fails the trial or costs a penalty, as the user says.
 """
@@ -29,26 +29,32 @@ _SMALLEST = 16
 
 def marks(image: Image) -> list[str]:
     """Which of "blank", "saturated" and "noise" an RGB image is, if any."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
-    if float(pixels.std(axis=(0, 1)).max()) < _BLANK:
+    from PIL import ImageStat
+
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if max(ImageStat.Stat(rgb).stddev) < _BLANK:
         return ["blank"]
     found = []
-    is_full = (pixels.min(axis=2) == 0) & (pixels.max(axis=2) == 255)
-    if float(is_full.mean()) > _SATURATED:
+    if _full(rgb) > _SATURATED:
         found.append("saturated")
-    grey = pixels.mean(axis=2)
-    if min(grey.shape) >= _SMALLEST and _likeness(_shrunk(grey)) < _NOISE:
-        found.append("noise")
+    short = min(rgb.size)
+    if short >= _SMALLEST:
+        grey = rgb.convert("L").reduce(max(1, short // _SIDE))
+        if _likeness(np.asarray(grey, dtype=np.float64)) < _NOISE:
+            found.append("noise")
     return found
 
 
-def _shrunk(grey: Array) -> Array:
-    """Means of squares, so many that the shorter side has about `_SIDE`."""
-    step = max(1, min(grey.shape) // _SIDE)
-    height, width = (n // step * step for n in grey.shape)
-    squares = grey[:height, :width].reshape(height // step, step, width // step, step)
-    found: Array = squares.mean(axis=(1, 3))
-    return found
+def _full(rgb: Image) -> float:
+    """The share of pixels that have one channel at 0 and another at 255."""
+    from PIL import ImageChops
+
+    red, green, blue = rgb.split()
+    most = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    least = ImageChops.darker(ImageChops.darker(red, green), blue)
+    # 255 only where both are at their ends.
+    is_full = ImageChops.subtract(most, least)
+    return is_full.histogram()[255] / (rgb.width * rgb.height)
 
 
 def _likeness(grey: Array) -> float:
