@@ -42,12 +42,16 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        told = folder / "DevToolsActivePort"
-        port = _until(lambda: told.exists() and told.read_text().splitlines()[:1], 60)[0]
-        pages = _until(lambda: _pages(port), 30)
         self._stack = ExitStack()
-        url = pages[0]["webSocketDebuggerUrl"]
-        self._socket = self._stack.enter_context(connect(url, max_size=None, proxy=None))
+        self._stack.callback(self._end)
+        told = folder / "DevToolsActivePort"
+        try:
+            port = _until(lambda: told.exists() and told.read_text().splitlines()[:1], 60)[0]
+            url = _until(lambda: _pages(port), 30)[0]["webSocketDebuggerUrl"]
+            self._socket = self._stack.enter_context(connect(url, max_size=None, proxy=None))
+        except BaseException:
+            self._stack.close()
+            raise
         self._numbers = itertools.count(1)
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 640}
         self._call("Emulation.setDeviceMetricsOverride", **size)
@@ -86,8 +90,14 @@ class Browser:
 
     def close(self) -> None:
         self._stack.close()
+
+    def _end(self) -> None:
         self._process.terminate()
-        self._process.wait(20)
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _call(self, method: str, **params: Any) -> Any:
         number = next(self._numbers)

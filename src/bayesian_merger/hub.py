@@ -130,6 +130,7 @@ def _snapshot(name: str, revision: str, option: str) -> Path:
         path = Path()
     if not _is_whole(path):
         try:
+            _look_for_hub()
             path = fetched(_WEIGHTS[0])
             if not any(path.glob(_WEIGHTS[0])):
                 path = fetched(_WEIGHTS[1])
@@ -141,6 +142,15 @@ def _snapshot(name: str, revision: str, option: str) -> Path:
         for one in path.glob(weights):
             _require_undamaged(one)
     return path
+
+
+def _look_for_hub() -> None:
+    """httpx.HTTPError if the hub does not answer, which takes its client half a minute to say."""
+    import httpx
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        httpx.head(constants.ENDPOINT, timeout=_TIMEOUT_S, follow_redirects=True)
 
 
 def _is_whole(path: Path) -> bool:

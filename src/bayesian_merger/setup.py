@@ -258,10 +258,15 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
     panels = attempt(lambda: _panels(config, folder))
     measure = attempt(lambda: _measure(config))
     only = attempt(lambda: _only(config, panels.search)) if panels else None
-    scorers: dict[str, Scorer | None] = {
-        name: attempt(partial(scorer.build, _kind(name, chosen), chosen.options, folder))
-        for name, chosen in config.scorers.items()
-    }
+    scorers: dict[str, Scorer | None] = {}
+    # Nothing is downloaded for a configuration that has mistakes.
+    is_sound = not mistakes
+    for name, chosen in config.scorers.items():
+        kind, options = _kind(name, chosen), chosen.options
+        if is_sound:
+            scorers[name] = attempt(partial(scorer.build, kind, options, folder))
+        else:
+            attempt(partial(scorer.check, kind, options))
     engine = attempt(lambda: _engine(config, folder))
     plan = (
         attempt(lambda: _plan(config, found, merger.architecture, panels.search, engine, scorers))
