@@ -32,8 +32,8 @@ from bayesian_merger.values import Measure, shares
 
 METHOD = "method"
 BASELINES = {"a": 0.0, "even": 0.5, "b": 1.0}
-# Options that a resumed run may have otherwise: where and how many at once, not what is made.
-_MAY_CHANGE = ("device", "batch")
+# Options that a resumed run may have otherwise: where, how many at once, how long, not what is made.
+_MAY_CHANGE = ("device", "batch", "timeout_s", "start_timeout_s", "undo_s")
 _WHERE = ("url", "models_dir", "extension", "timeout_s", "wait_for_server", "auth_env", "verify")
 _MOST_IMAGES = 10_000
 _USUAL_IMAGES = 500

@@ -130,7 +130,8 @@ def check_command(
     out.print("every file is in order; making a merge and a batch of images ...", soft_wrap=True)
     with _using(setup.backend):
         tried = run.try_out(setup)
-    shown = ", ".join(f"{name} {score:.3f}" for name, score in tried.scores.items())
+    scores = (f"{name} {score:.3f}" for name, score in tried.scores.items())
+    shown = ", ".join(scores) or "you are asked for it in the run"
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for model, letter in zip(setup.merger.models, "ABC", strict=False):
         table.add_row(f"model {letter}", f"{model.name} ({setup.merger.architecture.title})")
