@@ -51,7 +51,7 @@ class Process:
         command: list[str],
         folder: Path = Path(),
         timeout_s: float = 60.0,
-        start_timeout_s: float = 600.0,
+        start_timeout_s: float = 300.0,
     ) -> None:
         """ConfigError if it cannot be started, or does not answer a first, grey image."""
         if not command or not all(command):
@@ -191,8 +191,9 @@ class _Child:
             try:
                 line = self._said.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
+                option = "start_timeout_s" if self._first_timeout_s else "timeout_s"
                 raise _SlowError(
-                    f"{self.name} has not answered in {allowed:g} s; raise timeout_s if it needs longer"
+                    f"{self.name} has not answered in {allowed:g} s; raise {option} if it needs longer"
                 ) from None
             if line is None:
                 raise _DeadError(self._last_words())
