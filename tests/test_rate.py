@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -71,9 +72,19 @@ def prefers(wanted: set[bytes]) -> Habit:
     return lambda asked, pictures: "left" if pictures[0] in wanted else "right"
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run is kept for all tests, once it was made."""
+    return tmp_path_factory.mktemp("rate") / "run"
+
+
 @pytest.fixture
-def finished(folder: Path) -> Path:
-    start(folder)
+def finished(folder: Path, once: Path) -> Path:
+    if not once.exists():
+        start(folder)
+        shutil.copytree(folder / "run", once)
+        return folder / "run"
+    shutil.copytree(once, folder / "run")
     return folder / "run"
 
 

@@ -162,7 +162,15 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 
 
 @pytest.mark.parametrize(
-    "name", ["clipscore", "pickscore", "CLIP head", "SigLIP head", "classifier", "sum"]
+    "name",
+    [
+        "SigLIP head",
+        "sum",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)  # which the sum is of
+            for name in ("clipscore", "pickscore", "CLIP head", "classifier")
+        ),
+    ],
 )
 def test_slopes_of_a_learnt_scorer_are_the_derivatives(
     live: Diffusers, merger: Merger, learnt: Callable[[str], Any], name: str

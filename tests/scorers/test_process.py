@@ -136,7 +136,7 @@ def test_answer_without_a_number_fails_the_trial(tmp_path: Path, score: str) -> 
     [
         ({"command": []}, "names no program"),
         ({"command": ["no-such-program-here"]}, "there is no program 'no-such-program-here'"),
-        ({"command": ["python", "none.py"]}, r"died again and again: exit code 2.*none\.py"),
+        ({"command": ["python", "none.py"]}, r"has died: exit code 2.*none\.py"),
         ({"timeout_s": 0}, "must be more than 0"),
         ({"command": "python judge.py"}, "option 'command'"),
     ],

@@ -67,7 +67,7 @@ class Process:
         self._command = [found, *command[1:]]
         self._folder, self._timeout_s, self._start_timeout_s = folder, timeout_s, start_timeout_s
         self._child: _Child | None = None
-        self._n_asked = 0
+        self._n_asked, self._has_answered = 0, False
         try:
             self([Sample(Image.new("RGB", (64, 64), "grey"), Prompt(0, "first", "a picture", 0))])
         except _SaidError:
@@ -101,7 +101,9 @@ class Process:
         """Number of a line -> its score; TrialError if one is not to be had."""
         found: dict[int, Any] = {}
         fault = ""
-        for _ in range(_STARTS):
+        # One that has never answered will not do so the next time.
+        n_starts = _STARTS if self._has_answered else 1
+        for _ in range(n_starts):
             if self._child is None:
                 self._child = _Child(self._command, self._folder, self._start_timeout_s)
             child = self._child
@@ -111,6 +113,7 @@ class Process:
                     told = child.answer(self._timeout_s)
                     if told["id"] in lines:
                         found[told["id"]] = told
+                self._has_answered = True
                 # All of them, as it should not be at images by then that are gone.
                 return {number: _score_of(told, child.name) for number, told in found.items()}
             except _DeadError as error:
@@ -120,7 +123,8 @@ class Process:
                 child.end()
                 self._child = None
                 raise
-        raise TrialError(f"{self._command[-1]} has died again and again: {fault}")
+        often = " again and again" if n_starts > 1 else ""
+        raise TrialError(f"{self._command[-1]} has died{often}: {fault}")
 
 
 class _SaidError(TrialError):
