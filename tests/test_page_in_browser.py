@@ -6,6 +6,7 @@ import io
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -167,6 +168,25 @@ def test_marks_are_typed_ten_too(tmp_path: Path, browser: Browser) -> None:
         for key in keys:
             browser.key(key)
     assert asking.end() == [7, 10, 0, 1, "skip"]
+
+
+def test_one_that_waits_for_its_nought_marks_no_other_picture(
+    tmp_path: Path, browser: Browser
+) -> None:
+    questions = [Question(f"mark {i}", (png(i),), f"a cat {i}", seed=i) for i in range(3)]
+    asking = Asking(tmp_path, questions)
+    browser.goto(asking.page.url)
+    asked(browser, 0)
+    browser.key("1")
+    browser.key("s")
+    asked(browser, 1)
+    time.sleep(1)
+    assert asking.desk.state()["question"]["key"] == "mark 1"
+    browser.key("1")
+    browser.key("5")
+    asked(browser, 2)
+    browser.key("3")
+    assert asking.end() == ["skip", 5, 3]
 
 
 @pytest.mark.parametrize("browser", [(390, 844)], indirect=True)

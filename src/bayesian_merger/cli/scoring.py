@@ -292,11 +292,20 @@ def _orders(lines: IO[str]) -> Iterator[list[dict[str, Any]]]:
                 some.append(heard.get_nowait())
             except queue.Empty:
                 break
-        asked = [json.loads(line) for line in some if line and line.strip()]
+        asked = [told for line in some if line and (told := _order_in(line))]
         if asked:
             yield asked
         if some[-1] is None:
             return
+
+
+def _order_in(line: str) -> dict[str, Any] | None:
+    """What a line asks for; None for one that is no table of JSON, which is passed over."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _answers(judge: Scorer, asked: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
