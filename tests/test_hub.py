@@ -102,7 +102,9 @@ def server() -> Iterator[Server]:
     found.close()
 
 
-def fetched(server: Server, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+def fetched(
+    server: Server, home: Path, cwd: Path | None = None, **more: str
+) -> subprocess.CompletedProcess[str]:
     """A process of its own, as the hub's client reads its settings when it is imported."""
     code = (
         "from bayesian_merger.errors import ConfigError\n"
@@ -116,6 +118,7 @@ def fetched(server: Server, home: Path, **more: str) -> subprocess.CompletedProc
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **wanted, "HF_HUB_DISABLE_XET": "1", **more},
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=120,
@@ -151,15 +154,26 @@ def test_offline_and_missing_is_one_line_that_says_what_to_put_where(
     server: Server, tmp_path: Path
 ) -> None:
     server.close()
-    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
+    settings: list[dict[str, str]] = [{}, {"HF_HUB_OFFLINE": "1"}]
+    for more in settings:
         start = time.monotonic()
-        answer = fetched(server, tmp_path / "home", **more)
+        answer = fetched(server, tmp_path / "home", None, **more)
         assert time.monotonic() - start < 20
         [line] = answer.stdout.splitlines()
         assert answer.stderr == ""
     assert line.startswith("error: tiny/clip is not here, and cannot be downloaded (")
     assert f"https://huggingface.co/tiny/clip/tree/{REVISION} into a folder" in line
     assert line.endswith("name that by scorers.chad.tower")
+
+
+def test_model_in_the_current_folder_is_not_taken_for_another(
+    server: Server, tmp_path: Path
+) -> None:
+    server.close()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("of another model")
+    answer = fetched(server, tmp_path / "home", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert answer.stdout.startswith("error: tiny/clip is not here")
 
 
 def test_file_is_downloaded_once(

@@ -750,6 +750,23 @@ def test_search_by_another_mean_finds_a_better_merge(folder: Path, combine: str)
     assert outcome.gain["over_even"].low > 0
 
 
+def test_score_that_cannot_be_combined_fails_the_trial_and_not_the_run(folder: Path) -> None:
+    (folder / "bonus.txt").write_text("7.0")
+    outcome = start(
+        folder,
+        'value={ combine = "geometric", normalise = "none" }',
+        "scorers.likeness.bonus='bonus.txt'",
+        "scorers.contrast.weight=1.0",
+        # Merges at the ends are so bad that their scores are negative.
+        "search.ranges={'*' = [-0.6, 1.6]}",
+        'search.groups=[["*"]]',
+    )
+    failed = [r for r in outcome.results if r.state == "failed"]
+    assert failed
+    assert all("of which there is no geometric mean" in r.reason for r in failed)
+    assert outcome.finished
+
+
 def seen(folder: Path, *overrides: str, into: str) -> tuple[Outcome, list[str]]:
     """The run, and what its observer was told."""
     ready = setup.prepare(configuration.load(folder / "config.toml", overrides), folder, "toy")

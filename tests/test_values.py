@@ -345,7 +345,9 @@ def test_geometric_mean_of_what_is_not_positive_has_no_value() -> None:
     found = yardstick(combine="geometric", normalise="none")
     assert found.value({"taste": 2.0, "sharpness": 2.0}) == pytest.approx(2.0)
     with pytest.raises(TrialError, match="scorer taste gave -1, of which there is no geometric"):
-        found.value({"taste": -1.0, "sharpness": 2.0})
+        found.measure.require({"taste": -1.0, "sharpness": 2.0})
+    found.measure.require({"taste": 1.0, "sharpness": 2.0})
+    Measure({"taste": 1.0}).require({"taste": -1.0})
 
 
 def test_score_far_below_all_baselines_still_has_a_geometric_mean() -> None:

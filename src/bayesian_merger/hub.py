@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,17 +125,17 @@ def _snapshot(name: str, revision: str, option: str) -> Path:
             )
         )
 
-    try:  # what is here needs no answer of the hub
+    path: Path | None = None
+    # What is here needs no answer of the hub; what is wrong with it is told by the next try.
+    with suppress(Exception):
         path = fetched(_WEIGHTS[0], here=True)
-    except Exception:  # noqa: BLE001 - of which the client has one for each of its versions
-        path = Path()
-    if not _is_whole(path):
+    if path is None or not _is_whole(path):
         try:
             _look_for_hub()
             path = fetched(_WEIGHTS[0])
             if not any(path.glob(_WEIGHTS[0])):
                 path = fetched(_WEIGHTS[1])
-        except Exception as error:
+        except Exception as error:  # of which the client has others in each of its versions
             raise ConfigError(_away(name, revision, option, first_line(error))) from error
     if not _is_whole(path):
         raise ConfigError(_away(name, revision, option, "it lacks config.json or weights"))

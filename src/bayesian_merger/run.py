@@ -251,6 +251,7 @@ def _score_of(setup: Setup, piece: _Piece, made_s: float) -> _Scored:
     marked = [_fined(setup, sample, junk.marks(sample.image)) for sample in piece.samples]
     scores = score(setup.scorers, piece.samples, setup.only)
     for row, marks in zip(scores, marked, strict=True):
+        setup.measure.require(row)
         row.update(dict.fromkeys(marks, 1.0))
     return _Scored(piece, scores, {"generate": made_s, "score": time.monotonic() - start})
 

@@ -269,8 +269,12 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
             attempt(partial(scorer.check, kind, options))
     engine = attempt(lambda: _engine(config, folder))
     plan = (
-        attempt(lambda: _plan(config, found, merger.architecture, panels.search, engine, scorers))
-        if merger and found and panels
+        attempt(
+            lambda: _plan(
+                config, found, merger.architecture, panels.search, measure, engine, scorers
+            )
+        )
+        if merger and found and panels and measure
         else None
     )
     warnings = (
@@ -586,7 +590,7 @@ def _rigid(
 
 
 def _optimiser(
-    config: Config, engine: Backend | None, scorers: Mapping[str, Scorer | None]
+    config: Config, measure: Measure, engine: Backend | None, scorers: Mapping[str, Scorer | None]
 ) -> str:
     """The optimiser by name, where `auto` leaves the choice; ConfigError for gradient without one."""
     search = config.search
@@ -595,7 +599,7 @@ def _optimiser(
     reasons = [f"{what} cannot be differentiated" for what in _rigid(config, engine, scorers)]
     if search.optimiser == "auto" and not methods.is_linear(methods.get(config.merge.method)):
         reasons.append(f"method {config.merge.method} is not linear")
-    if not _measure(config).is_linear:
+    if not measure.is_linear:
         reasons.append("value.combine and value.normalise make no weighted mean of the scores")
     if len(_methods(config)) > 1:
         reasons.append("a choice among search.methods has no slope")
@@ -621,6 +625,7 @@ def _plan(
     found: Space,
     architecture: Architecture,
     panel: Sequence[Prompt],
+    measure: Measure,
     engine: Backend | None,
     scorers: Mapping[str, Scorer | None],
 ) -> Plan:
@@ -635,7 +640,7 @@ def _plan(
         shares=shares(panel),
         images=images,
         n_iters=search.n_iters,
-        optimiser=_optimiser(config, engine, scorers),
+        optimiser=_optimiser(config, measure, engine, scorers),
         options=search.options,
         init=search.init,
         init_points=search.init_points,

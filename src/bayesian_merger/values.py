@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -49,6 +50,17 @@ class Measure:
         if self.combine == "geometric":
             return "rank"
         return "none" if len(self.weights) == 1 else "zscore"
+
+    def require(self, scores: Mapping[str, float]) -> None:
+        """TrialError for scores of which there is no value: a geometric mean of what is not positive."""
+        if self.combine != "geometric" or self.norm != "none":
+            return
+        for name in self.weights.keys() & scores.keys():
+            if scores[name] <= 0:
+                raise TrialError(
+                    f"scorer {name} gave {scores[name]:.4g}, of which there is no geometric mean; set "
+                    f"value.normalise to 'rank', or value.combine to 'mean'"
+                )
 
     @property
     def is_linear(self) -> bool:
@@ -105,22 +117,13 @@ class Yardstick:
         return replace(plain, offsets=found, noise=noise)
 
     def value(self, scores: Mapping[str, float]) -> float:
-        """The value of one image, by those scorers that judge it.
-
-        TrialError for a geometric mean of what is not positive.
-        """
+        """The value of one image, by those scorers that judge it."""
         weights = {name: w for name, w in self.measure.weights.items() if name in scores}
         terms = {name: self._normalised(name, scores[name]) for name in weights}
         total = sum(weights.values())
         if self.measure.combine == "minimum":
             found = min(terms.values())
         elif self.measure.combine == "geometric":
-            for name, term in terms.items():
-                if term <= 0:
-                    raise TrialError(
-                        f"scorer {name} gave {scores[name]:.4g}, of which there is no geometric mean; "
-                        f"set value.normalise to 'rank', or value.combine to 'mean'"
-                    )
             logs = sum(weight * math.log(terms[name]) for name, weight in weights.items())
             found = math.exp(logs / total)
         else:
@@ -129,28 +132,32 @@ class Yardstick:
             found -= penalty * self.unit * scores.get(f"{JUNK}{name}", 0.0)
         return found
 
+    @cached_property
+    def _scales(self) -> Mapping[str, tuple[float, float]]:
+        """Mean and spread of the baselines' scores, of scorers that are normalised."""
+        known = self.known if self.measure.norm != "none" else {}
+        return {name: (float(np.mean(some)), _spread(some)) for name, some in known.items()}
+
     def _normalised(self, name: str, score: float) -> float:
-        known = self.known.get(name)
-        if not known or self.measure.norm == "none":
+        if name not in self._scales:
             return score
-        spread = _spread(known)
+        mean, spread = self._scales[name]
         if self.measure.norm == "zscore":
-            return (score - float(np.mean(known))) / spread
+            return (score - mean) / spread
         # Smoothed, so that it goes on beyond the best of them: Silverman 1986, Density Estimation,
         # equation 3.31.
+        known = np.array(self.known[name])
         width = 0.9 * spread * len(known) ** -0.2
-        share = float(np.mean(ndtr((score - np.array(known)) / width)))
-        return max(share, _SMALLEST)
+        return max(float(np.mean(ndtr((score - known) / width))), _SMALLEST)
 
     def factors(self, names: Sequence[str]) -> dict[str, float]:
         """How much the value of an image that these scorers judge rises with each of its scores."""
         weights = {name: w for name, w in self.measure.weights.items() if name in names}
         total = sum(weights.values())
-        is_scaled = self.measure.norm == "zscore"
-        scales = {
-            n: _spread(self.known[n]) if is_scaled and n in self.known else 1.0 for n in weights
+        return {
+            name: weight / total / self._scales.get(name, (0.0, 1.0))[1]
+            for name, weight in weights.items()
         }
-        return {name: weight / total / scales[name] for name, weight in weights.items()}
 
     def estimate(self, result: Result, panel: Sequence[Prompt]) -> Estimate:
         """The weighted mean value over the panel's images that `result` has."""

@@ -130,9 +130,12 @@ def test_head_takes_batch_norms_and_another_output(
 @pytest.mark.parametrize(
     ("state", "fault"),
     [
-        ({"a.weight": torch.ones(2, 3, 3, 3)}, "a is no linear layer"),
+        ({"a.weight": torch.ones(2, 3, 3, 3)}, r"a\.weight \(2, 3, 3, 3\) are no linear layer"),
         ({"a.weight": torch.ones(2, 24), "b.weight": torch.ones(1, 3)}, "b takes 3 .* gets 2"),
-        ({"a.weight": torch.ones(1, 24), "a.odd": torch.ones(1)}, "odd"),
+        (
+            {"a.weight": torch.ones(1, 24), "a.odd": torch.ones(1)},
+            r"a\.odd \(1,\), a\.weight .* are no plain layer",
+        ),
         ({"a.weight": torch.ones(1, 25)}, "takes 25 features, but .* gives 24"),
     ],
 )

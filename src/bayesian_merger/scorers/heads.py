@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from bayesian_merger import devices
 from bayesian_merger.checkpoint import Checkpoint
@@ -52,7 +52,7 @@ class Head:
         try:
             checkpoint = Checkpoint(weights)
             state = {name: checkpoint[name].float() for name in checkpoint.layout}
-            self._layers = _layers(state, activation, last)
+            layers = _layers(state, activation, last)
         except (MergerError, ValueError) as error:
             raise ConfigError(f"{where}.weights: {weights.name}: {error}") from error
         place = devices.device(device, f"{where}.device")
@@ -61,17 +61,17 @@ class Head:
         from bayesian_merger.towers import tower as shared
 
         self._tower = shared(tower, place, precision)
-        self._layers.to(place)
-        if self._tower.n_features != (wanted := _n_inputs(self._layers[0])):
+        if self._tower.n_features != layers.n_in:
             raise ConfigError(
-                f"{where}: {weights.name} takes {wanted} features, but the model in {tower} gives "
+                f"{where}: {weights.name} takes {layers.n_in} features, but the model in {tower} gives "
                 f"{self._tower.n_features}; name the one that it was trained on by repository or tower"
             )
-        [*_, n_outputs] = (n for layer in self._layers if (n := _n_outputs(layer)))
-        if not 0 <= output < n_outputs:
+        if not 0 <= output < layers.n_out:
             raise ConfigError(
-                f"{where}: output {output}, but the file has {n_outputs} outputs, 0 to {n_outputs - 1}"
+                f"{where}: output {output}, but the file has {layers.n_out} outputs, 0 to "
+                f"{layers.n_out - 1}"
             )
+        self._layers = layers.all.to(place)
         self._normalised, self._output = normalised, output
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
@@ -94,13 +94,19 @@ class Head:
         return scores[:, self._output]
 
 
-def _layers(
-    state: Mapping[str, Tensor], activation: Activation, last: Activation
-) -> nn.Sequential:
+class _Layers(NamedTuple):
+    """Layers, and how many numbers they take and give."""
+
+    all: nn.Sequential
+    n_in: int
+    n_out: int
+
+
+def _layers(state: Mapping[str, Tensor], activation: Activation, last: Activation) -> _Layers:
     """The layers that a file holds, in the order of the numbers in their names; dropout has none.
 
-    An activation stands behind each linear layer, before its batch norm. ValueError for other layers, or
-    for some that do not fit each other.
+    An activation stands behind each linear layer but the last, before its batch norm. ValueError for
+    other layers, or for some that do not fit each other.
     """
     from torch import nn
 
@@ -110,43 +116,40 @@ def _layers(
         place, _, kind = name.rpartition(".")
         places.setdefault(place, {})[kind] = state[name]
     found: list[nn.Module] = []
-    width = None
+    widths: list[int] = []
     for place, tensors in places.items():
         weight = tensors.get("weight")
         layer: nn.Module
         if weight is not None and weight.ndim == 2:
             n_out, n_in = weight.shape
-            layer, width_in, width_out = nn.Linear(n_in, n_out, "bias" in tensors), n_in, n_out
+            layer = nn.Linear(n_in, n_out, "bias" in tensors)
         elif weight is not None and "running_mean" in tensors and found:
-            width_in = width_out = len(weight)
-            layer = nn.BatchNorm1d(width_in)
+            n_in = n_out = len(weight)
+            layer = nn.BatchNorm1d(n_in)
         else:
-            raise ValueError(f"{place or 'it'} is no linear layer ({', '.join(tensors)})")
-        if width not in (None, width_in):
-            raise ValueError(f"{place} takes {width_in} numbers, but gets {width}")
-        width = width_out
+            raise ValueError(f"{_held(place, tensors)} are no linear layer")
+        if widths and widths[-1] != n_in:
+            raise ValueError(f"{place} takes {n_in} numbers, but gets {widths[-1]}")
+        widths = [*widths, n_out] if widths else [n_in, n_out]
         try:
             layer.load_state_dict(tensors)
         except RuntimeError as error:
-            held = ", ".join(f"{kind} {tuple(one.shape)}" for kind, one in tensors.items())
-            raise ValueError(f"{place or 'it'} is no plain layer, as it holds {held}") from error
-        is_linear = isinstance(layer, nn.Linear)
-        found += [layer, *([steps[activation]()] if is_linear and activation != "none" else [])]
+            raise ValueError(f"{_held(place, tensors)} are no plain layer") from error
+        if found and isinstance(found[-1], nn.Linear) and activation != "none":
+            found.append(steps[activation]())
+        found.append(layer)
     if not found:
         raise ValueError("it holds no layers")
-    while not isinstance(found[-1], nn.Linear):
-        found.pop()
     if last != "none":
         found.append(steps[last]())
-    return nn.Sequential(*found).eval().requires_grad_(False)
+    return _Layers(nn.Sequential(*found).eval().requires_grad_(False), widths[0], widths[-1])
 
 
-def _n_inputs(layer: nn.Module) -> int:
-    return int(getattr(layer, "in_features", 0))
-
-
-def _n_outputs(layer: nn.Module) -> int:
-    return int(getattr(layer, "out_features", 0))
+def _held(place: str, tensors: Mapping[str, Tensor]) -> str:
+    """The tensors of a layer, by their names and shapes."""
+    names = (f"{place}.{kind}" if place else kind for kind in tensors)
+    shapes = (tuple(tensor.shape) for tensor in tensors.values())
+    return ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
