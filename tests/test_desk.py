@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from bayesian_merger.desk import Answer, Desk, Question
-from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.errors import ConfigError, RunError, TrialError
 from bayesian_merger.page import Page
 
 
@@ -35,7 +35,7 @@ def pair(key: str) -> Question:
 
 
 class Asking:
-    """A desk that asks in a thread of its own."""
+    """A desk that asks in a thread of its own, and what came of it."""
 
     def __init__(self, desk: Desk, questions: list[Question]) -> None:
         self.answers: list[Answer] = []
@@ -48,7 +48,7 @@ class Asking:
     def _ask(self, desk: Desk, questions: list[Question]) -> None:
         try:
             self.answers = desk.ask(questions)
-        except TrialError as error:
+        except (RunError, TrialError) as error:
             self.fault = error
 
     def end(self) -> list[Answer]:
@@ -152,6 +152,26 @@ def test_question_may_be_withdrawn_and_others_asked(desk: Desk) -> None:
     assert again.end() == [1, 2]
 
 
+def test_desk_that_is_closed_ends_the_run(desk: Desk) -> None:
+    asking = Asking(desk, marks("a"))
+    desk.close()
+    asking.end()
+    assert isinstance(asking.fault, RunError)
+    assert "the same command goes on" in str(asking.fault)
+
+
+def test_only_answers_to_what_is_asked_for_are_counted(tmp_path: Path) -> None:
+    first = Desk(tmp_path, undo_s=0.0)
+    asking = Asking(first, marks("a", "b"))
+    first.answer("a", 3)
+    first.answer("b", 4)
+    asking.end()
+    first.close()
+    second = Desk(tmp_path, total=2, keys=["b", "c"])
+    assert second.state()["answered"] == 1
+    second.close()
+
+
 def test_journal_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
@@ -251,6 +271,17 @@ def test_what_is_no_answer_is_refused(page: Page, body: bytes, kind: str, status
     with visitor(page) as client:
         answer = client.post("/answer", content=body, headers={"content-type": kind})
         assert answer.status_code == status
+
+
+def test_other_pages_of_this_machine_answer_nothing(desk: Desk, page: Page) -> None:
+    asking = Asking(desk, marks("a"))
+    base = f"http://{urlsplit(page.url).netloc}"
+    with visitor(page) as client:
+        for origin, status in (("http://127.0.0.1:1", 403), ("null", 403), (base, 200)):
+            told = {"key": "a", "answer": 3}
+            answer = client.post("/answer", json=told, headers={"origin": origin})
+            assert answer.status_code == status
+    assert asking.end() == [3]
 
 
 def test_page_may_load_and_send_nothing_elsewhere(page: Page) -> None:

@@ -177,7 +177,7 @@ def test_plugin_knows_neither_the_config_nor_the_study_nor_another_plugin(module
         allowed |= {"delivery", "guard", "handover", "pictures"}
         allowed |= {"server", "stock", "workflow"}
     elif top(module) == "scorers":
-        allowed = (allowed - {"names", "toml"}) | {"desk", "hub", "towers"}
+        allowed = (allowed - {"names", "toml"}) | {"desk", "hub", "infotext", "towers"}
     else:
         allowed -= {"checkpoint", "names", "toml"}
     assert ours(module) <= allowed

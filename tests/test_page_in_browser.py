@@ -17,7 +17,7 @@ from browser import CHROMIUM, Browser
 from PIL import Image
 
 from bayesian_merger.desk import JOURNAL, Answer, Desk, Question
-from bayesian_merger.errors import TrialError
+from bayesian_merger.errors import RunError
 from bayesian_merger.page import Page
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
@@ -59,7 +59,7 @@ class Asking:
         self._thread.start()
 
     def _ask(self, questions: list[Question]) -> None:
-        with suppress(TrialError):  # that nobody is asked any more
+        with suppress(RunError):  # that nobody is asked any more
             self.answers = self.desk.ask(questions)
 
     def end(self) -> list[Answer]:

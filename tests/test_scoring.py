@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -140,6 +141,16 @@ def test_mistakes_are_told(
     code, _, told = command("score", *arguments)
     assert code == 2
     assert said in told
+
+
+def test_worker_passes_over_what_is_no_order() -> None:
+    lines = 'garbage\n7\n{"id": 5, "image": "none.png"}\n'
+    done = subprocess.run(
+        [*WORKER, "exposure"], input=lines, capture_output=True, text=True, check=True, timeout=120
+    )
+    told = json.loads(done.stdout)
+    assert (told["id"], "none.png" in told["error"]) == (5, True)
+    assert done.stderr == ""
 
 
 def test_scorer_of_another_environment_is_a_worker_there(tmp_path: Path) -> None:

@@ -320,7 +320,8 @@ def _mistakes(name: str, error: ValidationError) -> Iterator[str]:
         elif detail["type"] == "missing":
             yield f"{name}: {key} is missing"
         else:
-            yield f"{name}: {key}: {detail['msg']} (found {_shown(detail['input'])})"
+            said = detail["msg"].removeprefix("Value error, ")
+            yield f"{name}: {key}: {said} (found {_shown(detail['input'])})"
 
 
 def _known_keys(place: Sequence[str]) -> list[str]:

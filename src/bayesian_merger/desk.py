@@ -7,13 +7,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeGuard
 
 from bayesian_merger.checkpoint import whole_file
-from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.errors import ConfigError, RunError, TrialError
 
 Choice = Literal["left", "right", "alike", "skip"]
 MOST_MARK = 10
@@ -24,6 +24,11 @@ Answer = int | Choice
 JOURNAL = "ratings.jsonl"
 _AWAY_S = 10.0
 _PAUSE_S = 0.25
+
+
+def is_mark(answer: object) -> TypeGuard[int]:
+    """Whether it is a whole number from 0 to 10."""
+    return isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer <= MOST_MARK
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,7 @@ class Question:
         """Whether this may be the answer."""
         if answer == "skip":
             return True
-        if len(self.pictures) == 1:
-            is_number = isinstance(answer, int) and not isinstance(answer, bool)
-            return is_number and 0 <= answer <= MOST_MARK  # type: ignore[operator]
-        return answer in CHOICES
+        return is_mark(answer) if len(self.pictures) == 1 else answer in CHOICES
 
 
 @dataclass
@@ -71,12 +73,20 @@ class Desk:
 
     Answers are appended to "ratings.jsonl" in `folder`, with the pictures that they are about in
     "rated" there, and what has an answer is not asked again. The last one of a round may be undone for
-    `undo_s` seconds, the others as long. About `total` answers are wanted in all.
+    `undo_s` seconds, the others as long. About `total` answers are wanted in all; those to questions of
+    the `keys` are counted, or to any.
     """
 
-    def __init__(self, folder: Path, undo_s: float = 3.0, total: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        undo_s: float = 3.0,
+        total: int = 0,
+        keys: Collection[str] | None = None,
+    ) -> None:
         """ConfigError if the journal cannot be read or written."""
         self._pictures, self._undo_s, self.total = folder / "rated", undo_s, total
+        self._keys = keys
         journal = folder / JOURNAL
         self._changed = threading.Condition()
         self._version = 0
@@ -86,7 +96,7 @@ class Desk:
         self.away: Callable[[], None] = lambda: None
         """Is called when something is asked and nobody has looked for some seconds."""
         try:
-            self._known = _known(journal)
+            self._known: dict[str, Answer] = {k: a["answer"] for k, a in answers(journal).items()}
             journal.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] = journal.open("a", encoding="utf-8")
             if journal.stat().st_size:
@@ -96,8 +106,8 @@ class Desk:
 
     @property
     def n_answered(self) -> int:
-        """Questions that have an answer."""
-        return len(self._known)
+        """Questions that have an answer, of those that are counted."""
+        return len(self._known if self._keys is None else self._known.keys() & set(self._keys))
 
     @property
     def is_looked_at(self) -> bool:
@@ -105,10 +115,11 @@ class Desk:
         return time.monotonic() - self._seen_at < _AWAY_S
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """An answer to each; waits as long as that takes. TrialError if it is withdrawn meanwhile."""
+        """An answer to each; waits as long as that takes.
+
+        TrialError if it is withdrawn meanwhile, RunError when nobody is asked any more.
+        """
         with self._changed:
-            if self._is_over:
-                raise TrialError("nobody is asked any more")
             known = {q.key: self._known[q.key] for q in questions if q.key in self._known}
             now = self._round = _Round(questions, known)
             self._tell()
@@ -121,6 +132,11 @@ class Desk:
                 if now.is_withdrawn or self._is_over:
                     self._round = _Round()
                     self._tell()
+                    if self._is_over:
+                        raise RunError(
+                            "nobody answers any more; what was answered is kept, and the same command "
+                            "goes on"
+                        )
                     raise TrialError("the question was withdrawn")
                 # In short steps, as a signal is heard between them only.
                 self._changed.wait(_PAUSE_S)
@@ -228,19 +244,22 @@ class Desk:
         os.fsync(self._file.fileno())
 
 
-def _known(journal: Path) -> dict[str, Answer]:
-    """The answers in a journal; a line that a killed process has not finished is none."""
-    found: dict[str, Answer] = {}
+def answers(journal: Path) -> dict[str, Mapping[str, Any]]:
+    """The lines of a journal that stand, by the key of their question; nothing where there is none.
+
+    What was undone does not stand, nor does a line that a killed process has not finished. OSError.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
     if not journal.exists():
         return found
     for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             told = json.loads(line)
             key, answer = str(told["key"]), told.get("answer")
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
         if told.get("undone"):
             found.pop(key, None)
-        elif answer in CHOICES or (type(answer) is int and 0 <= answer <= MOST_MARK):
-            found[key] = answer
+        elif answer in CHOICES or is_mark(answer):
+            found[key] = told
     return found

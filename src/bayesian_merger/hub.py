@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,20 @@ class File:
     @property
     def name(self) -> str:
         return self.called or unquote(self.address.rpartition("/")[2])
+
+
+def each(*wanted: Callable[[], Path]) -> list[Path]:
+    """Where all that is wanted is; a ConfigError with all that cannot be had."""
+    found: list[Path] = []
+    mistakes: list[str] = []
+    for one in wanted:
+        try:
+            found.append(one())
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return found
 
 
 def file(wanted: File, option: str) -> Path:

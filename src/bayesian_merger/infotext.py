@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from bayesian_merger.data import Prompt
+from bayesian_merger.data import Prompt, Sample
 
 KEY = "parameters"
 """Where a PNG has it."""
@@ -32,6 +33,16 @@ def written(prompt: Prompt) -> str:
         f"Sampler: {prompt.sampler_name}{scheduler}, CFG scale: {prompt.cfg_scale:g}, "
         f"Seed: {prompt.seed}, Size: {prompt.width}x{prompt.height}"
     )
+
+
+def png(sample: Sample) -> bytes:
+    """The image as a PNG file that tells its prompt."""
+    from PIL.PngImagePlugin import PngInfo
+
+    about, file = PngInfo(), io.BytesIO()
+    about.add_itxt(KEY, written(sample.prompt))
+    sample.image.save(file, format="PNG", pnginfo=about)
+    return file.getvalue()
 
 
 def read(texts: Mapping[str, Any]) -> Told:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL.Image import Image
-from PIL.PngImagePlugin import PngInfo
 
 from bayesian_merger import infotext, plots, report
 from bayesian_merger.checkpoint import whole_file
@@ -236,7 +235,5 @@ def digest_of(image: Image) -> str:
 
 def save_image(sample: Sample, path: Path) -> None:
     """Write an image as PNG, with its prompt as webuis do it."""
-    about = PngInfo()
-    about.add_itxt(infotext.KEY, infotext.written(sample.prompt))
     with whole_file(path) as file:
-        sample.image.save(file, format="PNG", pnginfo=about)
+        file.write(infotext.png(sample))

@@ -87,6 +87,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if not self._is_allowed(""):
             return
+        host = self.headers.get("host")
+        if self.headers.get("origin", f"http://{host}") != f"http://{host}":
+            self._answer(403, b"another page")
+            return
         # A form of another site cannot send this type without being asked for leave.
         if self.headers.get("content-type", "").partition(";")[0] != "application/json":
             self._answer(415, b"JSON only")

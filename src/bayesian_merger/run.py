@@ -154,11 +154,11 @@ def judge(
         for (samples, slopes, fault), scores, spent in scored:
             fresh = sum(sample.prompt in todo for sample in samples)
             for sample, found in zip(samples, scores, strict=True):
-                if not setup.measure.weights.keys() & found.keys():
-                    continue  # a person has skipped it
                 if sample.prompt.index not in trial.scores:
                     if keep:
                         save_image(sample, keep / f"{sample.prompt.index:03}.png")
+                    if not setup.measure.weights.keys() & found.keys():
+                        continue  # a person has skipped it
                     made_of = sample.prompt.to_dict() if sample.prompt.index >= FRESH else None
                     digest = digest_of(sample.image)
                     marks = [key for key in found if key.startswith(JUNK)]
@@ -927,7 +927,7 @@ def score(
     for name, judge_of in scorers.items():
         rows = [i for i, names in enumerate(judged) if name in names]
         some = [samples[i] for i in rows]
-        with _no_value(f"scorer {name}"):
+        with _no_value(f"scorer {name}", passing=(RunError,)):
             found = judge_of(some) if some else []
             scores = [None if score is None else float(score) for score in found]
         if len(scores) != len(some):

@@ -263,10 +263,12 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
     is_sound = not mistakes
     for name, chosen in config.scorers.items():
         kind, options = _kind(name, chosen), chosen.options
+        check = partial(scorer.check, kind, options)
+        build = partial(scorer.build, kind, options, folder)
         if is_sound:
-            scorers[name] = attempt(partial(scorer.build, kind, options, folder))
+            scorers[name] = attempt(partial(_of_section, name, kind, build))
         else:
-            attempt(partial(scorer.check, kind, options))
+            attempt(partial(_of_section, name, kind, check))
     engine = attempt(lambda: _engine(config, folder))
     plan = (
         attempt(
@@ -327,6 +329,16 @@ def judges(names: Iterable[str], only: Mapping[str, frozenset[str]], prompt: Pro
 def _kind(name: str, chosen: configuration.Scorer) -> str:
     """Which scorer it is; without a word, that of the name."""
     return chosen.scorer or name
+
+
+def _of_section(name: str, kind: str, step: Callable[[], _T]) -> _T:
+    """What the step gives; its mistakes begin with the section if that is not called as its scorer."""
+    try:
+        return step()
+    except ConfigError as error:
+        if name == kind:
+            raise
+        raise ConfigError(f"[scorers.{name}] {error}") from error
 
 
 def _measure(config: Config) -> Measure:

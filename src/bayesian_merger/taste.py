@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import spearmanr
 
-from bayesian_merger.desk import JOURNAL, MOST_MARK
+from bayesian_merger.desk import JOURNAL, answers, is_mark
 from bayesian_merger.errors import ConfigError
 
 Array = npt.NDArray[np.float64]
@@ -72,8 +71,17 @@ def read(folders: Sequence[Path]) -> Ratings:
     found = Ratings()
     numbers: dict[Path, int] = {}
     for folder in folders:
-        for told in _answers(folder / JOURNAL).values():
-            _take(told, folder / "rated", found, numbers)
+        journal = folder / JOURNAL
+        if not journal.is_file():
+            raise ConfigError(
+                f"{journal}: no such file; rate the pictures of a run first (scorers.manual, or rate)"
+            )
+        try:
+            told = answers(journal)
+        except OSError as error:
+            raise ConfigError(f"{journal}: cannot be read ({error.strerror})") from error
+        for answer in told.values():
+            _take(answer, folder / "rated", found, numbers)
     if found.n < _FEWEST:
         raise ConfigError(
             f"{', '.join(map(str, folders))}: {found.n} ratings, which are too few to learn from; rate "
@@ -83,29 +91,6 @@ def read(folders: Sequence[Path]) -> Ratings:
         raise ConfigError("all marks are the same, so there is no taste to be learnt")
     if len(set(found.groups)) < 2:
         raise ConfigError("all ratings are of one prompt and seed; rate others too")
-    return found
-
-
-def _answers(journal: Path) -> dict[str, Mapping[str, Any]]:
-    """The lines of a journal that stand, by what they answer."""
-    found: dict[str, Mapping[str, Any]] = {}
-    try:
-        lines = journal.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{journal}: no such file; rate the pictures of a run first (scorers.manual, or rate)"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{journal}: cannot be read ({error.strerror})") from error
-    for line in lines:
-        try:
-            told = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(told, dict) and told.get("undone"):
-            found.pop(str(told.get("key")), None)
-        elif isinstance(told, dict):
-            found[str(told.get("key"))] = told
     return found
 
 
@@ -127,7 +112,7 @@ def _take(told: Mapping[str, Any], place: Path, into: Ratings, numbers: dict[Pat
             into.groups.append(group)
         return numbers[path]
 
-    if len(paths) == 1 and type(answer) is int and 0 <= answer <= MOST_MARK:
+    if len(paths) == 1 and is_mark(answer):
         into.marks[number(paths[0])] = float(answer)
     elif len(paths) == 2 and isinstance(answer, str) and answer in _SHARES:
         into.pairs.append(Pair(number(paths[0]), number(paths[1]), _SHARES[answer]))

@@ -168,8 +168,13 @@ def test_missing_file_says_where_it_belongs(
     with pytest.raises(ConfigError) as caught:
         scorer.build("chad", {})
     place = tmp_path / "bayesian-merger" / "scorers" / "sac+logos+ava1-l14-linearMSE.pth"
-    assert str(caught.value).startswith("sac+logos+ava1-l14-linearMSE.pth is not here, and cannot")
-    assert f"put it at {place}, or name it by scorers.chad.weights" in str(caught.value)
+    tower, head = str(caught.value).splitlines()
+    assert tower.startswith("openai/clip-vit-large-patch14 is not here, and cannot")
+    assert tower.endswith("name that by scorers.chad.tower")
+    assert head.startswith("sac+logos+ava1-l14-linearMSE.pth is not here, and cannot")
+    assert head.endswith(f"put it at {place}, or name it by scorers.chad.weights")
+    with pytest.raises(ConfigError, match=r"scorers\.chad\.device: 'gpu'"):
+        scorer.build("chad", {"device": "gpu"})
     place.parent.mkdir(parents=True)
     place.write_bytes(b"something else")
     with pytest.raises(ConfigError, match=rf"SHA-256 {sha256_of(place)[:12]}.* delete it"):

@@ -15,8 +15,8 @@ from test_run import Silent, measured
 from test_run import folder as folder
 
 from bayesian_merger import config as configuration
+from bayesian_merger import infotext, run, setup
 from bayesian_merger import outcome as outcomes
-from bayesian_merger import run, setup
 from bayesian_merger.data import Outcome, Prompt, Sample
 from bayesian_merger.desk import JOURNAL, Answer, Desk
 from bayesian_merger.errors import ConfigError, TrialError
@@ -104,6 +104,7 @@ def test_pictures_that_are_rated_are_kept_with_their_prompts(folder: Path) -> No
     assert line["prompt"]
     [name] = line["pictures"]
     with Image.open(folder / "run" / "rated" / name) as image:
+        assert infotext.read(image.info).prompt == line["prompt"]
         assert image.height == 16
 
 
@@ -115,6 +116,10 @@ def test_skipped_pictures_have_no_score(folder: Path) -> None:
     ]
     assert "skip" in answers
     assert all("manual" in s for r in stored.results for s in r.scores.values())
+    # They are shown beside the others all the same.
+    assert {len(pictures) for pictures in outcome.pictures.values()} == {8}
+    report = (folder / "run" / "report.html").read_text()
+    assert "picture missing" not in report.replace('class="missing"', "")
     assert outcome.finished
 
 

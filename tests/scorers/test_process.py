@@ -15,7 +15,7 @@ from PIL import Image
 
 from bayesian_merger.data import Prompt, Sample
 from bayesian_merger.errors import ConfigError, TrialError
-from bayesian_merger.scorers import scorer
+from bayesian_merger.scorers import process, scorer
 
 HEAD = "import json, os, sys, time\nfrom PIL import Image\n"
 LOOP = """
@@ -83,12 +83,15 @@ def test_program_is_started_once(tmp_path: Path) -> None:
     assert (tmp_path / "starts").read_text() == "x"
 
 
-def test_program_that_dies_is_started_anew_and_asked_for_the_rest(tmp_path: Path) -> None:
+def test_program_that_dies_is_started_anew_and_asked_for_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     dying = (
         f"{ANSWER}\nif grey == 2 and not os.path.exists('dead'): open('dead', 'w'); os._exit(3)"
     )
     judge = program(tmp_path, dying, before='open("starts", "a").write("x")')
     assert judge(samples(1, 2, 3)) == [0.5, 1.0, 1.5]
+    assert "judge.py has died, and is started anew (exit code 3)" in caplog.text
     assert judge(samples(4)) == [2.0]
     assert (tmp_path / "starts").read_text() == "xx"
 
@@ -167,9 +170,14 @@ def test_program_is_found_from_the_folder(tmp_path: Path, name: str) -> None:
     assert judge(samples(1, 2)) == [4.0, 4.0]
 
 
-def test_program_that_never_answers_is_told_before_the_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has not answered in 0\.5 s"):
-        program(tmp_path, "pass", start_timeout_s=0.5)
+def test_program_that_never_answers_is_told_before_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_SILENT_S", 0.5)
+    said = r"has not answered in 2 s: loading 37%; raise start_timeout_s"
+    with pytest.raises(ConfigError, match=said):
+        program(tmp_path, "print('loading 37%')", start_timeout_s=2)
+    assert caplog.text.count("waiting for judge.py, up to 2 s") == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are looked for by signal 0")

@@ -84,12 +84,17 @@ class _Terminal(threading.Thread):
 
     def run(self) -> None:
         version = -1
-        while not (state := self._desk.state(version, 5.0))["over"]:
-            version = int(state["version"])
-            if state["question"]:
-                self._ask(state["question"])
+        try:
+            while not (state := self._desk.state(version, 5.0))["over"]:
+                version = int(state["version"])
+                if state["question"]:
+                    self._ask(
+                        state["question"], f"{state['answered'] + 1} of about {state['total']}"
+                    )
+        except (EOFError, OSError):  # there is nothing more to read, or nobody who reads
+            self._desk.close()
 
-    def _ask(self, asked: Any) -> None:
+    def _ask(self, asked: Any, place: str) -> None:
         paths = []
         for number in range(asked["pictures"]):
             picture = self._desk.picture(asked["key"], number)
@@ -98,21 +103,17 @@ class _Terminal(threading.Thread):
             name = "now.png" if asked["pictures"] == 1 else ("left.png", "right.png")[number]
             paths.append(self._folder / name)
             paths[-1].write_bytes(picture)
-        self._console.print(plain(asked["prompt"]), soft_wrap=True)
+        self._console.print(f"{place}: {plain(asked['prompt'])}", soft_wrap=True)
         self._console.print(f"seed {asked['seed']}: {', '.join(map(str, paths))}", soft_wrap=True)
         wanted = f"mark 0 to {MOST_MARK}" if len(paths) == 1 else "l(eft), r(ight), a(like)"
-        try:
-            told = self._console.input(f"{wanted}, s(kip) or u(ndo): ").strip().lower()
-        except EOFError:
-            self._desk.away = lambda: None
-            self._desk.close()
-            return
+        told = self._console.input(f"{wanted}, s(kip) or u(ndo): ").strip().lower()
         if told.startswith("u"):
-            self._desk.undo()
+            if not self._desk.undo():
+                self._console.print("there is nothing to undo")
             return
         answer: Answer | None = int(told) if told.isdigit() else _KEYS.get(told[:1])
         if answer is None or not self._desk.answer(asked["key"], answer):
-            self._console.print(f"{plain(told)!r} is no answer to that")
+            self._console.print(f"{plain(told)!r} is no answer to that; write {wanted} or s(kip)")
 
 
 @click.command()
@@ -141,7 +142,8 @@ def rate_command(
             f"{run_dir}: there are no pictures to rate"
             f"{'' if found.finished or marks else '; pairs are those of a finished run'}"
         )
-    desk = Desk(run_dir, total=len(asked))
+    keys = {one.question.key for one in asked}
+    desk = Desk(run_dir, total=len(keys), keys=keys)
     shown = Shown(desk, Asking(port, not no_browser, terminal), out, run_dir)
     try:
         answers = desk.ask([one.question for one in asked])

@@ -56,7 +56,7 @@ def score_command(
     for plugin in plugins:
         import_file(plugin)
     paths = _files(images)
-    samples = [_sample(path, i, prompt) for i, path in enumerate(paths)]
+    samples = _samples(paths, prompt)
     chosen = {name: _options(name, options, len(names) == 1) for name in dict.fromkeys(names)}
     _require_owners(options, chosen)
     judges = {name: scorer.build(name, given) for name, given in chosen.items()}
@@ -183,6 +183,20 @@ def _files(images: Iterable[Path]) -> list[Path]:
         else:
             found.append(path)
     return list(dict.fromkeys(found))
+
+
+def _samples(paths: Sequence[Path], prompt: str | None) -> list[Sample]:
+    """The images; a ConfigError with all that are none."""
+    found: list[Sample] = []
+    mistakes: list[str] = []
+    for i, path in enumerate(paths):
+        try:
+            found.append(_sample(path, i, prompt))
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return found
 
 
 def _sample(path: Path, index: int, prompt: str | None) -> Sample:

@@ -24,6 +24,7 @@ from bayesian_merger.data import RIVALS, Outcome, Result
 from bayesian_merger.desk import Desk
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.report import duration
+from bayesian_merger.scorers import Attended
 from bayesian_merger.setup import METHOD, Setup, prepare
 from bayesian_merger.study import storage_errors
 from bayesian_merger.study.proposals import MOST_IMAGES
@@ -147,6 +148,8 @@ def check_command(
         told = f"{tried.followed_s:.2f} s, {price:.1f} times that of one without"
         table.add_row("with gradient", told)
     table.add_row("whole run", f"{tried.images} images, about {duration(tried.run_s)}")
+    if any(isinstance(one, Attended) for one in setup.scorers.values()):
+        table.add_row("for you", f"about {tried.images} pictures to judge")
     table.add_row("run folder", str(folder))
     out.print(table)
     for note in tried.notes:

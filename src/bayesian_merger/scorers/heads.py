@@ -15,7 +15,7 @@ from bayesian_merger import devices
 from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.data import Sample
 from bayesian_merger.errors import ConfigError, MergerError
-from bayesian_merger.hub import CLIP_B32, CLIP_L14, SIGLIP_SO400M, File, file, folder
+from bayesian_merger.hub import CLIP_B32, CLIP_L14, SIGLIP_SO400M, File, each, file, folder
 from bayesian_merger.scorers import About, Precision, scorer
 
 if TYPE_CHECKING:
@@ -301,14 +301,18 @@ def _scorer_of(row: Row) -> type[Head]:
         device: str = "auto",
         precision: Precision = "fp32",
     ) -> None:
-        path = weights or file(row.file, f"scorers.{row.name}.weights")
+        where = f"scorers.{row.name}"
+        devices.device(device, f"{where}.device")
+        place, path = each(
+            lambda: tower or folder(row.repository, f"{where}.tower"),
+            lambda: weights or file(row.file, f"{where}.weights"),
+        )
         Head.__init__(
             self,
             path,
-            tower,
-            row.repository,
-            row.activation,
-            row.last,
+            place,
+            activation=row.activation,
+            last=row.last,
             device=device,
             precision=precision,
         )

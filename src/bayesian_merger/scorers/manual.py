@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from bayesian_merger.data import Sample
 from bayesian_merger.desk import Desk, Question
 from bayesian_merger.errors import ConfigError, TrialError
+from bayesian_merger.infotext import png
 from bayesian_merger.scorers import About, scorer
 
 
@@ -56,15 +56,13 @@ class Manual:
 
 def _question(sample: Sample) -> Question:
     """A mark for a picture; the same picture of the same prompt is not asked for again."""
-    file = io.BytesIO()
-    sample.image.save(file, format="PNG", compress_level=1)
     prompt = sample.prompt
     told = f"{prompt.prompt}\n{prompt.negative_prompt}\n{prompt.seed}".encode()
     key = hashlib.sha256(sample.image.tobytes() + told).hexdigest()[:16]
     size = f"{sample.image.width} x {sample.image.height}"
     return Question(
         key,
-        (file.getvalue(),),
+        (png(sample),),
         prompt.prompt,
         prompt.seed,
         prompt.negative_prompt,

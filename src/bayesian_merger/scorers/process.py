@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 _STARTS = 3
 _LONGEST_LINE = 1 << 20
 _LAST_WAIT_S = 3.0
+# After so long it is told that the program is waited for.
+_SILENT_S = 10.0
 
 
 @scorer
@@ -119,6 +121,8 @@ class Process:
             except _DeadError as error:
                 fault = str(error)
                 self._child = None
+                if n_starts > 1:
+                    _log.warning("%s has died, and is started anew (%s)", child.name, fault)
             except _SlowError:
                 child.end()
                 self._child = None
@@ -191,19 +195,26 @@ class _Child:
         """The next answer; what is none is passed over."""
         allowed = self._first_timeout_s or timeout_s
         end = time.monotonic() + allowed
+        silent_till = time.monotonic() + _SILENT_S
         while True:
             try:
-                line = self._said.get(timeout=max(0.0, end - time.monotonic()))
+                line = self._said.get(timeout=max(0.0, min(end, silent_till) - time.monotonic()))
             except queue.Empty:
+                if time.monotonic() < end:
+                    silent_till = math.inf
+                    _log.warning("waiting for %s, up to %g s", self.name, allowed)
+                    continue
                 option = "start_timeout_s" if self._first_timeout_s else "timeout_s"
+                last = self._last_line()
                 raise _SlowError(
-                    f"{self.name} has not answered in {allowed:g} s; raise {option} if it needs longer"
+                    f"{self.name} has not answered in {allowed:g} s{last}; raise {option} if it needs "
+                    f"longer"
                 ) from None
             if line is None:
                 raise _DeadError(self._last_words())
             told = _answer_in(line)
             if told is None:
-                _log.info("%s: %s", self.name, line.rstrip()[:200])
+                self._complaints.append(line)
                 continue
             self._first_timeout_s = None
             return told
@@ -213,11 +224,14 @@ class _Child:
         self._finalizer()
 
     def _last_words(self) -> str:
-        """How it ended, and the last line that it wrote to its standard error."""
+        """How it ended, and what it said last."""
         self.end()
-        lines = [line.strip() for line in self._complaints if line and line.strip()]
-        last = f": {lines[-1][:300]}" if lines else ""
-        return f"exit code {self._process.returncode}{last}"
+        return f"exit code {self._process.returncode}{self._last_line()}"
+
+    def _last_line(self) -> str:
+        """What it said last that is no answer, after a colon."""
+        lines = [line.strip() for line in [*self._complaints] if line and line.strip()]
+        return f": {lines[-1][:300]}" if lines else ""
 
 
 def _read(stream: IO[str], hear: Callable[[str | None], None]) -> None:
