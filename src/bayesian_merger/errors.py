@@ -5,6 +5,7 @@ MergerError
 ├── CheckpointError    a model file cannot be read, merged or written
 ├── RunError           the run cannot go on; what was measured is kept
 └── TrialError         one trial has no value; it is recorded as failed and the study goes on
+    ├── SkippedError           a person has looked at its images, and judged none
     ├── GradientError          a score's gradient is not finite; the image counts by its score
     └── NothingChangedError    different weights made the same images; the run stops as well
 """
@@ -28,6 +29,10 @@ class RunError(MergerError):
 
 class TrialError(MergerError):
     """This trial has no value. It is recorded as failed with this reason; it never becomes a number."""
+
+
+class SkippedError(TrialError):
+    """A person has skipped all images of the trial: it has no value, and nothing is wrong."""
 
 
 class GradientError(TrialError):

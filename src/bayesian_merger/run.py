@@ -40,6 +40,7 @@ from bayesian_merger.errors import (
     MergerError,
     NothingChangedError,
     RunError,
+    SkippedError,
     TrialError,
     first_line,
 )
@@ -178,7 +179,7 @@ def judge(
             if yardstick and trial.fault:
                 raise TrialError(trial.fault)
     if not trial.scores:
-        raise TrialError("all its images were skipped")
+        raise SkippedError("all its images were skipped")
     for mark, n_marked in marked.items():
         what = mark.removeprefix(JUNK)
         observer.noted(f"{n_marked} of {len(todo)} images of {trial.name} are junk: {what}")
@@ -584,7 +585,8 @@ def _search(
 
     while not proposer.is_over():
         error = attempt(study, proposer, setup, yardstick, folder, observer)
-        failures = failures + 1 if error else 0
+        if not isinstance(error, SkippedError):
+            failures = failures + 1 if error else 0
         if isinstance(error, NothingChangedError):
             raise RunError(
                 f"{error}. What was judged before may be false too: begin anew in another --run-dir"

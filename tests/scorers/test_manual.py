@@ -36,9 +36,11 @@ OPTIONS = (
 class Person(Silent):
     """An observer in whose place somebody marks how bright a picture is, or does as `habit` says."""
 
-    def __init__(self, patience: int = 10_000, skips: bool = False) -> None:
+    def __init__(
+        self, patience: int = 10_000, skips: bool = False, skipped: range = range(0)
+    ) -> None:
         super().__init__()
-        self.patience, self.skips = patience, skips
+        self.patience, self.skips, self.skipped = patience, skips, skipped
         self.n_answered = 0
         self.desk: Desk | None = None
 
@@ -62,7 +64,9 @@ class Person(Silent):
             with Image.open(io.BytesIO(data)) as image:
                 brightness = float(np.asarray(image).mean())
             mark = min(10, max(0, round((brightness - 64) / 12.8)))
-            answer: Answer = "skip" if self.skips and asked["seed"] % 3 == 0 else mark
+            is_skipped = self.skips and asked["seed"] % 3 == 0
+            is_skipped = is_skipped or self.n_answered in self.skipped
+            answer: Answer = "skip" if is_skipped else mark
             self.n_answered += desk.answer(asked["key"], answer)
 
 
@@ -120,6 +124,16 @@ def test_skipped_pictures_have_no_score(folder: Path) -> None:
     assert {len(pictures) for pictures in outcome.pictures.values()} == {8}
     report = (folder / "run" / "report.html").read_text()
     assert "picture missing" not in report.replace('class="missing"', "")
+    assert outcome.finished
+
+
+def test_trials_that_were_skipped_do_not_stop_the_run(folder: Path) -> None:
+    # Twelve pictures of the baselines, then five trials of one each.
+    person = Person(skipped=range(12, 17))
+    outcome = start(folder, person, "search.images_per_trial=1", "search.n_iters=12")
+    skipped = [r for r in outcome.results if r.state == "failed"]
+    assert len(skipped) == 5
+    assert all(r.reason == "all its images were skipped" for r in skipped)
     assert outcome.finished
 
 
