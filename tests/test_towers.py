@@ -51,7 +51,13 @@ def test_pictures_are_prepared_as_transformers_does_it(
 
 @pytest.mark.parametrize(
     ("said", "fault"),
-    [("{", "JSON"), ('{"size": {}}', "KeyError"), ('{"resample": 9}', "KeyError"), ("[]", "list")],
+    [
+        ("{", "JSON"),
+        ('{"size": {}}', "KeyError"),
+        ('{"resample": 9}', "KeyError"),
+        ('{"do_resize": false}', "pictures are not scaled"),
+        ("[]", "list"),
+    ],
 )
 def test_preprocessing_that_cannot_be_followed_is_one_line(
     said: str, fault: str, tmp_path: Path
@@ -61,6 +67,13 @@ def test_preprocessing_that_cannot_be_followed_is_one_line(
         ConfigError, match=f"preprocessor_config.json: cannot be followed .*{fault}"
     ):
         Preprocessing.read(tmp_path)
+
+
+def test_pictures_may_be_left_without_normalisation(tmp_path: Path) -> None:
+    said = {**tiny_models.SIGLIP_PICTURES, "do_normalize": False}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    found = ready([Image.new("RGB", (64, 64), (0, 51, 255))], Preprocessing.read(tmp_path), CPU)
+    assert found[0, :, 0, 0].tolist() == pytest.approx([0.0, 0.2, 1.0])
 
 
 def test_features_are_those_of_the_bare_model(clip: Path) -> None:

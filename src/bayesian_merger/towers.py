@@ -52,6 +52,10 @@ class Preprocessing:
         path = folder / "preprocessor_config.json"
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
+            if not (said.get("do_resize", True) and said.get("do_rescale", True)):
+                raise ValueError("pictures are not scaled")
+            plain = {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
+            said |= plain if not said.get("do_normalize", True) else {}
             size, crop = said.get("size", 224), said.get("crop_size")
             short = size if isinstance(size, int) else size.get("shortest_edge")
             if isinstance(size, int) and not said.get("do_center_crop"):
