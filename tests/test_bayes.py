@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bayesian_merger.bayes import Bayes, Judged, _log_gain
+from bayesian_merger.choices import Choice
 from bayesian_merger.gp import WHOLE, Array
 from bayesian_merger.slopes import Slope
 
@@ -132,3 +133,33 @@ def test_slopes_without_errors_are_no_error(of_scores: float, of_slopes: float) 
         seen.append(Judged(x, scores, slopes))
         x = bayes.best(seen).point
     assert x == pytest.approx(0.7, abs=0.02)
+
+
+def compared(n: int) -> list[Judged]:
+    """Merges of which each one's picture stood beside that of one before it, on four prompts in turn."""
+    chance = np.random.default_rng(0)
+    points = [np.full(D, 0.5), *chance.uniform(size=(n - 1, D))]
+    seen = [Judged(points[0], {})]
+    for number in range(1, n):
+        other = int(chance.integers(number))
+        lead = 4 * (value(points[number]) - value(points[other]))
+        share = float(chance.random() < 1 / (1 + math.exp(-lead)))
+        seen.append(Judged(points[number], {}, choices=[Choice(number % 4, number, other, share)]))
+    return seen
+
+
+def test_choices_recommend_a_merge_that_is_better_than_the_first() -> None:
+    best, second = Bayes(D, PANEL, 0, by_pairs=True).few(compared(80), 2)
+    assert value(best.point) > value(np.full(D, 0.5)) + 0.5
+    assert best.mean > best.se > 0
+    assert best.mean > second.mean
+
+
+@pytest.mark.parametrize("place", [60, 61, 62])
+def test_every_rule_proposes_by_choices(place: int) -> None:
+    seen = compared(60)
+    point = Bayes(D, PANEL, 0, by_pairs=True).propose(seen, place, 0.5)
+    assert ((point >= 0) & (point <= 1)).all()
+    again = Bayes(D, PANEL, 0, by_pairs=True)
+    again.propose(seen[:50], 50, 0.5)
+    assert again.propose(seen, place, 0.5).tolist() == point.tolist()

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import block_diag
+from scipy.special import expit
 from torch import Tensor
 
+from bayesian_merger.choices import Choice
 from bayesian_merger.gp import (
     WHOLE,
     Array,
+    Chosen,
     Data,
     Model,
     Posterior,
@@ -247,3 +250,91 @@ def test_slopes_tell_at_once_which_weights_matter() -> None:
     few = Data(points[:21], point[:6], image[:6], payload[:6], y[:6], slopes=slopes)
     model.fit(few, n_steps=60)
     assert model.theta[0] < model.theta[1:D].min() - 1
+
+
+def chosen(n_points: int = 12, seed: int = 0) -> tuple[Array, list[Choice]]:
+    """Points, and choices between pictures of them by the wave, on four prompts."""
+    chance = np.random.default_rng(seed)
+    points = chance.uniform(size=(n_points, D))
+    value = wave(points)
+    some = []
+    for item in range(4):
+        for first in range(1, n_points):
+            second = int(chance.integers(first))
+            won = chance.random() < expit(3 * (value[first] - value[second]))
+            some.append(Choice(item, first, second, float(won)))
+    return points, some
+
+
+def test_posterior_by_choices_is_that_of_the_strengths_of_all_pictures() -> None:
+    points, some = chosen()
+    model = Model(D, is_chosen=True)
+    model.fit(Chosen(points, some), n_steps=10)
+    posterior = model.posterior(Chosen(points, some))
+    luck = np.exp(2 * model.theta[D + 4])
+
+    shown = sorted({(c.item, m) for c in some for m in (c.first, c.second)})
+    merge = [m for _, m in shown]
+    lead = np.zeros((len(some), len(shown)))
+    for row, (item, first, second, _) in enumerate(some):
+        lead[row, shown.index((item, first))], lead[row, shown.index((item, second))] = 1, -1
+    at = torch.from_numpy(points)
+    kernel = posterior.kernel.of_scores(at, at).numpy()
+    kernel += 1e-6 * float(posterior.kernel.variance) * np.eye(len(points))
+    whole = kernel[merge][:, merge] + luck * np.eye(len(shown))
+    strength = np.zeros(len(shown))
+    for _ in range(30):
+        won = expit(lead @ strength)
+        slope = lead.T @ (np.array([c.share for c in some]) - won)
+        curvature = lead.T @ ((won * (1 - won))[:, None] * lead)
+        precision = np.linalg.inv(whole) + curvature
+        strength = np.linalg.solve(precision, curvature @ strength + slope)
+
+    x = np.random.default_rng(1).uniform(size=(5, D))
+    across = posterior.kernel.of_scores(torch.from_numpy(x), at).numpy()[:, merge]
+    assert posterior.mean(torch.from_numpy(x)).numpy() == pytest.approx(across @ slope, rel=1e-5)
+    known = curvature - curvature @ np.linalg.solve(precision, curvature)
+    own = posterior.kernel.of_scores(torch.from_numpy(x), torch.from_numpy(x)).numpy()
+    assert posterior.covariance(torch.from_numpy(x), torch.from_numpy(x)).numpy() == (
+        pytest.approx(own - across @ known @ across.T, rel=1e-5)
+    )
+
+
+def test_lead_by_choices_is_that_over_the_first() -> None:
+    points, some = chosen()
+    model = Model(D, is_chosen=True)
+    data = Chosen(points, some)
+    model.fit(data)
+    posterior = model.posterior(data)
+    at = torch.from_numpy(points)
+    assert posterior.expected(at[0]) == pytest.approx((0, 0), abs=1e-2)
+    lead, error = posterior.expected(at[5])
+    both = at[[5, 0]]
+    mean, covariance = posterior.mean(both), posterior.covariance(both, both)
+    assert lead == pytest.approx(float(mean[0] - mean[1]), rel=1e-4)
+    variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+    assert error == pytest.approx(math.sqrt(float(variance)), rel=1e-3)
+
+
+def test_loss_of_choices_has_its_own_derivatives() -> None:
+    points, some = chosen(6)
+    data, theta = Chosen(points, some), torch.from_numpy(Model(D, is_chosen=True).theta)
+    assert torch.autograd.gradcheck(lambda x: _loss(data, x), theta.requires_grad_())
+
+
+def test_choices_tell_which_merges_are_better() -> None:
+    points, some = chosen(40)
+    model = Model(D, is_chosen=True)
+    data = Chosen(points, some)
+    model.fit(data)
+    x = np.random.default_rng(1).uniform(size=(200, D))
+    found = model.posterior(data).mean(torch.from_numpy(x)).numpy()
+    assert np.corrcoef(found, wave(x))[0, 1] > 0.9
+
+
+def test_nothing_chosen_tells_nothing() -> None:
+    data = Chosen(np.random.default_rng(0).uniform(size=(3, D)), [])
+    model = Model(D, is_chosen=True)
+    model.fit(data)
+    posterior = model.posterior(data)
+    assert posterior.mean(torch.full((1, D), 0.5, dtype=torch.float64)).tolist() == [0.0]

@@ -103,9 +103,11 @@ def test_preferences_are_counted_by_rival(
     visitor = Visitor(monkeypatch, prefers(best_of(finished)))
     code, told, _ = command("rate", str(finished), "--no-browser")
     assert code == 0
-    assert "best preferred to A in 8 of 8 pairs (100%, 95 % interval 68% to 100%; 0 alike)" in told
-    assert "best preferred to B in 8 of 8 pairs" in told
-    assert "best preferred to the even merge in 8 of 8 pairs" in told
+    assert (
+        "best over A: preferred in 8 of 8 pairs (100%, 95 % interval 68% to 100%; 0 alike)" in told
+    )
+    assert "best over B: preferred in 8 of 8 pairs" in told
+    assert "best over the even merge: preferred in 8 of 8 pairs" in told
     assert len(visitor.seen) == 24
     # Sides are shuffled, nothing tells which is which, and pairs are of one prompt and seed.
     sides = [pictures[0] in best_of(finished) for _, pictures in visitor.seen]

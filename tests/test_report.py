@@ -22,8 +22,8 @@ from outcomes import (
 )
 from PIL import Image
 
-from bayesian_merger import report
-from bayesian_merger.data import Compromise, Estimate, Interval, Outcome, Prompt
+from bayesian_merger import pairs, report
+from bayesian_merger.data import Compromise, Estimate, Interval, Outcome, Preference, Prompt
 
 EVIL = "<script>alert('x')</script>\" onload=\"alert(1)"
 VOID = {"meta", "link", "img", "br", "line", "circle", "source"}
@@ -162,6 +162,21 @@ def test_gain_of_a_single_image_has_no_known_error(tmp_path: Path) -> None:
     assert "over A +0.000 error unknown" in Page(report.html(outcome)).text
     found = report.result_json(outcome)["gain"]["over_a"]
     assert found == {"mean": 0.0, "low": None, "high": None}
+
+
+def test_gain_by_pairs_is_told_in_pairs(tmp_path: Path) -> None:
+    told = {"over_a": Preference(17, 3, 4), "over_b": Preference(9, 11, 0)}
+    gain = {name: pairs.margin(one) for name, one in told.items()}
+    outcome = an_outcome(tmp_path, gain=gain, by_pairs=True, preferences=told)
+    page = Page(report.html(outcome))
+    assert "over A 85 % 64 % to 95 % (17 won, 3 lost, 4 alike)" in page.text
+    assert "over B 45 % 26 % to 66 % (9 won, 11 lost, 0 alike)" in page.text
+    assert (
+        "In how many pairs of the same prompt and seed the best merge was preferred" in page.text
+    )
+    assert "a lead of 1 wins 73 % of pairs" in page.text
+    found = report.result_json(outcome)["pairs"]["over_a"]
+    assert found == {"won": 17, "lost": 3, "alike": 4}
 
 
 def test_page_shows_the_same_prompts_in_a_b_even_and_best(finished: Outcome, page: Page) -> None:
@@ -353,7 +368,7 @@ def test_result_json_has_exactly_its_keys(finished: Outcome) -> None:
     found = report.result_json(finished)
     assert set(found) == {
         "images", "trials", "seconds", "heldout", "gradient_given_up",
-        "gain", "best", "verdict", "finished",
+        "gain", "pairs", "best", "verdict", "finished",
     }  # fmt: skip
     assert found["trials"] == {"complete": 19, "stopped": 0, "failed": 1}
     assert found["heldout"]["best"] == {"mean": 8.88, "se": 0.09, "n": 64}

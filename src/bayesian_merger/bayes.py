@@ -18,7 +18,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from bayesian_merger.gp import WHOLE, Array, Data, Model, Posterior, Prior
+from bayesian_merger.choices import Choice
+from bayesian_merger.gp import WHOLE, Array, Chosen, Data, Model, Posterior, Prior
 from bayesian_merger.slopes import Slope, pooled
 
 _KAPPA = 2.0
@@ -42,11 +43,15 @@ _TELLING = 0.05
 
 
 class Judged(NamedTuple):
-    """A merge with the scores of the images it has been shown, and the slopes of some of them."""
+    """A merge with the scores of the images it has been shown, and the slopes of some of them.
+
+    Or with the choices between its pictures and those of merges before it, by their places in the list.
+    """
 
     point: Array
     scores: Mapping[int, float]
     slopes: Sequence[Slope] = ()
+    choices: Sequence[Choice] = ()
 
 
 class Recommended(NamedTuple):
@@ -66,6 +71,9 @@ class _Panel(Protocol):
 class Bayes:
     """Proposes merges in [0, 1]^d; the same scores make the same proposals.
 
+    With `by_pairs` there are choices in place of scores, and what is expected of a merge is its lead
+    over the first.
+
     `panel` names the payload of each image, `shares` says how much a payload counts beside others.
     `choices` are coordinates of which one is 1 and the others 0, a group for each thing to choose.
     `gain` is that of the slopes, if there are any.
@@ -79,8 +87,10 @@ class Bayes:
         shares: Mapping[str, float] | None = None,
         choices: Sequence[slice] = (),
         gain: Prior = WHOLE,
+        by_pairs: bool = False,
     ) -> None:
         self.d, self.panel, self.seed, self.shares = d, panel, seed, shares
+        self._by_pairs = by_pairs
         self._box, self._gain = _Box(d, choices), gain
         self._fitted: tuple[tuple[int, int, bool], Model] | None = None
 
@@ -198,17 +208,22 @@ class Bayes:
 
     def _posterior(self, judged: Sequence[Judged], n_fitted: int) -> Posterior:
         data = self._data(judged)
-        key = (n_fitted, sum(len(one.scores) for one in judged[:n_fitted]), len(data.sloped) > 0)
+        n_told = sum(len(one.scores) + len(one.choices) for one in judged[:n_fitted])
+        key = (n_fitted, n_told, len(data.sloped) > 0)
         if self._fitted is None or self._fitted[0] != key:
             model = self._model(data)
             model.fit(self._data(judged[:n_fitted]))
             self._fitted = (key, model)
         return self._fitted[1].posterior(data)
 
-    def _model(self, data: Data) -> Model:
-        return Model(self.d, self._gain if len(data.sloped) else None)
+    def _model(self, data: Data | Chosen) -> Model:
+        return Model(self.d, self._gain if len(data.sloped) else None, self._by_pairs)
 
-    def _data(self, judged: Sequence[Judged]) -> Data:
+    def _data(self, judged: Sequence[Judged]) -> Data | Chosen:
+        if self._by_pairs:
+            every = [choice for one in judged for choice in one.choices]
+            known = [c for c in every if max(c.first, c.second) < len(judged)]
+            return Chosen(np.array([one.point for one in judged]), known)
         rows = [(i, *entry) for i, one in enumerate(judged) for entry in one.scores.items()]
         point, image, y = (list(column) for column in zip(*rows, strict=True))
         points = np.array([one.point for one in judged])

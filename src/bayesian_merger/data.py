@@ -222,6 +222,15 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """How many pairs of pictures of two merges the first has won and lost, and how many were alike."""
+
+    won: int
+    lost: int
+    alike: int
+
+
+@dataclass(frozen=True)
 class Slopes:
     """The derivative of the mean value of some images (by panel index) by each parameter of a search.
 
@@ -287,6 +296,9 @@ class Outcome:
     "over_b" and "over_even" there.
     `best` is None and `heldout` empty until they are known. `pictures` maps "a", "b", "even", "best" to
     saved images by panel index: held-out ones once the run is finished, before that the baselines' own.
+    With pairs in place of scores (`by_pairs`) a value is a lead over the even merge, that of 1 winning
+    73 % of pairs; a gain is the pairs won less those lost, as a share of both, and `preferences` counts
+    them.
     `given_up` says why the search followed the gradient no further, if it did not.
     `front` are the compromises between several objectives, where they were asked for, and
     `front_baselines` what the baselines have, "a" -> objective -> estimate. `seconds` is the time spent
@@ -315,6 +327,8 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict)
     finished: bool = False
     given_up: str | None = None
+    by_pairs: bool = False
+    preferences: Mapping[str, Preference] = field(default_factory=dict)
 
     @property
     def followed(self) -> tuple[Result, ...]:

@@ -18,6 +18,8 @@ from bayesian_merger.errors import ConfigError, RunError, TrialError
 Choice = Literal["left", "right", "alike", "skip"]
 MOST_MARK = 10
 CHOICES: tuple[Choice, ...] = ("left", "right", "alike", "skip")
+SHARES: Mapping[str, float] = {"left": 1.0, "right": 0.0, "alike": 0.5}
+"""The share of the left picture in a choice."""
 Answer = int | Choice
 """A mark from 0 to 10, which of two is better, or no answer ("skip")."""
 

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
+from bayesian_merger.choices import Choice, Choices, Told
+
 Array = NDArray[np.float64]
 Prior: TypeAlias = tuple[float, float]
 """Mean and standard deviation of a logarithm."""
@@ -34,6 +36,7 @@ _SLOPE = (-0.7, 1.0)
 _PAYLOADS = (0.0, 1.0)
 _IMAGES = (math.log(0.5), 0.7)
 _NOISE = (math.log(0.8), 0.3)
+_CHOSEN = ((1.0, 1.0), (0.3, 1.0), (1.0, 0.6))
 _LENGTH = (0.3, 0.7)  # in 26 dimensions
 # A slope tells at once of a weight that does not matter, so that its lengthscale may be far off.
 _WIDE = 1.5
@@ -108,11 +111,26 @@ class Data:
         self.slope_errors = torch.block_diag(*errors)  # type: ignore[no-untyped-call]
 
 
+class Chosen:
+    """Choices between pictures of merges `points` [n_points, d], in place of scores.
+
+    What is expected of a merge is told as its lead over the first of them.
+    """
+
+    mean, scale = 0.0, 1.0
+
+    def __init__(self, points: Array, choices: Sequence[Choice]) -> None:
+        self.points = torch.from_numpy(np.asarray(points, float))
+        self.d = self.points.shape[1]
+        self.choices = Choices(choices, len(points))
+        self.sloped = torch.tensor([], dtype=torch.long)
+
+
 def _means(values: Array, group: NDArray[np.intp]) -> Array:
     return np.bincount(group, values) / np.bincount(group)
 
 
-def _prior(d: int, gain: Prior | None) -> tuple[Array, Array]:
+def _prior(d: int, gain: Prior | None, is_chosen: bool) -> tuple[Array, Array]:
     """Mean and standard deviation of the logarithms of all hyperparameters.
 
     They are d lengthscales, then the amplitudes of the smooth and the linear function, the payloads' and
@@ -121,6 +139,8 @@ def _prior(d: int, gain: Prior | None) -> tuple[Array, Array]:
     # In more dimensions random merges are further apart.
     mean, sd = _LENGTH[0] + math.log(d / 26) / 2, _LENGTH[1]
     others = [_AMPLITUDE, _SLOPE, _PAYLOADS, _IMAGES, _NOISE]
+    if is_chosen:
+        others = [*_CHOSEN[:2], _PAYLOADS, _IMAGES, _CHOSEN[2]]
     if gain:
         sd = _WIDE
         others += [gain, _MISFIT]
@@ -132,7 +152,7 @@ def _prior(d: int, gain: Prior | None) -> tuple[Array, Array]:
 class Posterior:
     """What the scores say of every merge, in units of the standardised score."""
 
-    data: Data
+    data: Data | Chosen
     kernel: _Kernel
     # Slopes are measured so many times as large as they are.
     gain: float
@@ -232,12 +252,12 @@ class Model:
     For data with slopes `gain` says how large they are beside the function's.
     """
 
-    def __init__(self, d: int, gain: Prior | None = None) -> None:
+    def __init__(self, d: int, gain: Prior | None = None, is_chosen: bool = False) -> None:
         self.d = d
-        self._mean, self._sd = _prior(d, gain)
+        self._mean, self._sd = _prior(d, gain, is_chosen)
         self.theta = self._mean.copy()
 
-    def fit(self, data: Data, n_steps: int = 30) -> None:
+    def fit(self, data: Data | Chosen, n_steps: int = 30) -> None:
         """Go to the nearest maximum of the hyperparameters' posterior density."""
         mean, sd = torch.from_numpy(self._mean), torch.from_numpy(self._sd)
 
@@ -258,7 +278,7 @@ class Model:
         )
         self.theta = found.x
 
-    def posterior(self, data: Data) -> Posterior:
+    def posterior(self, data: Data | Chosen) -> Posterior:
         with torch.no_grad():
             theta = torch.from_numpy(self.theta)
             parts = _parts(data, theta)
@@ -267,11 +287,28 @@ class Model:
             half = torch.linalg.solve_triangular(parts.w, root.T, upper=False)
             at_points = half.T @ (half @ h)
             gh = g @ half.T
+            of_mean, of_covariance = h - g @ at_points, g - gh @ gh.T
+            if isinstance(data, Chosen):
+                # Minus the strength of the merge that others are compared with.
+                own = parts.kernel[0]
+                of_level = of_covariance @ own
+                variance = float(own[0] - own @ of_level)
+                of_level[0] -= 1.0
+                return Posterior(
+                    data,
+                    _kernel(theta, self.d),
+                    1.0,
+                    of_mean,
+                    of_covariance,
+                    -float(own @ of_mean),
+                    of_level,
+                    variance,
+                )
+            assert parts.inner is not None
             # Offsets given the scores if no merge differed, averaged over payloads and images.
             noise = torch.exp(2 * theta[self.d + 4])
             offset = torch.cholesky_solve(data.average[:, None], parts.inner)[:, 0]
             on_points = half @ (data.zu @ offset) / noise
-            of_mean, of_covariance = h - g @ at_points, g - gh @ gh.T
             of_level = gh @ on_points - data.zu @ offset / noise
             if known:
                 at_points = at_points + known.mean
@@ -330,9 +367,10 @@ class _Parts(NamedTuple):
     """
 
     rest: Tensor
-    inner: Tensor
+    inner: Tensor | None
     g: Tensor
     h: Tensor
+    kernel: Tensor
     root: Tensor
     w: Tensor
     known: _Known | None
@@ -353,9 +391,10 @@ def _root(matrix: Tensor, scale: Tensor) -> Tensor:
     return root
 
 
-def _parts(data: Data, theta: Tensor) -> _Parts:
+def _of_scores(data: Data, theta: Tensor) -> tuple[Told, Tensor]:
+    """What the scores tell of the merges, and the root of their offsets."""
     d = data.d
-    amplitude, _, payload, image, noise = torch.exp(2 * theta[d : d + 5])
+    _, _, payload, image, noise = torch.exp(2 * theta[d : d + 5])
     spread = torch.cat(
         [
             torch.ones(1, dtype=theta.dtype),
@@ -377,12 +416,22 @@ def _parts(data: Data, theta: Tensor) -> _Parts:
         + 2 * torch.log(torch.diagonal(inner)).sum()
         + torch.log(spread).sum()
     )
+    return Told(rest, g, h), inner
+
+
+def _parts(data: Data | Chosen, theta: Tensor) -> _Parts:
+    d = data.d
+    amplitude = torch.exp(2 * theta[d])
     same = torch.eye(len(data.points), dtype=theta.dtype)
     of_both = _kernel(theta, d)
     kernel = of_both.of_scores(data.points, data.points) + amplitude * _JITTER * same
     scale = kernel.diagonal()
-    known = None
-    if len(data.sloped):
+    known, inner = None, None
+    if isinstance(data, Chosen):
+        rest, g, h = data.choices.told(kernel, torch.exp(2 * theta[d + 4]))
+    else:
+        (rest, g, h), inner = _of_scores(data, theta)
+    if isinstance(data, Data) and len(data.sloped):
         known = _known(data, of_both, theta[d + 5].exp(), (2 * theta[d + 6]).exp())
         kernel = kernel - known.across.T @ known.across
         rest = rest - 2 * known.mean @ h + known.mean @ g @ known.mean
@@ -391,7 +440,7 @@ def _parts(data: Data, theta: Tensor) -> _Parts:
     root = _root(kernel, scale)
     whitened = same + root.T @ g @ root
     w = _root(whitened, whitened.diagonal())
-    return _Parts(rest, inner, g, h, root, w, known)
+    return _Parts(rest, inner, g, h, kernel, root, w, known)
 
 
 def _known(data: Data, kernel: _Kernel, gain: Tensor, misfit: Tensor) -> _Known:
@@ -404,7 +453,7 @@ def _known(data: Data, kernel: _Kernel, gain: Tensor, misfit: Tensor) -> _Known:
     return _Known(root, across, of_mean, across.T @ of_mean)
 
 
-def _loss(data: Data, theta: Tensor) -> Tensor:
+def _loss(data: Data | Chosen, theta: Tensor) -> Tensor:
     """Minus the logarithm of the density of the scores."""
     parts = _parts(data, theta)
     solved = torch.linalg.solve_triangular(parts.w, (parts.root.T @ parts.h)[:, None], upper=False)

@@ -8,9 +8,10 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL.Image import Image
+from PIL.Image import DecompressionBombError, Image
+from PIL.Image import open as open_image
 
-from bayesian_merger import infotext, plots, report
+from bayesian_merger import infotext, pairs, plots, report
 from bayesian_merger.checkpoint import whole_file
 from bayesian_merger.data import Model, Outcome, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import ConfigError
@@ -89,24 +90,33 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
     }
     few = study.candidates[: about["config"]["heldout"]["candidates"]]
     selected = ranked(few, study.judged("select")) or []
-    confirmed = chosen(selected, study.judged("heldout"))
+    by_pairs = bool(about.get("by_pairs"))
+    # With pairs what A, B and the even merge have is not theirs who are chosen, whoever that is.
+    records = [r for r in study.judged("heldout") if not (by_pairs and r.name in BASELINES)]
+    confirmed = chosen(selected, records)
     judged = {
         r.name: r for r in study.judged("heldout") if r.name in BASELINES and r.state == "complete"
     }
     finished = bool(few) and confirmed is not None and len(judged) == len(BASELINES)
     front, of_front = study.front
-    gain = {}
+    gain, preferences = {}, {}
     if finished and confirmed is not None:
         judged["best"] = confirmed
-        # Runs that were begun before there was anything but weights have these alone.
-        measure = Measure(**about.get("measure", {"weights": about.get("weights")}))
-        yardstick = Yardstick.from_baselines(measure, baselines, panels["panel"])
-        gain = {
-            f"over_{name}": yardstick.difference(
-                judged["best"], judged[name], panels["heldout_panel"]
-            )
-            for name in sorted(BASELINES)
-        }
+        if by_pairs:
+            preferences = {
+                f"over_{name}": pairs.preference(confirmed, name) for name in sorted(BASELINES)
+            }
+            gain = {key: pairs.margin(told) for key, told in preferences.items()}
+        else:
+            # Runs that were begun before there was anything but weights have these alone.
+            measure = Measure(**about.get("measure", {"weights": about.get("weights")}))
+            yardstick = Yardstick.from_baselines(measure, baselines, panels["panel"])
+            gain = {
+                f"over_{name}": yardstick.difference(
+                    confirmed, judged[name], panels["heldout_panel"]
+                )
+                for name in sorted(BASELINES)
+            }
     stages: tuple[Stage, ...] = ("baseline", "select", "heldout")
     everything = [*searched, *(result for stage in stages for result in study.judged(stage))]
     seconds: dict[str, float] = {}
@@ -140,6 +150,8 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         seconds=seconds,
         finished=finished,
         given_up=study.given_up,
+        by_pairs=by_pairs,
+        preferences=preferences,
     )
 
 
@@ -231,6 +243,17 @@ def _saved(folder: Path) -> dict[int, Path]:
 def digest_of(image: Image) -> str:
     """Sixteen hexadecimal digits of the pixels."""
     return hashlib.sha256(image.tobytes()).hexdigest()[:16]
+
+
+def read_picture(folder: Path, result: Result, index: int) -> Image | None:
+    """The picture of an image that was kept in a run's folder, if it is still what it was."""
+    path = pictures_of(folder, result.stage, result.name) / f"{index:03}.png"
+    try:
+        with open_image(path, formats=["PNG"]) as file:
+            image = file.convert("RGB")
+    except (OSError, DecompressionBombError):
+        return None
+    return image if digest_of(image) == result.images[index] else None
 
 
 def save_image(sample: Sample, path: Path) -> None:

@@ -104,9 +104,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(400, b"no table of JSON")
         elif self.path == "/answer":
             taken = self.server.desk.answer(str(told.get("key")), told.get("answer"))
-            self._answer(200 if taken else 409, b"")
+            self._answer(
+                *((200, b"") if taken else (409, b"that is not asked, or no answer to it"))
+            )
         elif self.path == "/undo":
-            self._answer(200 if self.server.desk.undo() else 409, b"")
+            undone = self.server.desk.undo()
+            self._answer(*((200, b"") if undone else (409, b"there is nothing to undo")))
         else:
             self._answer(404, b"nothing here")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import pkgutil
@@ -33,9 +34,10 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 class Registry(Generic[T]):
     """The plugins of one kind, found in the modules of `package` when first asked for."""
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, common: Iterable[str] = ()) -> None:
+        """With the keys that a section of the configuration takes beside the options of any plugin."""
         self.kind = kind
-        self._package = package
+        self._package, self._common = package, tuple(common)
         self._found: dict[str, T] = {}
         self._discovered = False
 
@@ -63,7 +65,11 @@ class Registry(Generic[T]):
         """The plugin called `name`; ConfigError with the nearest known name if there is none."""
         names = self.names()
         if name not in self._found:
-            hint = nearest(name, names) or f"; known: {', '.join(names)}."
+            plugin, colon, model = name.partition(":")
+            if colon and plugin in names:
+                hint = f"; write [{self.kind}s.{plugin}] and model = {model!r}"
+            else:
+                hint = nearest(name, names) or f"; known: {', '.join(names)}."
             raise ConfigError(f"unknown {self.kind} {name!r}{hint}")
         return self._found[name]
 
@@ -82,7 +88,7 @@ class Registry(Generic[T]):
         try:
             checked = model.model_validate(dict(options))
         except ValidationError as error:
-            where, known = f"{self.kind} {name}", list(model.model_fields)
+            where, known = f"{self.kind} {name}", [*model.model_fields, *self._common]
             foreign = self._foreign(key for key in options if key not in known)
             mistakes = [
                 _mistake(where, detail, known)
@@ -97,6 +103,13 @@ class Registry(Generic[T]):
                 )
             raise ConfigError("; ".join(mistakes)) from None
         return {key: getattr(checked, key) for key in checked.model_fields_set}
+
+    def options(self, name: str) -> str:
+        """The options of a plugin, with what they are if nobody says, in words."""
+        return ", ".join(
+            key if one.default in (inspect.Parameter.empty, None) else f"{key} = {one.default!r}"
+            for key, one in _parameters(self.get(name)).items()
+        )
 
     def _foreign(self, keys: Iterable[str]) -> dict[str, str]:
         """Those of `keys` that are options of other plugins, with the names of these."""
@@ -114,7 +127,7 @@ class Registry(Generic[T]):
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"{self.kind} {name} needs the package {error.name}, which is not installed; "
-                f"pip install {error.name}"
+                f"pip install {_extra_of(name) or error.name}"
             ) from error
         except Exception as error:  # a user's constructor may raise anything
             raise ConfigError(
@@ -149,6 +162,12 @@ def import_file(path: Path) -> None:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise ConfigError(f"plugin {path}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _extra_of(name: str) -> str:
+    """What installs all that a plugin needs, if the program has an extra of its name."""
+    extras = importlib.metadata.metadata("bayesian-merger").get_all("Provides-Extra") or ()
+    return f'"bayesian-merger[{name}]"' if name in extras else ""
 
 
 def _parameters(

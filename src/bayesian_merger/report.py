@@ -41,7 +41,7 @@ def html(outcome: Outcome) -> str:
         refresh_s=None if outcome.finished else _REFRESH_S,
         models=dict(zip("ABC", outcome.models, strict=False)),
         progress=_progress(outcome),
-        gains=_gains_chart(outcome.gain),
+        gains=_gains_chart(outcome),
         heldout=sorted(outcome.heldout.items(), key=lambda item: item[1].mean, reverse=True),
         selected=_selected(outcome),
         pairs=_pairs(outcome),
@@ -73,6 +73,7 @@ def result_json(outcome: Outcome) -> dict[str, Any]:
         "seconds": dict(outcome.seconds),
         "heldout": {name: _plain(outcome.heldout.get(name)) for name in _LABELS},
         "gain": {name: _plain(outcome.gain.get(name)) for name in _GAINS},
+        "pairs": {name: vars(told) for name, told in outcome.preferences.items()},
         "best": {
             "method": best.method if best else None,
             "weights": {name: dict(w) for name, w in best.weights.items()} if best else None,
@@ -230,9 +231,10 @@ def _unets(outcome: Outcome, recipe: Recipe) -> list[dict[str, Any]]:
     return drawings
 
 
-def _gains_chart(gain: Mapping[str, Interval]) -> dict[str, Any]:
+def _gains_chart(outcome: Outcome) -> dict[str, Any]:
     """The gains with the places of their dots and intervals, in percent of the chart's width."""
-    known = {name: gain[name] for name in _GAINS if name in gain}
+    known = {name: outcome.gain[name] for name in _GAINS if name in outcome.gain}
+    text = won if outcome.by_pairs else _signed
     ends = [0.0, *(x for g in known.values() for x in (g.mean, g.low, g.high) if math.isfinite(x))]
     low, high = min(ends), max(ends)
     margin = 0.08 * (high - low) or 1.0
@@ -245,17 +247,31 @@ def _gains_chart(gain: Mapping[str, Interval]) -> dict[str, Any]:
     rows = [
         {
             "label": _GAINS[name],
-            "gain": g,
+            "mean": text(g.mean),
+            "interval": f"{text(g.low)} to {text(g.high)}" if _is_known(g) else "error unknown",
+            "pairs": outcome.preferences.get(name),
             "sure": g.low > 0 or g.high < 0,
-            "known": math.isfinite(g.low) and math.isfinite(g.high),
             "dot": place(g.mean),
             "low": place(g.low),
             "high": place(g.high),
         }
         for name, g in known.items()
     ]
-    ticks = [{"place": place(x), "text": f"{x:+g}" if x else "0"} for x in _ticks(low, high)]
+    ticks = [
+        {"place": place(x), "text": text(x) if outcome.by_pairs else f"{x:+g}" if x else "0"}
+        for x in _ticks(low, high)
+        if not outcome.by_pairs or abs(x) <= 1
+    ]
     return {"rows": rows, "ticks": ticks, "zero": place(0.0)}
+
+
+def _is_known(gain: Interval) -> bool:
+    return math.isfinite(gain.low) and math.isfinite(gain.high)
+
+
+def won(gain: float) -> str:
+    """Of a gain by pairs, how many of them were won."""
+    return f"{50 + 50 * gain:.0f} %"
 
 
 def _ticks(low: float, high: float) -> list[float]:

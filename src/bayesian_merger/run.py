@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from bayesian_merger import junk
+from bayesian_merger import junk, pairs
 from bayesian_merger.backends import Backend, Differentiable, Exclusive
 from bayesian_merger.checkpoint import remove_parts
 from bayesian_merger.data import (
@@ -56,6 +56,7 @@ from bayesian_merger.outcome import (
     write_outcome,
     write_recipe,
 )
+from bayesian_merger.pairing import Rivals, compared
 from bayesian_merger.scorers import Attended, DifferentiableScorer, Scorer
 from bayesian_merger.setup import BASELINES, Setup, judges
 from bayesian_merger.study import Stage, Study, Trial, storage_errors
@@ -125,16 +126,16 @@ def judge(
     panel: Sequence[Prompt],
     setup: Setup,
     observer: Observer,
-    keep: Path | None,
+    folder: Path | None,
     yardstick: Yardstick | None = None,
     others: Sequence[Result] = (),
 ) -> None:
     """One trial: merge, generate, score, image by image; what the trial has is not made again.
 
-    Images go to the folder `keep`, if given, before their scores are stored. With a `yardstick` the
-    slopes of the value by each parameter are measured too, a few images at once. `others` are what its
-    images must differ from. TrialError if the merge, an image, a score or any slope is not to be had,
-    or if an image is junk that fails it.
+    Images go to their place in the run's `folder`, if given, before their scores are stored. With a
+    `yardstick` the slopes of the value by each parameter are measured too, a few images at once.
+    `others` are what its images must differ from, and what they are compared with in pairs. TrialError
+    if the merge, an image, a score or any slope is not to be had, or if an image is junk that fails it.
     """
     done = trial.scores.keys() if yardstick is None else trial.followed
     # What a person has skipped is missing from a complete one.
@@ -150,16 +151,18 @@ def judge(
     pieces = _followed(setup, todo, yardstick) if yardstick else _plain(setup, panel, done)
     faults: list[str] = []
     marked: Counter[str] = Counter()
+    keep = pictures_of(folder, trial.stage, trial.name) if folder else None
+    rivals = Rivals(setup, trial, others, folder)
     # Whatever fails, no image is made any more afterwards: an error keeps what it passes alive.
-    with closing(_scored(setup, pieces)) as scored:
+    with closing(_scored(setup, pieces, rivals)) as scored:
         for (samples, slopes, fault), scores, spent in scored:
             fresh = sum(sample.prompt in todo for sample in samples)
             for sample, found in zip(samples, scores, strict=True):
                 if sample.prompt.index not in trial.scores:
                     if keep:
                         save_image(sample, keep / f"{sample.prompt.index:03}.png")
-                    if not setup.measure.weights.keys() & found.keys():
-                        continue  # a person has skipped it
+                    if found is None:
+                        continue
                     made_of = sample.prompt.to_dict() if sample.prompt.index >= FRESH else None
                     digest = digest_of(sample.image)
                     marks = [key for key in found if key.startswith(JUNK)]
@@ -191,19 +194,21 @@ def judge(
 
 
 class _Scored(NamedTuple):
-    """A piece, the scores of its images, and the seconds that both took."""
+    """A piece, the scores of its images, None for those that were skipped, and the seconds it took."""
 
     piece: _Piece
-    scores: Sequence[Mapping[str, float]]
+    scores: Sequence[Mapping[str, float] | None]
     spent: Mapping[str, float]
 
 
-def _scored(setup: Setup, pieces: Generator[_Piece, None, None]) -> Generator[_Scored, None, None]:
+def _scored(
+    setup: Setup, pieces: Generator[_Piece, None, None], rivals: Rivals
+) -> Generator[_Scored, None, None]:
     """The pieces with their scores; while one is scored the next is made, if that is done elsewhere."""
     made = _timed(pieces)
     if not getattr(setup.backend, "is_remote", False):
         with closing(pieces):
-            yield from (_score_of(setup, *one) for one in made)
+            yield from (_score_of(setup, rivals, *one) for one in made)
         return
     # A person who is still asked would hold up the end.
     with closing(pieces), ThreadPoolExecutor(1) as scoring, _withdrawing(setup):
@@ -220,7 +225,7 @@ def _scored(setup: Setup, pieces: Generator[_Piece, None, None]) -> Generator[_S
                     if done:
                         yield done
                 raise
-            following = scoring.submit(_score_of, setup, *one) if one else None
+            following = scoring.submit(_score_of, setup, rivals, *one) if one else None
             if waiting:
                 yield waiting.result()
             if following is None:
@@ -247,14 +252,23 @@ def _timed(pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, float]]:
         start = time.monotonic()
 
 
-def _score_of(setup: Setup, piece: _Piece, made_s: float) -> _Scored:
+def _score_of(setup: Setup, rivals: Rivals, piece: _Piece, made_s: float) -> _Scored:
     start = time.monotonic()
     marked = [_fined(setup, sample, junk.marks(sample.image)) for sample in piece.samples]
-    scores = score(setup.scorers, piece.samples, setup.only)
-    for row, marks in zip(scores, marked, strict=True):
-        setup.measure.require(row)
-        row.update(dict.fromkeys(marks, 1.0))
-    return _Scored(piece, scores, {"generate": made_s, "score": time.monotonic() - start})
+    found: Sequence[dict[str, float] | None]
+    if setup.comparer:
+        with _no_value("the choice", passing=(RunError,)):
+            found = compared(setup.comparer, piece.samples, marked, rivals.of)
+    else:
+        rows = score(setup.scorers, piece.samples, setup.only)
+        for row in rows:
+            setup.measure.require(row)
+        # A person may have skipped it.
+        found = [row if setup.measure.weights.keys() & row.keys() else None for row in rows]
+    for scores, marks in zip(found, marked, strict=True):
+        if scores is not None:
+            scores.update(dict.fromkeys(marks, 1.0))
+    return _Scored(piece, found, {"generate": made_s, "score": time.monotonic() - start})
 
 
 def _fined(setup: Setup, sample: Sample, marks: Sequence[str]) -> list[str]:
@@ -292,18 +306,18 @@ def _judge_and_follow(
     panel: Sequence[Prompt],
     setup: Setup,
     observer: Observer,
-    keep: Path | None,
+    folder: Path | None,
     yardstick: Yardstick,
     others: Sequence[Result] = (),
 ) -> None:
     """`judge` with slopes, or without them where they cannot be had."""
     try:
-        judge(trial, panel, setup, observer, keep, yardstick, others)
+        judge(trial, panel, setup, observer, folder, yardstick, others)
         return
     except TrialError as error:
         reason = str(error)
     # Outside the clause, whose error holds on to the memory of the graph.
-    judge(trial, panel, setup, observer, keep, others=others)
+    judge(trial, panel, setup, observer, folder, others=others)
     trial.unfollowed(reason)
     observer.noted(f"{trial.name} was judged without its gradient: {reason}")
 
@@ -417,7 +431,7 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
                 if not isinstance(observer, Host):
                     raise ConfigError(f"scorer {name} asks a person, and here nobody can answer")
                 stack.callback(judge_of.leave)
-                observer.asked(judge_of.attend(folder, setup.n_images()))
+                observer.asked(judge_of.attend(folder, setup.n_questions()))
         study = open_study(folder, setup.config.search.storage, create=True)
         setup = _as_begun(setup, study)
         study.require_same(setup.identity)
@@ -499,14 +513,34 @@ def baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> Y
     """Judge A, the even merge and B; they set the scale of the values and anchor the search."""
     trials = _judged_baselines("baseline", study, setup, setup.panel, folder, observer)
     results = [trial.result() for trial in trials]
-    yardstick = Yardstick.from_baselines(setup.measure, results, setup.panel)
+    yardstick = _yardstick(setup, results)
     for trial in trials:
         if not trial.is_complete:
-            trial.complete(yardstick.estimate(trial.result(), setup.panel))
+            trial.complete(_estimate(setup, yardstick, trial, setup.panel, results))
         if params := setup.params(trial.recipe):
             study.observe(trial.result(), params, setup.plan)
         observer.finished(trial.result(), None)
     return yardstick
+
+
+def _yardstick(setup: Setup, baselines: Sequence[Result]) -> Yardstick:
+    """What turns scores into values; of choices there are none."""
+    if setup.comparer:
+        return Yardstick(setup.measure)
+    return Yardstick.from_baselines(setup.measure, baselines, setup.panel)
+
+
+def _estimate(
+    setup: Setup,
+    yardstick: Yardstick,
+    trial: Trial,
+    panel: Sequence[Prompt],
+    among: Sequence[Result],
+) -> Estimate:
+    """The value of a trial on a panel; with pairs, its lead over the even merge or their mean."""
+    if setup.comparer:
+        return pairs.leads(among)[trial.name]
+    return yardstick.estimate(trial.result(), panel)
 
 
 def _judged_baselines(
@@ -522,15 +556,14 @@ def _judged_baselines(
     for number, trial in enumerate(trials, start=1):
         observer.started(stage, trial.name, len(panel))
         try:
-            keep = pictures_of(folder, stage, trial.name)
             follows = stage == "baseline" and trial.name == "even" and setup.follows_even
             # One that is complete without its slopes had none to be had.
             if follows and not trial.is_complete:
                 measure = Yardstick(setup.measure)
-                _judge_and_follow(trial, panel, setup, observer, keep, measure)
+                _judge_and_follow(trial, panel, setup, observer, folder, measure)
             else:
                 before = [t.result() for t in trials[: number - 1]]
-                judge(trial, panel, setup, observer, keep, others=before)
+                judge(trial, panel, setup, observer, folder, others=before)
             _require_change([t.result() for t in trials[:number]], setup)
             _require_pictures(trial.result())
         except TrialError as error:
@@ -550,7 +583,7 @@ def _observe_brought(study: Study, setup: Setup, yardstick: Yardstick) -> None:
     counted = {prompt.index for prompt in setup.panel if prompt.weight > 0}
     for result in study.judged("brought"):
         params = setup.params(result.recipe)
-        if params is None or not result.scores:
+        if params is None or not result.scores or setup.comparer:
             continue
         if counted & result.scores.keys():
             value = yardstick.trial(result, setup.panel)
@@ -639,14 +672,17 @@ def searching(study: Study, setup: Setup, yardstick: Yardstick) -> Proposer:
 
     That is, if it does so beyond doubt on the images of the baselines.
     """
-    judged = {r.name: r for r in study.judged("baseline") if r.state == "complete"}
-    leads = {
-        name: yardstick.difference(judged[name], judged["even"], setup.panel)
-        for name in ("a", "b")
-    }
-    best = max(leads, key=lambda name: leads[name].mean)
-    origin = setup.beside(best) if leads[best].low > 0 else None
-    return study.searching(replace(setup.plan, origin=origin), yardstick.value)
+    origin = None
+    if setup.plan.optimiser == "gradient":
+        judged = {r.name: r for r in study.judged("baseline") if r.state == "complete"}
+        leads = {
+            name: yardstick.difference(judged[name], judged["even"], setup.panel)
+            for name in ("a", "b")
+        }
+        best = max(leads, key=lambda name: leads[name].mean)
+        origin = setup.beside(best) if leads[best].low > 0 else None
+    value = None if setup.comparer else yardstick.value
+    return study.searching(replace(setup.plan, origin=origin), value)
 
 
 def attempt(
@@ -663,8 +699,9 @@ def attempt(
     trial.spend(ask=time.monotonic() - start)
     panel = [setup.prompt(i) for i in trial.items or ()]
     observer.started(trial.stage, trial.name, len(panel))
-    is_kept = setup.config.output.save_imgs
-    keep = pictures_of(folder, trial.stage, trial.name) if is_kept else None
+    # Other merges' pictures are compared with them.
+    is_kept = setup.config.output.save_imgs or setup.comparer
+    keep = folder if is_kept else None
     others = [*study.judged("baseline"), *study.searched()]
     try:
         if trial.follows:
@@ -675,6 +712,10 @@ def attempt(
     except TrialError as error:
         trial.fail(str(error))
         return error
+    if setup.comparer:
+        known = [r for r in study.searched() if r.state != "failed"]
+        trial.complete(pairs.leads([*study.judged("baseline"), *known])[trial.name])
+        return None
     further = [prompt for prompt in panel if prompt.index >= FRESH]
     trial.complete(yardstick.trial(trial.result(), setup.panel, further))
     return None
@@ -701,34 +742,40 @@ def _confirm(
     if not few:
         raise RunError("no trial was completed, so there is no merge to confirm")
 
-    def attempt(stage: Stage, name: str, recipe: Recipe) -> TrialError | None:
-        trial = study.book(stage, name, recipe)
-        panel = setup.select_panel if stage == "select" else setup.heldout_panel
-        keep = pictures_of(folder, stage, name) if stage == "heldout" else None
-        observer.started(stage, name, len(panel))
+    def attempt(stage: Stage, one: Result, panel: Sequence[Prompt]) -> Trial | None:
+        # With pairs even a parent is compared with itself, to be compared with the others.
+        trial = study.book(stage, one.name, one.recipe, BASELINES if setup.comparer else ())
+        # Of other candidates only those that others are compared with are looked at again.
+        keep = folder if stage == "heldout" or setup.comparer else None
+        observer.started(stage, one.name, len(panel))
         try:
-            others = [other for other in study.judged(stage) if other.name != name]
+            others = [other for other in study.judged(stage) if other.name != one.name]
             judge(trial, panel, setup, observer, keep, others=others)
             _require_change([*others, trial.result()], setup)
         except TrialError as error:
             trial.fail(str(error))
             observer.finished(trial.result(), None)
-            return error
-        complete(trial, panel)
-        return None
+            return None
+        return trial
 
-    def complete(trial: Trial, panel: Sequence[Prompt]) -> None:
-        if not trial.is_complete:
-            trial.complete(yardstick.estimate(trial.result(), panel))
-        observer.finished(trial.result(), None)
+    def complete(trials: Sequence[Trial], panel: Sequence[Prompt]) -> None:
+        results = [trial.result() for trial in trials]
+        for trial in trials:
+            if not trial.is_complete:
+                trial.complete(_estimate(setup, yardstick, trial, panel, results))
+            observer.finished(trial.result(), None)
 
-    for candidate in few:
-        attempt("select", candidate.name, candidate.recipe)
+    # Choices tell of one what they tell of all, hence last.
+    panel = setup.select_panel
+    complete([t for one in few if (t := attempt("select", one, panel))], panel)
     panel = setup.heldout_panel
-    for trial in _judged_baselines("heldout", study, setup, panel, folder, observer):
-        complete(trial, panel)
-    for best in ranked(few, study.judged("select")) or []:
-        if not attempt("heldout", best.name, best.recipe):
+    waiting = _judged_baselines("heldout", study, setup, panel, folder, observer)
+    if not setup.comparer:
+        complete(waiting, panel)
+        waiting = []
+    for one in ranked(few, study.judged("select")) or []:
+        if best := attempt("heldout", one, panel):
+            complete([*waiting, best], panel)
             return
     raise RunError(f"none of the {len(few)} best merges can be judged on fresh seeds")
 

@@ -23,7 +23,7 @@ from bayesian_merger.data import Prompt, Recipe, Weights
 from bayesian_merger.errors import ConfigError, MergerError, TrialError
 from bayesian_merger.merge import Merger, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file, nearest
-from bayesian_merger.scorers import About, DifferentiableScorer, Scorer, scorer
+from bayesian_merger.scorers import About, Comparing, DifferentiableScorer, Scorer, scorer
 from bayesian_merger.server import key_of
 from bayesian_merger.space import Parameter, Space
 from bayesian_merger.spread import Spread
@@ -91,6 +91,11 @@ class Setup:
         n_weights = len({prompt.weight for prompt in self.panel if prompt.weight > 0})
         is_plain = self.measure.norm == "none" and len(self.scorers) == n_weights == 1
         return self.plan.optimiser == "gradient" and is_plain
+
+    @property
+    def comparer(self) -> Comparing | None:
+        """The scorer that chooses between two pictures, where pairs stand in place of scores."""
+        return _comparer(self.scorers)
 
     def judges(self, prompt: Prompt) -> list[str]:
         """The scorers of an image."""
@@ -163,6 +168,17 @@ class Setup:
             + len(self.heldout_panel) * (len(BASELINES) + 1)
         )
 
+    def n_questions(self) -> int:
+        """How often a person is asked in the whole run, if no trial fails: of an image, or of a pair."""
+        if not self.comparer:
+            return self.n_images()
+        return (
+            len(self.panel) * (len(BASELINES) - 1)
+            + self.plan.n_images
+            + len(self.select_panel) * (self.config.heldout.candidates - 1)
+            + len(self.heldout_panel) * len(BASELINES)
+        )
+
     def about(self) -> dict[str, Any]:
         """What a report of the run needs to know beside its trials."""
         return {
@@ -171,6 +187,7 @@ class Setup:
             "models": [Path(model.name).stem for model in self.merger.references()],
             "config": configuration.as_plain(self.config),
             "measure": asdict(self.measure),
+            "by_pairs": self.comparer is not None,
             "trials": self.plan.n_trials,
             "panel": [p.to_dict() for p in self.panel],
             "select_panel": [p.to_dict() for p in self.select_panel],
@@ -269,6 +286,7 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
             scorers[name] = attempt(partial(_of_section, name, kind, build))
         else:
             attempt(partial(_of_section, name, kind, check))
+    attempt(lambda: _require_alone(config, scorers))
     engine = attempt(lambda: _engine(config, folder))
     plan = (
         attempt(
@@ -306,7 +324,7 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
         built,
         measure,
         only or {},
-        (*(warnings or ()), *_licences(built)),
+        (*(warnings or ()), *_doubts(measure, built), *_licences(built)),
         panels.fresh,
     )
     for name in BASELINES:
@@ -376,6 +394,51 @@ def _only(config: Config, panel: Sequence[Prompt]) -> dict[str, frozenset[str]]:
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return found
+
+
+def _comparer(scorers: Mapping[str, Scorer | None]) -> Comparing | None:
+    for one in scorers.values():
+        if isinstance(one, Comparing) and one.compares:
+            return one
+    return None
+
+
+def _require_alone(config: Config, scorers: Mapping[str, Scorer | None]) -> None:
+    """ConfigError if pairs stand in place of scores, but something needs scores."""
+    if not _comparer(scorers):
+        return
+    said = config.value.model_fields_set
+    search = config.search
+    reasons = {
+        "there are other scorers, whose scores cannot be added to choices": len(scorers) > 1,
+        f"value.{min(said, default='')} is for scores": bool(said),
+        f"search.objectives {search.objectives!r} is for scores": search.objectives != "mean",
+        f"search.optimiser {search.optimiser!r} needs scores; leave it out": (
+            search.optimiser not in ("auto", "bayes")
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"a scorer asks for pairs, but {reason}; or ask for marks")
+
+
+def _doubts(measure: Measure, scorers: Mapping[str, Scorer]) -> list[str]:
+    """What of [value] has no effect, or another than may be meant."""
+    notes = []
+    if measure.norm == "none" and len(scorers) > 1:
+        abouts = {name: getattr(one, "about", None) for name, one in scorers.items()}
+        ranges = ", ".join(
+            f"{name} {about.range}" for name, about in abouts.items() if isinstance(about, About)
+        )
+        notes.append(
+            f"value.normalise is 'none', so scores count as they are"
+            f"{f' ({ranges})' if ranges else ''}; that of the wider range counts most"
+        )
+    if measure.combine != "mean" and len(scorers) == 1:
+        notes.append(f"value.combine is {measure.combine!r}, but there is only one scorer")
+    elif measure.combine == "minimum" and len({w for w in measure.weights.values() if w}) > 1:
+        notes.append("value.combine is 'minimum', for which weights make no difference")
+    return notes
 
 
 def _licences(scorers: Mapping[str, Scorer]) -> list[str]:

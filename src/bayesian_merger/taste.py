@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import spearmanr
 
-from bayesian_merger.desk import JOURNAL, answers, is_mark
+from bayesian_merger.desk import JOURNAL, SHARES, answers, is_mark
 from bayesian_merger.errors import ConfigError
 
 Array = npt.NDArray[np.float64]
@@ -22,7 +22,6 @@ Array = npt.NDArray[np.float64]
 _FEWEST = 20
 _FOLDS = 5
 _STRENGTHS = tuple(10.0 ** np.arange(-2, 3.5, 0.5))
-_SHARES = {"left": 1.0, "right": 0.0, "alike": 0.5}
 
 
 class Pair(NamedTuple):
@@ -114,8 +113,8 @@ def _take(told: Mapping[str, Any], place: Path, into: Ratings, numbers: dict[Pat
 
     if len(paths) == 1 and is_mark(answer):
         into.marks[number(paths[0])] = float(answer)
-    elif len(paths) == 2 and isinstance(answer, str) and answer in _SHARES:
-        into.pairs.append(Pair(number(paths[0]), number(paths[1]), _SHARES[answer]))
+    elif len(paths) == 2 and isinstance(answer, str) and answer in SHARES:
+        into.pairs.append(Pair(number(paths[0]), number(paths[1]), SHARES[answer]))
 
 
 def learn(ratings: Ratings, features: Array) -> Taste:

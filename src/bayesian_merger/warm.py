@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from bayesian_merger import run, space
 from bayesian_merger.bayes import Bayes, Judged
 from bayesian_merger.blocks import short_names
 from bayesian_merger.data import MOST_SCORE, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import ConfigError, TrialError
-from bayesian_merger.outcome import digest_of, open_study, pictures_of, read_outcome
+from bayesian_merger.outcome import open_study, pictures_of, read_outcome, read_picture
 from bayesian_merger.setup import Setup
 from bayesian_merger.study import Study, storage_errors
 from bayesian_merger.study.proposals import Params
@@ -56,7 +54,7 @@ def fork(old: Path, setup: Setup, folder: Path, storage: str | None = None) -> B
     left_out: Counter[str] = Counter()
     with storage_errors():
         before = open_study(old, storage)
-        known = _Known(before, setup, old.absolute().name)
+        known = _Known(before, setup, old)
     with run.locked(folder), storage_errors():
         new = _begin(setup, folder, str(old.absolute()))
         merges = searched = 0
@@ -71,21 +69,23 @@ def fork(old: Path, setup: Setup, folder: Path, storage: str | None = None) -> B
             if reason and not is_baseline:
                 left_out[reason] += 1
                 continue
-            pictures = pictures_of(old, result.stage, result.name)
             try:
-                found = known.scores(result, pictures)
+                found = known.scores(result)
             except TrialError as error:
                 left_out[str(error)] += 1
                 continue
             if not found:
                 reason = "the new scorers need their pictures, which were not kept"
-                if not known.shares_images(result):
+                if setup.comparer:
+                    reason = "choices between two pictures are not brought"
+                elif not known.shares_images(result):
                     reason = "a search by the gradient shows each merge images of its own"
                 left_out[reason] += 1
                 continue
             merges += 1
             searched += result.stage != "baseline"
             if is_baseline:
+                pictures = pictures_of(old, result.stage, result.name)
                 found = _take_baseline(new, setup, result, found, pictures, folder)
             if found and not reason:
                 trial = new.book("brought", f"{known.title} {result.name}", result.recipe)
@@ -148,11 +148,13 @@ class _Scored(NamedTuple):
 class _Known:
     """Which scores of an earlier run hold in a new one, and for which of its images."""
 
-    def __init__(self, before: Study, setup: Setup, title: str) -> None:
+    def __init__(self, before: Study, setup: Setup, folder: Path) -> None:
+        title = folder.absolute().name
         old, new = before.identity, setup.identity
         if not old:
             raise ConfigError(f"{title}: the run has not begun yet")
-        self.title = title
+        self.title, self._folder = title, folder
+        self._takes_scores = setup.comparer is None
         # Payloads of the images that are not of the new panel, whose numbers follow.
         self.foreign: list[str] = []
         self.n_scores = self.n_of_panel = self.n_rescored = 0
@@ -170,18 +172,16 @@ class _Known:
         """Whether the result has scores of images that other merges were shown too."""
         return any(index < len(self._panel) for index in result.scores)
 
-    def scores(self, result: Result, pictures: Path) -> dict[int, _Scored]:
+    def scores(self, result: Result) -> dict[int, _Scored]:
         """Image of the new run -> its scores, of those that can be had."""
         found = {
             index: {n: s for n, s in scores.items() if n in self._kept or n.startswith(JUNK)}
             for index, scores in result.scores.items()
-            if index < len(self._panel)
+            if index < len(self._panel) and self._takes_scores
         }
         missing = {n: judge for n, judge in self._scorers.items() if n not in self._kept}
         if missing:
-            samples = [
-                sample for index in found if (sample := self._sample(result, index, pictures))
-            ]
+            samples = [sample for index in found if (sample := self._sample(result, index))]
             again = run.score(missing, samples, self._only) if samples else []
             found = {
                 sample.prompt.index: {**found[sample.prompt.index], **scores}
@@ -196,15 +196,10 @@ class _Known:
         self.n_of_panel += sum(item < self._n_panel for item in named)
         return named
 
-    def _sample(self, result: Result, index: int, pictures: Path) -> Sample | None:
+    def _sample(self, result: Result, index: int) -> Sample | None:
         """The picture of an image, if it was kept and is still what it was."""
-        try:
-            with Image.open(pictures / f"{index:03}.png", formats=["PNG"]) as file:
-                image = file.convert("RGB")
-        except (OSError, Image.DecompressionBombError):
-            return None
-        is_kept = digest_of(image) == result.images[index]
-        return Sample(image, self._panel[index]) if is_kept else None
+        image = read_picture(self._folder, result, index)
+        return Sample(image, self._panel[index]) if image else None
 
     def _item(self, prompt: Prompt) -> int:
         key = _picture(prompt)

@@ -6,6 +6,7 @@ import io
 import json
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,16 @@ import pytest
 from PIL import Image
 from test_run import Silent, measured
 from test_run import folder as folder
+from toy_plugin import TARGET
 
 from bayesian_merger import config as configuration
-from bayesian_merger import infotext, run, setup
+from bayesian_merger import infotext, pairing, pairs, run, setup, warm
 from bayesian_merger import outcome as outcomes
-from bayesian_merger.data import Outcome, Prompt, Sample
+from bayesian_merger.data import Outcome, Prompt, Recipe, Result, Sample
 from bayesian_merger.desk import JOURNAL, Answer, Desk
 from bayesian_merger.errors import ConfigError, TrialError
 from bayesian_merger.scorers import scorer
+from bayesian_merger.values import JUNK
 
 OPTIONS = (
     "scorers={ manual = { undo_s = 0.0 } }",
@@ -33,15 +36,30 @@ OPTIONS = (
 )
 
 
+def brightness(image: Image.Image) -> float:
+    return float(np.asarray(image).mean())
+
+
+def likeness(image: Image.Image) -> float:
+    """Whether it looks like the merge that the toy's scorer wants."""
+    stripes = (np.asarray(image)[0, ::2, 0] - 64.0) / 128
+    return -float(np.abs(stripes - np.array(list(TARGET.values()))).mean())
+
+
 class Person(Silent):
-    """An observer in whose place somebody marks how bright a picture is, or does as `habit` says."""
+    """An observer in whose place somebody marks how bright a picture is, or chooses by a `taste`."""
 
     def __init__(
-        self, patience: int = 10_000, skips: bool = False, skipped: range = range(0)
+        self,
+        patience: int = 10_000,
+        skips: bool = False,
+        skipped: range = range(0),
+        taste: Callable[[Image.Image], float] = brightness,
     ) -> None:
         super().__init__()
-        self.patience, self.skips, self.skipped = patience, skips, skipped
+        self.patience, self.skips, self.skipped, self.taste = patience, skips, skipped, taste
         self.n_answered = 0
+        self.answers: list[Answer] = []
         self.desk: Desk | None = None
 
     def asked(self, desk: Desk) -> None:
@@ -59,15 +77,20 @@ class Person(Silent):
             version, asked = state["version"], state["question"]
             if not asked:
                 continue
-            data = desk.picture(asked["key"], 0)
-            assert data
-            with Image.open(io.BytesIO(data)) as image:
-                brightness = float(np.asarray(image).mean())
-            mark = min(10, max(0, round((brightness - 64) / 12.8)))
+            liked = []
+            for number in range(asked["pictures"]):
+                data = desk.picture(asked["key"], number)
+                assert data
+                with Image.open(io.BytesIO(data)) as image:
+                    liked.append(self.taste(image))
+            answer: Answer = min(10, max(0, round((liked[0] - 64) / 12.8)))
+            if len(liked) == 2:
+                answer = "left" if liked[0] > liked[1] else "right"
             is_skipped = self.skips and asked["seed"] % 3 == 0
-            is_skipped = is_skipped or self.n_answered in self.skipped
-            answer: Answer = "skip" if is_skipped else mark
+            if is_skipped or self.n_answered in self.skipped:
+                answer = "skip"
             self.n_answered += desk.answer(asked["key"], answer)
+            self.answers.append(answer)
 
 
 def start(folder: Path, observer: Silent, *more: str, into: str = "run") -> Outcome:
@@ -172,3 +195,188 @@ def test_run_waits_and_tells_so_once_when_nobody_looks(tmp_path: Path) -> None:
     waiting.join(10)
     assert found == [[4.0]]
     desk.close()
+
+
+PAIRS = "scorers={ manual = { ask = 'pairs', undo_s = 0.0 } }"
+
+
+def choices_of(outcome: Outcome) -> dict[tuple[str, int], dict[str, float]]:
+    return {
+        (result.name, image): pairs.rivals(scores)
+        for result in outcome.results
+        for image, scores in result.scores.items()
+    }
+
+
+def test_run_finds_what_a_person_prefers_of_two(folder: Path) -> None:
+    more = ("search.n_iters=60", "search.init_points=20", "heldout.images=12")
+    outcome = start(folder, Person(taste=likeness), PAIRS, *more)
+    assert outcome.finished
+    assert outcome.preferences["over_even"].won >= 10
+    assert outcome.gain["over_even"].low > 0
+    assert outcome.gain["over_a"] == pairs.margin(outcome.preferences["over_a"])
+    leads = outcome.heldout
+    assert leads["even"].mean == 0 < leads["best"].mean
+    assert leads["best"].se > 0
+    assert outcome.leader
+    assert outcome.leader.value
+    assert outcome.leader.value.mean > 0
+
+
+def test_each_picture_is_compared_with_the_best_of_its_prompt_and_seed(folder: Path) -> None:
+    outcome = start(folder, Person(taste=likeness), PAIRS, "search.n_iters=6")
+    made = choices_of(outcome)
+    best: dict[int, str] = {}
+    for (name, image), found in made.items():
+        # The first of a prompt and seed is compared with none.
+        assert list(found) == ([best[image]] if image in best else [])
+        if not found or found[best[image]] > 0.5:
+            best[image] = name
+    assert sum(map(bool, made.values())) == len(made) - len(best)
+
+
+def test_best_merge_is_compared_with_a_b_and_even_on_held_out_seeds(folder: Path) -> None:
+    person = Person(taste=likeness)
+    outcome = start(folder, person, PAIRS)
+    assert outcome.best
+    for scores in outcome.best.scores.values():
+        assert pairs.rivals(scores).keys() == {"a", "b", "even"}
+    told = outcome.preferences
+    assert {t.won + t.lost + t.alike for t in told.values()} == {4}
+    # 4 images of the panel twice, 2 by 5 trials, 2 of the other candidate, 4 by 3 rivals.
+    assert person.n_answered == 8 + 10 + 2 + 12
+    page = (folder / "run" / "report.html").read_text()
+    assert f"{told['over_a'].won} won, {told['over_a'].lost} lost, 0 alike" in page
+    plain = json.loads((folder / "run" / "result.json").read_text())
+    assert plain["pairs"]["over_a"]["won"] == told["over_a"].won
+
+
+def test_parent_that_is_the_best_merge_is_compared_with_the_others(folder: Path) -> None:
+    # The brightest merge is B itself.
+    outcome = start(folder, Person(), PAIRS, "search.presets=['single']", "search.n_iters=8")
+    assert outcome.finished
+    assert outcome.best
+    assert outcome.preferences["over_a"].won == 4
+    assert set(outcome.best.recipe.weights["alpha"].values()) == {1.0}
+    assert outcome.preferences["over_b"].alike == 4
+
+
+def test_run_by_pairs_that_was_stopped_does_not_ask_again(folder: Path) -> None:
+    whole = start(folder, Person(taste=likeness), PAIRS, into="whole")
+    hasty = Person(patience=11, taste=likeness)
+    with pytest.raises(KeyboardInterrupt):
+        start(folder, hasty, PAIRS)
+    again = Person(taste=likeness)
+    outcome = start(folder, again, PAIRS)
+    assert measured(outcome) == measured(whole)
+    assert choices_of(outcome) == choices_of(whole)
+    n_all = len((folder / "whole" / JOURNAL).read_text().splitlines())
+    assert again.n_answered == n_all - hasty.n_answered
+
+
+def test_sides_tell_nothing_and_are_turned_back(folder: Path) -> None:
+    person = Person(taste=likeness)
+    outcome = start(folder, person, PAIRS, "search.n_iters=20")
+    assert {"left", "right"} == set(person.answers)
+    lines = [json.loads(x) for x in (folder / "run" / JOURNAL).read_text().splitlines()]
+    # What was chosen on the page is what stands in the scores: pictures are known by their pixels.
+    for line in lines:
+        liked = [likeness(Image.open(folder / "run" / "rated" / n)) for n in line["pictures"]]
+        assert line["answer"] == ("left" if liked[0] > liked[1] else "right")
+    made = choices_of(outcome)
+    for (name, image), found in made.items():
+        for rival, share in found.items():
+            own, other = (picture(folder, outcome, n, image) for n in (name, rival))
+            assert share == (likeness(own) > likeness(other))
+
+
+def picture(folder: Path, outcome: Outcome, name: str, image: int) -> Image.Image:
+    result = next(r for r in outcome.results if r.name == name)
+    found = outcomes.read_picture(folder / "run", result, image)
+    assert found
+    return found
+
+
+def test_skipped_pairs_are_left_out(folder: Path) -> None:
+    outcome = start(folder, Person(skips=True, taste=likeness), PAIRS, "search.n_iters=8")
+    assert outcome.finished
+    kept = sum(len(r.scores) for r in outcome.results if r.state == "complete")
+    assert kept < sum(1 for r in outcome.results if r.state == "complete") * 4
+    assert all(
+        found or name in ("a", "even", "b") for (name, _), found in choices_of(outcome).items()
+    )
+
+
+def test_picture_that_is_lost_leaves_the_comparison_to_the_next_best(folder: Path) -> None:
+    class Thief(Person):
+        def started(self, stage: str, name: str, images: int) -> None:
+            super().started(stage, name, images)
+            if name == "trial 1":
+                for lost in (folder / "run" / "images" / "baseline" / "b").glob("*.png"):
+                    lost.unlink()
+
+    outcome = start(folder, Thief(), PAIRS)
+    assert outcome.finished
+    # B is the brightest.
+    rivals = {r for (n, _), found in choices_of(outcome).items() if "trial" in n for r in found}
+    assert "b" not in rivals
+    assert "even" in rivals
+
+
+def test_junk_loses_without_a_question_and_equal_pictures_are_alike(folder: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 8, 3), "uint8"))
+    prompt = Prompt(0, "p", "a cat", 0)
+    recipe = Recipe("weighted_sum", "sd1", (), {})
+    result = Result("baseline", "a", 0, "complete", recipe, {0: {}}, {0: "x"})
+    fined = result.but(scores={0: {f"{JUNK}blank": 1.0}})
+
+    class Nobody:
+        compares = True
+
+        def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+            raise AssertionError("asked for marks")
+
+        def compare(
+            self, samples: Sequence[Sample], others: Sequence[Sample]
+        ) -> list[float | None]:
+            assert not samples
+            return []
+
+    own = Sample(picture, prompt)
+    other = Sample(Image.new("RGB", (8, 9)), prompt)
+
+    def share(marks: list[str], rival: pairing.Rival) -> float:
+        [found] = pairing.compared(Nobody(), [own], [marks], lambda _: [rival])
+        assert found
+        return found["over.a"]
+
+    assert share(["junk.blank"], pairing.Rival(result, other)) == 0.0
+    assert share([], pairing.Rival(fined, other)) == 1.0
+    assert share(["junk.noise"], pairing.Rival(fined, other)) == 0.5
+    assert share([], pairing.Rival(result, Sample(picture.copy(), prompt))) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["scorers={ manual = { ask = 'pairs' }, likeness = {} }"], "there are other scorers"),
+        ([PAIRS, "value.combine=minimum"], "value.combine is for scores"),
+        ([PAIRS, "search.objectives=payloads"], "search.objectives 'payloads' is for scores"),
+        ([PAIRS, "search.optimiser=tpe"], "search.optimiser 'tpe' needs scores"),
+    ],
+)
+def test_what_needs_scores_is_told_of_pairs(folder: Path, more: list[str], told: str) -> None:
+    config = configuration.load(folder / "config.toml", more)
+    if "likeness" not in more[0]:
+        config = config.model_copy(update={"scorers": {"manual": config.scorers["manual"]}})
+    with pytest.raises(ConfigError, match=f"a scorer asks for pairs, but {told}"):
+        setup.prepare(config, folder, "toy")
+
+
+def test_choices_are_not_brought_to_another_run_but_its_best_merges_are(folder: Path) -> None:
+    start(folder, Person(taste=likeness), PAIRS)
+    config = configuration.load(folder / "config.toml", (*OPTIONS, PAIRS))
+    config = config.model_copy(update={"scorers": {"manual": config.scorers["manual"]}})
+    brought = warm.fork(folder / "run", setup.prepare(config, folder, "toy"), folder / "next")
+    assert brought.scores == 0 < brought.starts
+    assert "choices between two pictures are not brought" in brought.left_out

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import click
 from rich.console import Console
-from scipy.stats import binomtest
 
 from bayesian_merger import outcome as outcomes
+from bayesian_merger import pairs
 from bayesian_merger.cli.screen import out, plain
-from bayesian_merger.data import RIVALS, Outcome
+from bayesian_merger.data import RIVALS, Outcome, Preference
 from bayesian_merger.desk import MOST_MARK, Answer, Choice, Desk, Question
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.page import Page
@@ -224,16 +224,7 @@ def _told(asked: Sequence[_Asked], answers: Sequence[Answer]) -> Iterator[str]:
     for name, some in sorted(marks.items()):
         yield f"{name:<6} {sum(some) / len(some):.2f} of 10, mean of {len(some)} marks"
     for rival in sorted(wins):
-        n_best, n_other, n_alike = (wins[rival][key] for key in ("best", rival, "alike"))
-        decided = n_best + n_other
-        if not decided:
-            yield f"best and {RIVALS[f'over_{rival}']}: alike in all {n_alike} pairs"
-            continue
-        share = binomtest(n_best, decided).proportion_ci(method="wilson")
-        yield (
-            f"best preferred to {RIVALS[f'over_{rival}']} in {n_best} of {decided} pairs "
-            f"({n_best / decided:.0%}, 95 % interval {share.low:.0%} to {share.high:.0%}; "
-            f"{n_alike} alike)"
-        )
+        told = Preference(*(wins[rival][key] for key in ("best", rival, "alike")))
+        yield f"best over {RIVALS[f'over_{rival}']}: {pairs.sentence(told)}"
     if not wins and not marks:
         yield "nothing was rated"

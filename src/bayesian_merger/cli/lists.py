@@ -53,7 +53,13 @@ def list_command(kind: str, plugins: Sequence[Path]) -> None:
             listed = methods.get(name) if kind == "methods" else registry.get(name)
             told = (listed.__doc__ or "").strip().partition("\n")[0]
             more = {"methods": _needs, "scorers": _about}.get(kind, lambda _: "")(listed)
-            out.print(f"{name}{f' ({more})' if more else ''}\n  {told}", soft_wrap=True)
+            options = registry.options(name) if kind == "scorers" else ""
+            lines = [
+                f"{name}{f' ({more})' if more else ''}",
+                told,
+                options and f"options: {options}",
+            ]
+            out.print("\n  ".join(filter(None, lines)), soft_wrap=True)
         return
     out.print(table)
 

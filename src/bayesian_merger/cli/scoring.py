@@ -162,19 +162,26 @@ def train_scorer_command(
     if found.agreement is not None:
         out.print(f"on prompts and seeds left out: it chooses as you in {found.agreement:.0%}")
     out.print(f"wrote {output}; as a scorer:", soft_wrap=True)
-    more = f'\ntower = "{tower.absolute().as_posix()}"' if tower else ""
+    more = f'\ntower = "{_plain_path(tower)}"' if tower else ""
     out.print(
-        f'[scorers.taste]\nscorer = "head"\nweights = "{output.absolute().as_posix()}"{more}',
+        f'[scorers.taste]\nscorer = "head"\nweights = "{_plain_path(output)}"{more}',
         soft_wrap=True,
     )
 
 
+def _plain_path(path: Path) -> str:
+    """It from the root on, without any ".." and backslash."""
+    return Path(os.path.normpath(path.absolute())).as_posix()
+
+
 def _files(images: Iterable[Path]) -> list[Path]:
-    """The image files; of a folder those in it. ConfigError if there is none."""
+    """The image files; of a folder those in it, of a run those it has made. ConfigError if none."""
     found: list[Path] = []
     for path in images:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _TYPES)
+            # Beside them are its figures, and what was rated is there twice.
+            made = path / "images" if (path / "result.json").is_file() else path
+            inside = sorted(p for p in made.rglob("*") if p.suffix.lower() in _TYPES)
             if not inside:
                 raise ConfigError(
                     f"{path}: there is no image in this folder ({', '.join(_TYPES)})"

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bayesian_merger import adopt, run, warm
+from bayesian_merger import adopt, pairs, run, warm
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
 from bayesian_merger.backends import Backend
@@ -31,6 +31,8 @@ from bayesian_merger.study.proposals import MOST_IMAGES
 
 _PACKAGE = Path(__file__).parents[1]
 _USUAL_ASKING, _HERE = Asking(), Path()
+# What a person takes for an answer, about.
+_ANSWER_S = 5
 
 
 _run_dir_option = click.option(
@@ -149,7 +151,10 @@ def check_command(
         table.add_row("with gradient", told)
     table.add_row("whole run", f"{tried.images} images, about {duration(tried.run_s)}")
     if any(isinstance(one, Attended) for one in setup.scorers.values()):
-        table.add_row("for you", f"about {tried.images} pictures to judge")
+        what = "pairs to choose from" if setup.comparer else "pictures to mark"
+        n_asked = setup.n_questions()
+        pace = f"{duration(n_asked * _ANSWER_S)} at {_ANSWER_S} s each"
+        table.add_row("for you", f"about {n_asked} {what}, {pace}")
     table.add_row("run folder", str(folder))
     out.print(table)
     for note in tried.notes:
@@ -399,6 +404,10 @@ def _summary(outcome: Outcome, run_dir: Path) -> None:
     out.print()
     out.print(outcome.verdict(), style="bold", soft_wrap=True)
     for key, gain in outcome.gain.items():
+        if outcome.by_pairs:
+            told = pairs.sentence(outcome.preferences[key])
+            out.print(f"  over {RIVALS[key]:<15} {told}", soft_wrap=True)
+            continue
         interval = f"95 % interval {gain.low:+.3f} to {gain.high:+.3f}"
         out.print(f"  over {RIVALS[key]:<15} {gain.mean:+.3f}  ({interval})")
     out.print(f"{outcome.images} images in {duration(sum(outcome.seconds.values()))}")

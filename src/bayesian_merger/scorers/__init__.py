@@ -88,7 +88,25 @@ class Attended(Scorer, Protocol):
         ...
 
 
-scorer: Registry[Callable[..., Scorer]] = Registry("scorer", "bayesian_merger.scorers")
+@runtime_checkable
+class Comparing(Scorer, Protocol):
+    """A scorer that can choose between two pictures, and does so in place of scores if it `compares`."""
+
+    compares: bool
+
+    def compare(
+        self, samples: Sequence[Sample], others: Sequence[Sample]
+    ) -> Sequence[float | None]:
+        """The share of each sample in the choice between it and the other of its prompt and seed.
+
+        1 if it is better, 0 if the other is, 0.5 if they are alike, None for no choice.
+        """
+        ...
+
+
+scorer: Registry[Callable[..., Scorer]] = Registry(
+    "scorer", "bayesian_merger.scorers", ("scorer", "weight", "payloads")
+)
 
 
 # Emphasis as webuis write it, (word:1.2) and [word], and commands: <lora:name:1>, BREAK, AND.

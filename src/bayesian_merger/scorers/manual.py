@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from bayesian_merger.data import Sample
-from bayesian_merger.desk import Desk, Question
+from bayesian_merger.desk import SHARES, Answer, Desk, Question
 from bayesian_merger.errors import ConfigError, TrialError
 from bayesian_merger.infotext import png
 from bayesian_merger.scorers import About, scorer
@@ -15,17 +17,20 @@ from bayesian_merger.scorers import About, scorer
 
 @scorer
 class Manual:
-    """Your own marks, from 0 to 10, for pictures as they come: on a web page, or in the terminal.
+    """Your own eye, on a web page or in the terminal: it asks for "marks" or for choices in "pairs".
 
-    Each mark is kept at once, in ratings.jsonl of the run folder. A mark may be undone until `undo_s`
-    seconds after the last of the pictures that were made at once. What you skip has no score.
+    A mark from 0 to 10 for each picture as it comes, or which of two is better: it or the best so far
+    of its prompt and seed. Each answer is kept at once, in ratings.jsonl of the run folder, and may be
+    undone until `undo_s` seconds after the last of the pictures that were made at once. What you skip
+    has no score.
     """
 
-    about = About("0 to 10", "image and prompt", needs="you")
+    about = About("0 to 10, or pairs", "image and prompt", needs="you")
 
-    def __init__(self, undo_s: float = 3.0) -> None:
+    def __init__(self, ask: Literal["marks", "pairs"] = "marks", undo_s: float = 3.0) -> None:
         if not 0 <= undo_s <= 600:
             raise ConfigError(f"scorers.manual.undo_s is {undo_s}; give seconds from 0 to 600")
+        self.compares = ask == "pairs"
         self._undo_s = undo_s
         self._desk: Desk | None = None
 
@@ -46,23 +51,43 @@ class Manual:
         self._desk = None
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        if not samples:
+        answers = self._asked([_question(sample) for sample in samples])
+        return [None if answer == "skip" else float(answer) for answer in answers]
+
+    def compare(self, samples: Sequence[Sample], others: Sequence[Sample]) -> list[float | None]:
+        questions = [_question(*pair) for pair in zip(samples, others, strict=True)]
+        # Which side is which is told by nothing that is shown.
+        turned = [int(question.key, 16) % 2 == 1 for question in questions]
+        answers = self._asked(
+            [
+                replace(question, pictures=question.pictures[::-1]) if is_turned else question
+                for question, is_turned in zip(questions, turned, strict=True)
+            ]
+        )
+        shares = [SHARES.get(str(answer)) for answer in answers]
+        return [
+            1.0 - share if is_turned and share is not None else share
+            for share, is_turned in zip(shares, turned, strict=True)
+        ]
+
+    def _asked(self, questions: Sequence[Question]) -> list[Answer]:
+        if not questions:
             return []
         if self._desk is None:
             raise TrialError("you are asked in a run only; rate the pictures of another by `rate`")
-        answers = self._desk.ask([_question(sample) for sample in samples])
-        return [None if answer == "skip" else float(answer) for answer in answers]
+        return self._desk.ask(questions)
 
 
-def _question(sample: Sample) -> Question:
-    """A mark for a picture; the same picture of the same prompt is not asked for again."""
-    prompt = sample.prompt
+def _question(*samples: Sample) -> Question:
+    """A mark for a picture, or a choice of two; what was answered is not asked again."""
+    prompt = samples[0].prompt
     told = f"{prompt.prompt}\n{prompt.negative_prompt}\n{prompt.seed}".encode()
-    key = hashlib.sha256(sample.image.tobytes() + told).hexdigest()[:16]
-    size = f"{sample.image.width} x {sample.image.height}"
+    pixels = b"".join(sorted(sample.image.tobytes() for sample in samples))
+    key = hashlib.sha256(pixels + told).hexdigest()[:16]
+    size = f"{samples[0].image.width} x {samples[0].image.height}"
     return Question(
         key,
-        (png(sample),),
+        tuple(png(sample) for sample in samples),
         prompt.prompt,
         prompt.seed,
         prompt.negative_prompt,

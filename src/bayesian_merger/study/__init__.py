@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -507,12 +507,16 @@ class Study:
         """Images that were judged in the search's trials."""
         return n_judged(self._search)
 
-    def book(self, stage: Stage, name: str, recipe: Recipe) -> Trial:
-        """The record of `recipe` in `stage`: the one there is, unless it failed, or a new one."""
+    def book(self, stage: Stage, name: str, recipe: Recipe, apart: Collection[str] = ()) -> Trial:
+        """The record of `recipe` in `stage`: the one there is, unless it failed, or a new one.
+
+        Not one of the names that it is to be kept `apart` from.
+        """
         for frozen in self._judged.get_trials(deepcopy=False):
             if frozen.state != TrialState.FAIL:
                 result = _result(frozen)
-                if (result.stage, result.recipe.digest()) == (stage, recipe.digest()):
+                is_same = (result.stage, result.recipe.digest()) == (stage, recipe.digest())
+                if is_same and result.name not in apart:
                     return Trial(self._judged, frozen)
         self._judged.add_trial(
             optuna.trial.create_trial(

@@ -23,7 +23,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
+from bayesian_merger import pairs
 from bayesian_merger.bayes import N_RULES, Bayes, Judged, Recommended
+from bayesian_merger.choices import Choice
 from bayesian_merger.data import Estimate, Slopes
 from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.gp import PARTIAL, WHOLE, Array
@@ -35,8 +37,8 @@ Init = Literal["sobol", "lhs", "uniform"]
 Params: TypeAlias = Mapping[str, Any]
 """A number for each weight that varies, and a name for each thing to choose."""
 
-Value = Callable[[Mapping[str, float]], float]
-"""The scores of one image -> its value."""
+Value = Callable[[Mapping[str, float]], float] | None
+"""The scores of one image -> its value; None where choices stand in place of scores."""
 
 # Attributes of a trial: the scores of its images and their slopes, whether these are wanted, and why
 # they were not to be had.
@@ -463,6 +465,7 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
                 shares,
                 plan.corners,
                 WHOLE if plan.last is None else PARTIAL,
+                value is None,
             )
             for _ in range(1 + len(plan.objectives))
         ]
@@ -541,6 +544,8 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         return [(x, [p.expected(torch.from_numpy(x)) for p in learnt]) for x in points]
 
     def _judged(self, study: Study, objective: Objective | None = None) -> list[Judged]:
+        if self._value is None:
+            return self._compared(study)
         found = []
         follows = self._follows(study)
         for trial in valid(study):
@@ -550,6 +555,25 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
                 slopes = self._slopes(trial) if follows and objective is None else []
                 found.append(Judged(self._plan.scaled(trial.params), values, slopes))
         return found
+
+    def _compared(self, study: Study) -> list[Judged]:
+        """The even merge first, if the search can propose it, then the others in order."""
+        trials = [t for t in valid(study) if t.params.keys() == set(self._plan.names)]
+        trials.sort(key=lambda t: _name_of(t) != "even")
+        numbers = {_name_of(trial): number for number, trial in enumerate(trials)}
+        return [
+            Judged(
+                self._plan.scaled(trial.params),
+                {},
+                choices=[
+                    Choice(item, number, numbers[rival], share)
+                    for item, scores in scores_of(trial).items()
+                    for rival, share in pairs.rivals(scores).items()
+                    if rival in numbers
+                ],
+            )
+            for number, trial in enumerate(trials)
+        ]
 
     def _is_far(self, trial: FrozenTrial) -> bool:
         """Whether a trial is a parent beside which the search has not begun.
@@ -577,6 +601,7 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
 
     def _values(self, trial: FrozenTrial, objective: Objective | None) -> dict[int, float]:
         scores = scores_of(trial)
+        assert self._value
         if objective is None:
             return {item: self._value(found) for item, found in scores.items()}
         if objective.kind == "scorer":
@@ -624,7 +649,7 @@ class Proposer:
         items = plan.items(place, shown, plan.left(n_judged(self.study)), follows)
         # An optimiser needs a score to begin with, and as it does not hear of a failure it would ask for
         # the same again.
-        is_blind = not any(map(scores_of, valid(self.study)))
+        is_blind = not any(any(scores_of(t).values()) for t in valid(self.study))
         has_failed = any(trial.state == TrialState.FAIL for trial in before[-1:])
         if place < plan.n_first or is_blind or has_failed:
             params = plan.first(place)
@@ -748,12 +773,16 @@ class Proposer:
         nearest_one = min(
             trials, key=lambda t: float(np.abs(self.plan.scaled(t.params) - wanted).sum())
         )
-        attrs = nearest_one.user_attrs
-        return str(attrs.get("name") or attrs.get(OBSERVED) or f"trial {nearest_one.number}")
+        return _name_of(nearest_one)
 
     def _told(self, found: Recommended) -> tuple[dict[str, Any], Estimate]:
         value = Estimate(found.mean, found.se, n_judged(self.study))
         return self.plan.params(found.point), value
+
+
+def _name_of(trial: FrozenTrial) -> str:
+    attrs = trial.user_attrs
+    return str(attrs.get("name") or attrs.get(OBSERVED) or f"trial {trial.number}")
 
 
 def begun(study: Study) -> list[FrozenTrial]:

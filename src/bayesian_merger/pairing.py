@@ -1,0 +1,108 @@
+"""Pictures side by side: which of them a scorer is shown that chooses between two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL.Image import Image
+
+from bayesian_merger import pairs
+from bayesian_merger.data import Result, Sample
+from bayesian_merger.outcome import digest_of, read_picture
+from bayesian_merger.scorers import Comparing
+from bayesian_merger.setup import BASELINES, Setup
+from bayesian_merger.study import Trial
+from bayesian_merger.values import JUNK
+
+
+class Rival(NamedTuple):
+    """A picture of the same prompt and seed, by another merge."""
+
+    result: Result
+    sample: Sample
+
+    @property
+    def is_junk(self) -> bool:
+        scores = self.result.scores[self.sample.prompt.index]
+        return any(key.startswith(JUNK) for key in scores)
+
+
+class Rivals:
+    """With which pictures of `others` those of a trial are compared in pairs.
+
+    That is the best so far of the prompt and seed. In the confirmation it is those of A, B and the even
+    merge, which are not compared with each other.
+    """
+
+    def __init__(
+        self, setup: Setup, trial: Trial, others: Sequence[Result], folder: Path | None
+    ) -> None:
+        is_search = trial.stage in ("explore", "exploit")
+        self._folder, self._is_proof = folder, trial.stage == "heldout"
+        self._others = [
+            other
+            for other in others
+            if other.state != "failed"
+            and other.name != trial.name
+            # Of a merge that the search cannot propose nothing is learnt.
+            and not (is_search and setup.params(other.recipe) is None)
+            and not (self._is_proof and other.name not in BASELINES)
+        ]
+        if self._is_proof and trial.name in BASELINES:
+            self._others = []
+
+    def of(self, sample: Sample) -> list[Rival]:
+        """Those of a picture; none where it is the first of its prompt and seed, or does not count."""
+        prompt = sample.prompt
+        if prompt.weight <= 0:
+            return []
+        kept = [
+            Rival(other, Sample(image, prompt))
+            for other in self._others
+            if (image := self._picture(other, prompt.index)) is not None
+        ]
+        if self._is_proof:
+            return kept
+        best = pairs.champion([one.result for one in kept], prompt.index)
+        return [one for one in kept if one.result is best]
+
+    def _picture(self, other: Result, index: int) -> Image | None:
+        """What was kept of it; None where somebody has removed or changed that."""
+        if index not in other.images or self._folder is None:
+            return None
+        return read_picture(self._folder, other, index)
+
+
+def compared(
+    comparer: Comparing,
+    samples: Sequence[Sample],
+    marked: Sequence[Sequence[str]],
+    rivals_of: Callable[[Sample], Sequence[Rival]],
+) -> list[dict[str, float] | None]:
+    """The share of each sample in the choice between it and each of its rivals.
+
+    None where all were skipped. A picture that is junk loses without a question, and equal ones are
+    alike.
+    """
+    table: list[dict[str, float]] = [{} for _ in samples]
+    asked: list[tuple[int, str, Sample, Sample]] = []
+    skipped = set()
+    for row, (sample, marks) in enumerate(zip(samples, marked, strict=True)):
+        for rival in rivals_of(sample):
+            key = f"{pairs.OVER}{rival.result.name}"
+            if marks or rival.is_junk:
+                table[row][key] = 0.5 + 0.5 * (rival.is_junk - bool(marks))
+            elif digest_of(sample.image) == digest_of(rival.sample.image):
+                table[row][key] = 0.5
+            else:
+                asked.append((row, key, sample, rival.sample))
+    if asked:
+        shares = comparer.compare([one[2] for one in asked], [one[3] for one in asked])
+        for (row, key, *_), share in zip(asked, shares, strict=True):
+            if share is None:
+                skipped.add(row)
+            else:
+                table[row][key] = share
+    return [None if row in skipped and not found else found for row, found in enumerate(table)]
