@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matplotlib import colormaps, font_manager
+from matplotlib import colormaps, font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
@@ -81,6 +81,10 @@ _LEGEND = ("exploration", "exploitation", "recommended", "failed", "stopped")
 
 # Sizes of the drawing of the network, in inches.
 _BOX, _PITCH, _STAGGER, _GAP, _MIDDLE = (1.3, 0.34), 0.4, 0.26, 0.12, 1.4
+_BOX_OF_TWO = 1.9
+_MOST_ROWS = 20
+# By less than this a weight is outside [0, 1] by rounding alone.
+_ROUNDING = 1e-9
 
 
 def png(figure: Figure, dpi: int = 150) -> bytes:
@@ -90,10 +94,18 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
     return buffer.getvalue()
 
 
+def svg(figure: Figure) -> bytes:
+    """The figure as an SVG, its letters as shapes; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "bayesian-merger"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG that appears whole."""
+    """Write the figure as an SVG if the path ends so, or else as a PNG; it appears whole."""
     with whole_file(path) as file:
-        file.write(png(figure))
+        file.write(svg(figure) if path.suffix.lower() == ".svg" else png(figure))
 
 
 def convergence(outcome: Outcome, *, dark: bool = False) -> Figure:
@@ -302,17 +314,23 @@ def unet(
     weights: Mapping[str, float],
     *,
     blocks: Sequence[str],
+    second: Mapping[str, float] | None = None,
     title: str = "",
     names: tuple[str, str] = ("A", "B"),
     dark: bool = False,
 ) -> Figure:
     """The network as a U, each block coloured by its weight and with the weight written in it.
 
+    Of a method with two weights the `second` stands at the right of the first.
+
     IN blocks go down on the left, OUT blocks up on the right, each beside the IN block that feeds
-    it; `base` lies on top. A weight below 0 or above 1 keeps its number and is hatched.
+    it; `base` lies on top. A transformer's blocks stand in columns. A weight below 0 or above 1
+    keeps its number and is hatched.
     """
     theme = _DARK if dark else _LIGHT
-    places, width, height = _layout(blocks)
+    rows = {b: [weights[b]] if second is None else [weights[b], second[b]] for b in blocks}
+    wide = _BOX[0] if second is None else _BOX_OF_TWO
+    places, width, height = _layout(blocks, wide)
     above, below, side = 0.55 if title else 0.2, 1.0, 0.25
     across, up = width + 2 * side, height + above + below
     figure = Figure(figsize=(across, up), facecolor=theme.paper)
@@ -326,12 +344,12 @@ def unet(
         style = _text(theme.ink, 12, ha="center", va="center")
         figure.text(0.5, 1 - 0.28 / up, _drawable(title), **style)
     # The skip connections of the U-Net: IN00 feeds OUT11, IN01 feeds OUT10, ...
-    ins, _, outs = _arms(blocks)
+    ins, _, outs = _arms(blocks) if _has_arms(blocks) else ([], [], [])
     for one, other in zip(ins, reversed(outs), strict=False):
-        left, right, y = places[one][0] + _BOX[0], places[other][0], places[one][1] + _BOX[1] / 2
+        left, right, y = places[one][0] + wide, places[other][0], places[one][1] + _BOX[1] / 2
         axes.plot([left, right], [y, y], color=theme.line, lw=0.9, zorder=0)
     for block in blocks:
-        _draw_block(axes, block, weights[block], places[block], theme)
+        _draw_block(axes, block, rows[block], places[block], theme)
 
     bar = figure.add_axes((0.5 - 1 / across, 0.5 / up, 2 / across, 0.14 / up))
     scale = ScalarMappable(Normalize(0, 1), _MAP)
@@ -344,7 +362,7 @@ def unet(
         label = _drawable(_shortened(name.removesuffix(".safetensors").removesuffix(".ckpt"), 22))
         style = _text(theme.ink, 9.5, ha=ha, va="center", transform=bar.transAxes)
         bar.text(x, 0.45, label, **style)
-    if any(_is_outside(weights[block]) for block in blocks):
+    if any(_is_outside(weight) for row in rows.values() for weight in row):
         note = "hatched: below 0 or above 1"
         style = _text(theme.soft, 8.5, ha="center", va="center")
         figure.text(0.5, 0.13 / up, note, **style)
@@ -432,9 +450,31 @@ def _draw_expected(axes: Axes, expected: Mapping[int, Estimate], theme: _Theme) 
 
 
 def _draw_block(
-    axes: Axes, block: str, weight: float, place: tuple[float, float, float], theme: _Theme
+    axes: Axes,
+    block: str,
+    weights: Sequence[float],
+    place: tuple[float, float, float],
+    theme: _Theme,
 ) -> None:
-    """A box in the weight's colour with the block's name and weight in readable contrast."""
+    """A box for each weight, in its colour and with it in readable contrast; the first has the name."""
+    x, y, width = place
+    others = [_BOX_OF_TWO - _BOX[0]] * (len(weights) - 1)
+    for number, (weight, own) in enumerate(
+        zip(weights, [width - sum(others), *others], strict=True), start=1
+    ):
+        label = block if number == 1 else ""
+        _draw_weight(axes, label, weight, (x, y, own), theme, block + "'" * (number - 1))
+        x += own
+
+
+def _draw_weight(
+    axes: Axes,
+    label: str,
+    weight: float,
+    place: tuple[float, float, float],
+    theme: _Theme,
+    gid: str,
+) -> None:
     x, y, width = place
     outside = _is_outside(weight)
     # The map takes integers for places in its table, hence float.
@@ -442,17 +482,22 @@ def _draw_block(
     ink = "#000000" if _luminance(fill) > 0.179 else "#ffffff"
     size = ((x, y), width, _BOX[1])
     edge: dict[str, Any] = {"edgecolor": theme.soft, "lw": 0.7, "clip_on": False}
-    axes.add_patch(Rectangle(*size, facecolor=fill, gid=block, **edge))
+    axes.add_patch(Rectangle(*size, facecolor=fill, gid=gid, **edge))
     if outside:
-        hatch: dict[str, Any] = {"hatch": "////", "alpha": 0.45, "gid": f"{block} outside"}
+        hatch: dict[str, Any] = {"hatch": "////", "alpha": 0.45, "gid": f"{gid} outside"}
         axes.add_patch(Rectangle(*size, fill=False, edgecolor=ink, lw=0, **hatch))
     # The hatching must not cross the text.
     patch = {"facecolor": fill, "edgecolor": "none", "pad": 1.5} if outside else None
     middle, inset = y + _BOX[1] / 2, 0.1
     style: dict[str, Any] = {"va": "center_baseline", "bbox": patch}
-    axes.text(x + inset, middle, _drawable(block), **_text(ink, 9, **style))
-    style |= {"ha": "right", "weight": "bold", "gid": f"{block} weight"}
+    axes.text(x + inset, middle, _drawable(label), **_text(ink, 9, **style))
+    style |= {"ha": "right", "weight": "bold", "gid": f"{gid} weight"}
     axes.text(x + width - inset, middle, _shown(weight), **_text(ink, 10.5, **style))
+
+
+def _has_arms(blocks: Sequence[str]) -> bool:
+    """Whether it is a U-Net; a transformer has one block IN, and one OUT."""
+    return "IN" not in blocks
 
 
 def _arms(blocks: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
@@ -463,22 +508,49 @@ def _arms(blocks: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     return ins, rest, outs
 
 
-def _layout(blocks: Sequence[str]) -> tuple[dict[str, tuple[float, float, float]], float, float]:
-    """Block -> (left, top, width) with y downwards, and the width and height of the drawing."""
+def _layout(
+    blocks: Sequence[str], wide: float
+) -> tuple[dict[str, tuple[float, float, float]], float, float]:
+    """Block -> (left, top, width) with y downwards, and the width and height of the drawing.
+
+    Boxes are so `wide`.
+    """
+    if not _has_arms(blocks):
+        return _columns(blocks, wide)
     ins, bottom, outs = _arms(blocks)
     n_rows = max(len(ins), len(outs))
     # Three blocks work at one resolution; each resolution is set in further from the side.
     lowest = max(0, n_rows - 1) // 3
-    width = 2 * (_BOX[0] + lowest * _STAGGER) + _MIDDLE
+    width = 2 * (wide + lowest * _STAGGER) + _MIDDLE
     first = _BOX[1] + 2 * _GAP if "base" in blocks else 0.0
     tops = [first + row * _PITCH + row // 3 * _GAP for row in range(n_rows + 1)]
     places = {"base": (0.0, 0.0, width)} if "base" in blocks else {}
     for row, block in enumerate(ins):
-        places[block] = (row // 3 * _STAGGER, tops[row], _BOX[0])
+        places[block] = (row // 3 * _STAGGER, tops[row], wide)
     for row, block in enumerate(reversed(outs)):
-        places[block] = (width - _BOX[0] - row // 3 * _STAGGER, tops[row], _BOX[0])
+        places[block] = (width - wide - row // 3 * _STAGGER, tops[row], wide)
     for place, block in enumerate(bottom):
-        places[block] = ((width - _BOX[0]) / 2, tops[-1] + place * _PITCH, _BOX[0])
+        places[block] = ((width - wide) / 2, tops[-1] + place * _PITCH, wide)
+    return places, width, max(top for _, top, _ in places.values()) + _BOX[1]
+
+
+def _columns(
+    blocks: Sequence[str], wide: float
+) -> tuple[dict[str, tuple[float, float, float]], float, float]:
+    """The places of a network without arms: down and then to the right, text encoders on top."""
+    n_encoders = blocks.index("IN")
+    encoders, network = blocks[:n_encoders], blocks[n_encoders:]
+    n_columns = max(2, math.ceil(len(network) / _MOST_ROWS))
+    n_rows = math.ceil(len(network) / n_columns)
+    width = n_columns * (wide + _GAP) - _GAP
+    first = _BOX[1] + 2 * _GAP if encoders else 0.0
+    places = {}
+    for place, block in enumerate(encoders):
+        share = (width + _GAP) / len(encoders)
+        places[block] = (place * share, 0.0, share - _GAP)
+    for place, block in enumerate(network):
+        column, row = divmod(place, n_rows)
+        places[block] = (column * (wide + _GAP), first + row * _PITCH, wide)
     return places, width, max(top for _, top, _ in places.values()) + _BOX[1]
 
 
@@ -520,12 +592,12 @@ def _luminance(colour: str) -> float:
 
 
 def _is_outside(weight: float) -> bool:
-    return not 0.0 <= weight <= 1.0
+    return not -_ROUNDING <= weight <= 1.0 + _ROUNDING
 
 
 def _shown(weight: float) -> str:
     """Two decimals; more where two would hide that the weight is outside [0, 1]."""
-    text = f"{weight + 0.0:.2f}"  # of a negative zero too, without its sign
+    text = f"{weight:.2f}".replace("-0.00", "0.00")
     if _is_outside(weight) and not _is_outside(float(text)):
         return f"{weight:.4g}"
     return text

@@ -147,7 +147,7 @@ def parse_weights(merger: Merger, method: str, given: Sequence[tuple[str, str]])
         weight = name.removesuffix("_blocks")
         if weight in weights:
             n_least = len(architecture.blocks) - (weight != name)
-            weights[weight] |= _spread(name, text, architecture, n_least)
+            weights[weight] |= spread(name, text, architecture, n_least)
             continue
         hits = [name] if name in places else [n for n in of_blocks if fnmatchcase(n, name)]
         if not hits:
@@ -173,7 +173,7 @@ def _why_unknown(name: str, merger: Merger, method: str, known: Sequence[str]) -
     )
 
 
-def _spread(name: str, text: str, architecture: Architecture, n_least: int) -> Mapping[str, float]:
+def spread(name: str, text: str, architecture: Architecture, n_least: int) -> Mapping[str, float]:
     """The weight of each block, or of the last `n_least`, that one text for all of them gives."""
     blocks = architecture.blocks
     if "," not in text:

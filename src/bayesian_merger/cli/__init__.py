@@ -59,6 +59,10 @@ COMMANDS = {
         "search",
         "Write the report and the figures of RUN_DIR again, from its study alone.",
     ),
+    "draw": (
+        "drawing",
+        "Draw the network with each block in the colour of its weight: of RECIPE, or of --weights.",
+    ),
     "rate": (
         "asking",
         "Let your own eye judge the pictures of RUN_DIR: its best merge beside A, B and the even merge.",
