@@ -247,7 +247,8 @@ class Result:
 
     `stage` is "baseline", "explore", "exploit", "select" or "heldout"; `name` is "a", "b", "even"
     or "trial 17". `scores` holds panel index -> scorer -> score, `images` panel index -> digest of
-    the pixels; `slopes` are those of the images that were followed. `value` is None until the trial is
+    the pixels; `slopes` are those of the images that were followed, `prompts` those of images that no
+    panel has. `value` is None until the trial is
     complete; `reason` says why it failed.
     """
 
@@ -259,6 +260,7 @@ class Result:
     scores: Mapping[int, Mapping[str, float]]
     images: Mapping[int, str] = field(default_factory=dict)
     slopes: tuple[Slopes, ...] = ()
+    prompts: Mapping[int, Prompt] = field(default_factory=dict)
     value: Estimate | None = None
     reason: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -102,15 +102,13 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
     gain, preferences = {}, {}
     if finished and confirmed is not None:
         judged["best"] = confirmed
-        if by_pairs:
+        yardstick = yardstick_of(study)
+        if yardstick is None:
             preferences = {
                 f"over_{name}": pairs.preference(confirmed, name) for name in sorted(BASELINES)
             }
             gain = {key: pairs.margin(told) for key, told in preferences.items()}
         else:
-            # Runs that were begun before there was anything but weights have these alone.
-            measure = Measure(**about.get("measure", {"weights": about.get("weights")}))
-            yardstick = Yardstick.from_baselines(measure, baselines, panels["panel"])
             gain = {
                 f"over_{name}": yardstick.difference(
                     confirmed, judged[name], panels["heldout_panel"]
@@ -153,6 +151,18 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         by_pairs=by_pairs,
         preferences=preferences,
     )
+
+
+def yardstick_of(study: Study) -> Yardstick | None:
+    """What turns the scores of a run into values; None for choices, and before the baselines."""
+    about = study.about
+    baselines = [r for r in study.judged("baseline") if r.state == "complete"]
+    if about.get("by_pairs") or len(baselines) < len(BASELINES):
+        return None
+    # Runs that were begun before there was anything but weights have these alone.
+    measure = Measure(**about.get("measure", {"weights": about.get("weights")}))
+    panel = [Prompt.from_dict(prompt) for prompt in about["panel"]]
+    return Yardstick.from_baselines(measure, baselines, panel)
 
 
 def write_outcome(outcome: Outcome, folder: Path, models: Sequence[Model] = ()) -> None:

@@ -59,6 +59,10 @@ COMMANDS = {
         "search",
         "Write the report and the figures of RUN_DIR again, from its study alone.",
     ),
+    "export": (
+        "exporting",
+        "Write all that RUN_DIR has judged as two tables: its trials with their weights, its images.",
+    ),
     "draw": (
         "drawing",
         "Draw the network with each block in the colour of its weight: of RECIPE, or of --weights.",

@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from bayesian_merger.data import Compromise, Estimate, Recipe, Result, Slopes, State
+from bayesian_merger.data import Compromise, Estimate, Prompt, Recipe, Result, Slopes, State
 from bayesian_merger.errors import ConfigError, RunError, first_line
 from bayesian_merger.study.proposals import (
     FOLLOWS,
@@ -551,6 +551,7 @@ def _result(frozen: FrozenTrial) -> Result:
         scores={i: found["scores"] for i, found in sorted(measured.items())},
         images={i: found["image"] for i, found in sorted(measured.items())},
         slopes=slopes_of(frozen),
+        prompts={i: Prompt.from_dict(f["prompt"]) for i, f in measured.items() if f.get("prompt")},
         value=Estimate(**value) if value else None,
         reason=attrs.get("reason", ""),
         seconds=attrs.get("seconds", {}),
