@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import shutil
 import signal
@@ -18,7 +19,8 @@ from test_run import folder as folder
 from test_run import start
 
 from bayesian_merger import cli
-from bayesian_merger.cli import screen, search
+from bayesian_merger.cli import progress, screen
+from bayesian_merger.cli.asking import Asking
 from bayesian_merger.data import Recipe, Result
 from bayesian_merger.methods import method
 
@@ -333,10 +335,38 @@ def test_unknown_command_exits_with_2(command: Command) -> None:
 
 def test_what_servers_tell_is_nothing_that_a_terminal_obeys() -> None:
     text, recipe = io.StringIO(), Recipe("weighted_sum", "sd1", (), {})
-    with search._Progress(Console(file=text)) as observer:
+    with progress.Lines(Console(file=text), Asking(), Path()) as observer:
         observer.noted("its VAE is \x1b]0;evil\x07\x1b[31mred.pt")
         failed = Result("explore", "trial 1", 1, "failed", recipe, {}, reason="HTTP 500: \x1b[2J")
         observer.finished(failed, None)
     assert "\x1b" not in text.getvalue()
     assert "red.pt" in text.getvalue()
     assert "HTTP 500" in text.getvalue()
+
+
+def test_run_tells_its_events_as_lines_of_json(folder: Path, command: Command) -> None:
+    code, out, _ = command("run", folder / "config.toml", "--json")
+    assert code == 0
+    events = [json.loads(line) for line in out.splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds[0] == "planned"
+    assert kinds[-1] == "done"
+    assert {"started", "judged", "finished"} < set(kinds)
+    finished = [event for event in events if event["event"] == "finished"]
+    assert [(f["stage"], f["name"]) for f in finished[:3]] == [
+        ("baseline", "a"),
+        ("baseline", "even"),
+        ("baseline", "b"),
+    ]
+    assert all(f["state"] == "complete" and f["value"]["n"] > 0 for f in finished)
+    made = sum(event["images"] for event in events if event["event"] == "judged" and event["made"])
+    assert events[-1]["images"] == made
+    assert events[-1]["verdict"].startswith("The best merge")
+    assert events[-1]["report"] == str(folder / "runs" / "config" / "report.html")
+
+
+def test_quiet_run_says_its_verdict_alone(folder: Path, command: Command) -> None:
+    code, out, err = command("run", folder / "config.toml", "-q")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 1
+    assert out.startswith("The best merge")

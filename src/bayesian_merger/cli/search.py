@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -10,18 +9,15 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bayesian_merger import adopt, pairs, run, warm
+from bayesian_merger import adopt, run, warm
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
 from bayesian_merger.backends import Backend
-from bayesian_merger.cli.asking import Asking, Shown, asking_options
+from bayesian_merger.cli.asking import Asking, asking_options
+from bayesian_merger.cli.progress import Manner, observer, summary, told_at_the_end
 from bayesian_merger.cli.screen import err, out, plain
-from bayesian_merger.data import RIVALS, Outcome, Result
-from bayesian_merger.desk import Desk
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.report import duration
 from bayesian_merger.scorers import Attended
@@ -30,7 +26,7 @@ from bayesian_merger.study import storage_errors
 from bayesian_merger.study.proposals import MOST_IMAGES
 
 _PACKAGE = Path(__file__).parents[1]
-_USUAL_ASKING, _HERE = Asking(), Path()
+_USUAL_ASKING = Asking()
 # What a person takes for an answer, about.
 _ANSWER_S = 5
 
@@ -63,6 +59,15 @@ def _run_options(command: Any) -> Any:
     return command
 
 
+def _manner_options(command: Any) -> Any:
+    command = click.option(
+        "-q", "--quiet", "manner", flag_value="quiet", help="Say the verdict alone."
+    )(command)
+    return click.option(
+        "--json", "manner", flag_value="json", help="A line of JSON for each event."
+    )(command)
+
+
 def _load(
     path: Path,
     overrides: Sequence[str],
@@ -89,12 +94,15 @@ def _load(
     show_default=True,
     help="Folder of the run; the same folder goes on with it.",
 )
+@_manner_options
 @_run_options
-def demo_command(run_dir: Path, overrides: Sequence[str], **counts: int | None) -> None:
+def demo_command(
+    run_dir: Path, manner: Manner | None, overrides: Sequence[str], **counts: int | None
+) -> None:
     """Run the embedded example: two small checkpoints, a scorer, a better merge, a report."""
     torch.set_num_threads(1)  # so small a model is slower on several
     path = _PACKAGE / "demo" / "config.toml"
-    _run(_prepared(_load(path, overrides, **counts), path, "demo"), run_dir)
+    _run(_prepared(_load(path, overrides, **counts), path, "demo"), run_dir, manner or "lines")
 
 
 @click.command()
@@ -170,11 +178,13 @@ def check_command(
     help="Images to spend beyond those of a finished run; said again, it goes on with them. With 0 "
     "no more than the configuration says.",
 )
+@_manner_options
 @asking_options
 @_run_options
 def run_command(
     config_file: Path,
     run_dir: Path | None,
+    manner: Manner | None,
     more: int | None,
     port: int,
     no_browser: bool,
@@ -188,15 +198,19 @@ def run_command(
     if more is not None and not outcomes.has_study(folder, config.search.storage):
         raise ConfigError(f"{folder}: there is no run to extend")
     how = Asking(port, not no_browser, terminal)
-    _run(_prepared(config, config_file), folder, more, how)
+    _run(_prepared(config, config_file), folder, manner or "lines", more, how)
 
 
 def _run(
-    setup: Setup, run_dir: Path, more: int | None = None, how: Asking = _USUAL_ASKING
+    setup: Setup,
+    run_dir: Path,
+    manner: Manner,
+    more: int | None = None,
+    how: Asking = _USUAL_ASKING,
 ) -> None:
-    with _using(setup.backend), _Progress(out, how, run_dir) as observer:
-        outcome = run.run(setup, run_dir, observer, more)
-    _summary(outcome, run_dir)
+    with _using(setup.backend), observer(manner, how, run_dir) as watching:
+        outcome = run.run(setup, run_dir, watching, more)
+    told_at_the_end(manner, outcome, run_dir)
 
 
 @contextmanager
@@ -219,7 +233,7 @@ def report_command(run_dir: Path, storage: str | None) -> None:
     with storage_errors():
         found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir, storage))
     outcomes.write_outcome(found, run_dir)
-    _summary(found, run_dir)
+    summary(found, run_dir)
 
 
 @click.command()
@@ -315,105 +329,6 @@ def _say_begun(
     where = f" --run-dir {run_dir}" if run_dir else ""
     more = ", and the same further options" if has_more else ""
     out.print(f"next: bayesian-merger run {config_file}{where}{more}", soft_wrap=True)
-
-
-class _Progress:
-    """The run's progress in the terminal: a live line where there is one, plain lines in a log."""
-
-    def __init__(
-        self, console: Console, how: Asking = _USUAL_ASKING, run_dir: Path = _HERE
-    ) -> None:
-        self._console, self._how, self._run_dir = console, how, run_dir
-        self._shown: list[Shown] = []
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("images"),
-            TextColumn("{task.fields[speed]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal or how.in_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task("baselines", total=None, speed="")
-        self._begun = time.monotonic()
-        self._made = 0
-        self._leader: Result | None = None
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-        for shown in self._shown:
-            shown.close()
-
-    def asked(self, desk: Desk) -> None:
-        self._shown.append(Shown(desk, self._how, self._console, self._run_dir))
-
-    def planned(self, images: int) -> None:
-        self._bar.update(self._task, total=images)
-        self._console.print(f"about {images} images in all")
-
-    def started(self, stage: str, name: str, images: int) -> None:
-        self._bar.update(self._task, description=f"{_STAGES[stage]} {name}")
-
-    def judged(self, images: int, made: bool) -> None:
-        if made:
-            self._made += images
-            speed = self._made / max(1e-9, time.monotonic() - self._begun)
-            self._bar.update(self._task, advance=images, speed=f"{speed:.1f}/s")
-        else:
-            # Not work of this process, so it must not count for the time left.
-            total = self._bar.tasks[0].total
-            if images and total is not None:
-                self._bar.update(self._task, total=total - images)
-
-    def finished(self, result: Result, leader: Result | None) -> None:
-        line = f"{_STAGES[result.stage]:<10} {result.name:<12} "
-        if result.value is None:
-            line += f"failed: {result.reason}"
-        elif result.stage not in ("explore", "exploit"):
-            line += f"{result.value.mean:8.3f} ± {result.value.se:.3f}"
-        elif leader is not None and leader.value is not None and leader != self._leader:
-            # One trial of few images tells little; what all of them tell is worth a line.
-            self._leader = leader
-            value = f"{leader.value.mean:.3f} ± {leader.value.se:.3f}"
-            line = f"after {result.name}: {value} is expected of the merge recommended so far"
-        else:
-            return
-        self._console.print(plain(line), soft_wrap=True)
-
-    def noted(self, text: str) -> None:
-        self._console.print(f"note: {plain(text)}", soft_wrap=True)
-
-
-_STAGES = {
-    "baseline": "baseline",
-    "explore": "explore",
-    "exploit": "exploit",
-    "select": "choose",
-    "heldout": "held-out",
-}
-
-
-def _summary(outcome: Outcome, run_dir: Path) -> None:
-    out.print()
-    out.print(outcome.verdict(), style="bold", soft_wrap=True)
-    for key, gain in outcome.gain.items():
-        if outcome.by_pairs:
-            told = pairs.sentence(outcome.preferences[key])
-            out.print(f"  over {RIVALS[key]:<15} {told}", soft_wrap=True)
-            continue
-        interval = f"95 % interval {gain.low:+.3f} to {gain.high:+.3f}"
-        out.print(f"  over {RIVALS[key]:<15} {gain.mean:+.3f}  ({interval})")
-    out.print(f"{outcome.images} images in {duration(sum(outcome.seconds.values()))}")
-    out.print(f"report: {(run_dir / 'report.html').absolute()}", soft_wrap=True)
-    if outcome.best is not None:
-        out.print(f"recipe: {(run_dir / 'best.toml').absolute()}", soft_wrap=True)
 
 
 def _payloads(setup: Setup) -> set[str]:
