@@ -26,7 +26,7 @@ from bayesian_merger import pairs, report
 from bayesian_merger.data import Compromise, Estimate, Interval, Outcome, Preference, Prompt
 
 EVIL = "<script>alert('x')</script>\" onload=\"alert(1)"
-VOID = {"meta", "link", "img", "br", "line", "circle", "source"}
+VOID = {"meta", "link", "img", "input", "br", "line", "circle", "source"}
 
 
 class Page(HTMLParser):

@@ -1,0 +1,61 @@
+"""The report as a browser shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, Browser
+from outcomes import an_outcome
+
+from bayesian_merger import report
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    path = tmp_path / "report.html"
+    path.write_text(report.html(an_outcome(tmp_path)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(params=[1400, 390])
+def browser(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Browser]:
+    found = Browser(tmp_path / "profile", request.param, 900)
+    yield found
+    found.close()
+
+
+def test_two_pictures_are_compared_by_a_slider(browser: Browser, page: Path) -> None:
+    browser.goto(page.as_uri())
+    assert browser.run("document.querySelector('#slider').open") is False
+    browser.run("document.querySelector('.slides').click()")
+    assert browser.run("document.querySelector('#slider').open") is True
+    # The even merge beside the best.
+    sources = "[...document.querySelectorAll('.over img')].map((image) => image.src)"
+    shown = [
+        browser.run(f"document.querySelector('#picture-0-{name} img').src")
+        for name in ("even", "best")
+    ]
+    assert browser.run(sources) == shown
+    clip = "document.querySelector('.over img').style.clipPath"
+    assert "50%" in browser.run(clip)
+    browser.key("ArrowRight")
+    assert "49%" in browser.until(f"{clip}.includes('49%') && {clip}")
+    browser.run(
+        "const chosen = document.querySelector('#slider select'); chosen.selectedIndex = 0;"
+        "chosen.dispatchEvent(new Event('input'))"
+    )
+    assert browser.run(sources)[0] == browser.run("document.querySelector('#picture-0-a img').src")
+    browser.run("document.querySelector('#slider button').click()")
+    assert browser.run("document.querySelector('#slider').open") is False
+
+
+def test_page_is_no_wider_than_the_screen(browser: Browser, page: Path) -> None:
+    browser.goto(page.as_uri())
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert browser.run(wide) == 0
+    browser.run("document.querySelector('.slides').click()")
+    assert browser.run(wide) == 0
