@@ -4,7 +4,8 @@ Three rules propose in turn, as no one of them is best everywhere: the upper con
 looks where little is known; Thompson sampling, which varies some weights of the best merge so far; and
 the expected improvement over that merge. What is recommended is the maximum of the expected score over
 all merges, not the merge that was luckiest; where slopes are known, that of the score's lower bound, by
-several processes of which each lacks some of the merges (Breiman 1996, Bagging predictors).
+several processes of which each lacks some of the merges (Breiman 1996, Bagging predictors); by choices,
+that of the lower bound of the lead.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from bayesian_merger.gp import WHOLE, Array, Chosen, Data, Model, Posterior, Pri
 from bayesian_merger.slopes import Slope, pooled
 
 _KAPPA = 2.0
-# Downwards, where slopes lead.
-_CAUTION = 1.0
+# Downwards, where slopes or choices lead.
+_CAUTION, _CAUTION_BY_PAIRS = 1.0, 0.5
 # Processes that recommend a merge together, where slopes lead, and steps of the fit of each from the
 # hyperparameters of one with all merges.
 _N_BAGS, _N_FITTED = 5, 15
@@ -125,7 +126,11 @@ class Bayes:
         learnt = [posterior]
         if len(posterior.data.sloped):
             learnt = [self._refitted(model, some) for some in _bags(judged)]
-        best = self._climbed(learnt, posterior.data.points, 5, self._box.of_each_choice(middle))
+        starts = self._box.of_each_choice(middle)
+        if self._by_pairs:
+            best = self._surest(posterior, starts)
+        else:
+            best = self._climbed(learnt, posterior.data.points, 5, starts)
         found = [Recommended(best.numpy(), *posterior.expected(best))]
         for i in posterior.at_points.argsort()[::-1]:
             point = judged[i].point
@@ -198,6 +203,16 @@ class Bayes:
         with torch.no_grad():
             few = value(points).argsort(descending=True)[:n]
         return self._box.climb(value, torch.cat([points[few], *others]))
+
+    def _surest(self, posterior: Posterior, starts: Tensor) -> Tensor:
+        """The merge of the highest lower bound of its lead, as far as a bad one may seem good by chance.
+
+        What is tried next may be less sure: it is tried to learn of it.
+        """
+        value, points = _lead_bounds(posterior, -_CAUTION_BY_PAIRS), posterior.data.points
+        with torch.no_grad():
+            few = value(points).argsort(descending=True)[:5]
+        return self._box.climb(value, torch.cat([points[few], starts]))
 
     def _now(self, judged: Sequence[Judged]) -> tuple[Posterior, Tensor]:
         """The posterior and its best merge, with hyperparameters that were fitted now and then."""
@@ -354,6 +369,19 @@ def _bounds(posterior: Posterior, n_errors: float) -> Callable[[Tensor], Tensor]
     def value(x: Tensor) -> Tensor:
         mean, variance = posterior.mean_and_variance(x)
         return mean + n_errors * variance.sqrt()
+
+    return value
+
+
+def _lead_bounds(posterior: Posterior, n_errors: float) -> Callable[[Tensor], Tensor]:
+    """So many standard deviations above the expected lead over the first merge."""
+    first = posterior.data.points[:1]
+
+    def value(x: Tensor) -> Tensor:
+        mean, variance = posterior.mean_and_variance(x)
+        of_first = posterior.mean_and_variance(first)[1]
+        of_lead = variance + of_first - 2 * posterior.covariance(x, first)[:, 0]
+        return mean + n_errors * of_lead.clamp(min=1e-9).sqrt()
 
     return value
 
