@@ -163,3 +163,21 @@ def test_every_rule_proposes_by_choices(place: int) -> None:
     again = Bayes(D, PANEL, 0, by_pairs=True)
     again.propose(seen[:50], 50, 0.5)
     assert again.propose(seen, place, 0.5).tolist() == point.tolist()
+
+
+def test_slices_tell_what_is_lost_beside_the_best_merge() -> None:
+    chance = np.random.default_rng(0)
+    # The first weight matters, the second hardly.
+    seen = [
+        Judged(x, {i % 6: -8 * float((x[0] - 0.5) ** 2) + 0.05 * chance.normal()})
+        for i, x in enumerate(chance.uniform(size=(60, 2)))
+    ]
+    bayes = Bayes(2, PANEL, 0)
+    (best,) = bayes.few(seen, 1)
+    means, errors = bayes.slices(seen, best.point, 11)
+    assert means.shape == errors.shape == (2, 11)
+    assert means[0].min() == pytest.approx(-2.0, abs=0.4)
+    assert np.abs(means[1]).max() < 0.2
+    assert (means < 0.1).all()
+    here = round(best.point[0] * 10)
+    assert errors[0, here] < errors[0, 0]

@@ -27,7 +27,7 @@ from outcomes import (
 from PIL import Image
 
 from bayesian_merger import plots
-from bayesian_merger.data import Compromise, Estimate, Outcome
+from bayesian_merger.data import Compromise, Estimate, Outcome, Slice
 
 
 @pytest.fixture(scope="module")
@@ -355,3 +355,34 @@ def test_front_of_more_objectives_shows_differences_to_the_even_merge(tmp_path: 
     assert heights["a"] == [-1.0, -1.0, -1.0]
     colours = [line.get_color() for line in bars(axes).values()]
     assert len(set(colours)) == 5
+
+
+def sliced(n: int = 20) -> dict[str, Slice]:
+    places = tuple(i / 10 for i in range(11))
+    return {
+        f"{block}_alpha": Slice(
+            0.5, places, tuple(Estimate(-(k + 1) * (x - 0.5) ** 2, 0.1, 0) for x in places)
+        )
+        for k, block in enumerate(BLOCKS[:n])
+    }
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_slices_show_the_weights_that_matter_most_in_their_order(
+    tmp_path: Path, dark: bool
+) -> None:
+    outcome = an_outcome(tmp_path, slices=sliced())
+    figure = plots.slices(outcome, dark=dark)
+    drawn = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_title("left") for axes in drawn] == list(BLOCKS[8:20])
+    for axes, (name, one) in zip(drawn, list(sliced().items())[8:], strict=True):
+        line = next(line for line in axes.lines if line.get_gid() == name)
+        assert list(np.asarray(line.get_xdata())) == list(one.places)
+        assert list(np.asarray(line.get_ydata())) == [gain.mean for gain in one.gains]
+        assert axes.get_ylim() == drawn[0].get_ylim()
+    assert len(plots.png(figure)) > 1000
+
+
+def test_slices_of_a_single_weight_fill_a_figure(tmp_path: Path) -> None:
+    figure = plots.slices(an_outcome(tmp_path, slices=sliced(1)))
+    assert sum(axes.axison for axes in figure.axes) == 1

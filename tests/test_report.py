@@ -23,7 +23,15 @@ from outcomes import (
 from PIL import Image
 
 from bayesian_merger import pairs, report
-from bayesian_merger.data import Compromise, Estimate, Interval, Outcome, Preference, Prompt
+from bayesian_merger.data import (
+    Compromise,
+    Estimate,
+    Interval,
+    Outcome,
+    Preference,
+    Prompt,
+    Slice,
+)
 
 EVIL = "<script>alert('x')</script>\" onload=\"alert(1)"
 VOID = {"meta", "link", "img", "input", "br", "line", "circle", "source"}
@@ -449,3 +457,17 @@ def test_page_and_result_say_why_the_gradient_was_given_up(tmp_path: Path) -> No
     assert EVIL not in html
     assert report.result_json(outcome)["gradient_given_up"] == f"no memory {EVIL}"
     assert report.result_json(an_outcome(tmp_path))["gradient_given_up"] is None
+
+
+def test_page_tells_which_weights_matter(tmp_path: Path) -> None:
+    places = (0.0, 0.5, 1.0)
+    slices = {
+        "IN00_alpha": Slice(0.5, places, tuple(Estimate(g, 0.1, 0) for g in (-0.2, 0.0, -0.1))),
+        "OUT11_alpha": Slice(0.5, places, tuple(Estimate(g, 0.2, 0) for g in (0.1, 0.0, -0.9))),
+    }
+    page = Page(report.html(an_outcome(tmp_path, slices=slices)))
+    assert "Which weights matter" in page.text
+    alts = [image["alt"] for image in page.all("img")]
+    told = "each would lose: OUT11_alpha 0.900 ± 0.200, IN00_alpha 0.200 ± 0.100."
+    assert sum(told in alt for alt in alts) == 2  # light and dark
+    assert "Which weights matter" not in Page(report.html(an_outcome(tmp_path))).text

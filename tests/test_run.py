@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
 from bayesian_merger import recipes, run, setup, study
+from bayesian_merger.blocks import SD1
 from bayesian_merger.data import Outcome, Result
 from bayesian_merger.errors import ConfigError, RunError
 
@@ -772,3 +773,13 @@ def seen(folder: Path, *overrides: str, into: str) -> tuple[Outcome, list[str]]:
     ready = setup.prepare(configuration.load(folder / "config.toml", overrides), folder, "toy")
     observer = Silent()
     return run.run(ready, folder / into, observer), observer.lines
+
+
+@pytest.mark.parametrize("optimiser", ["bayes", "tpe"])
+def test_finished_search_tells_what_each_weight_does(folder: Path, optimiser: str) -> None:
+    outcome = start(folder, f"search.optimiser={optimiser}")
+    assert outcome.slices.keys() == {f"{block}_alpha" for block in SD1.blocks}
+    for one in outcome.slices.values():
+        assert (one.places[0], one.places[-1]) == (0, 1)
+        assert 0 <= one.at <= 1
+        assert one.loss.mean >= 0

@@ -138,6 +138,27 @@ class Bayes:
                 found.append(Recommended(point, *posterior.expected(torch.from_numpy(point))))
         return found[:n]
 
+    def slices(self, judged: Sequence[Judged], point: Array, n: int) -> tuple[Array, Array]:
+        """Mean and standard error [d, n] of the gain as one coordinate of a merge goes from 0 to 1.
+
+        The others stay as they are, at `n` places of equal distance.
+        """
+        _, posterior = self._fitted_to(judged)
+        here = torch.from_numpy(point)
+        lines = here.repeat(self.d, n, 1)
+        lines[range(self.d), :, range(self.d)] = torch.linspace(0, 1, n, dtype=torch.float64)
+        x = lines.reshape(self.d * n, self.d)
+        with torch.no_grad():
+            mean, variance = posterior.mean_and_variance(x)
+            mean_here, variance_here = posterior.mean_and_variance(here[None])
+            shared = posterior.covariance(x, here[None])[:, 0]
+        error = (variance + variance_here - 2 * shared).clamp(min=0).sqrt()
+        scale = posterior.data.scale
+        return (
+            (scale * (mean - mean_here)).view(self.d, n).numpy(),
+            (scale * error).view(self.d, n).numpy(),
+        )
+
     def learnt(self, judged: Sequence[Judged]) -> Posterior:
         """What the scores say of every merge, by hyperparameters of their own."""
         return self._fitted_to(judged)[1]

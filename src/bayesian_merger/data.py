@@ -242,6 +242,24 @@ class Slopes:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """What is expected to be gained when one weight leaves `at` for other `places`, alone.
+
+    The estimates' errors are those of the difference; their `n` tells nothing.
+    """
+
+    at: float
+    places: tuple[float, ...]
+    gains: tuple[Estimate, ...]
+
+    @property
+    def loss(self) -> Estimate:
+        """The most that is expected to be lost at any of the places: how much the weight matters."""
+        worst = min(self.gains, key=lambda gain: gain.mean)
+        return Estimate(-worst.mean, worst.se, 0)
+
+
+@dataclass(frozen=True)
 class Result:
     """One recipe judged on a panel, as it stands in the study.
 
@@ -302,9 +320,10 @@ class Outcome:
     73 % of pairs; a gain is the pairs won less those lost, as a share of both, and `preferences` counts
     them.
     `given_up` says why the search followed the gradient no further, if it did not.
-    `front` are the compromises between several objectives, where they were asked for, and
-    `front_baselines` what the baselines have, "a" -> objective -> estimate. `seconds` is the time spent
-    by phase.
+    `slices` say of each parameter what the value does as it varies about the recommended merge, once
+    the search is over. `front` are the compromises between several objectives, where they were asked
+    for, and `front_baselines` what the baselines have, "a" -> objective -> estimate. `seconds` is the
+    time spent by phase.
     """
 
     title: str
@@ -329,6 +348,7 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict)
     finished: bool = False
     given_up: str | None = None
+    slices: Mapping[str, Slice] = field(default_factory=dict)
     by_pairs: bool = False
     preferences: Mapping[str, Preference] = field(default_factory=dict)
 

@@ -148,6 +148,7 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         seconds=seconds,
         finished=finished,
         given_up=study.given_up,
+        slices=study.slices,
         by_pairs=by_pairs,
         preferences=preferences,
     )

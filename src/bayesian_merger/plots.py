@@ -300,6 +300,55 @@ def path(
     return figure
 
 
+def slices(outcome: Outcome, *, n: int = 12, dark: bool = False) -> Figure:
+    """What the value does as one weight leaves that of the recommended merge, with its standard error.
+
+    Of the `n` weights by which most would be lost, in the order of the network. A point marks the merge.
+    """
+    theme = _DARK if dark else _LIGHT
+    order = list(outcome.slices)
+    telling = sorted(order, key=lambda name: -outcome.slices[name].loss.mean)[:n]
+    shown = {name: outcome.slices[name] for name in order if name in telling}
+    n_columns = min(4, len(shown))
+    n_rows = math.ceil(len(shown) / n_columns)
+    figure = Figure(
+        figsize=(8.4, 0.7 + 1.45 * n_rows), facecolor=theme.paper, layout="constrained"
+    )
+    grid = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False)
+    ends = [
+        gain.mean + sign * gain.se
+        for one in shown.values()
+        for gain in one.gains
+        for sign in (-1, 1)
+    ]
+    low, high = min(ends), max(ends)
+    margin = 0.06 * (high - low) or 1.0
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (name, one) in zip(grid.flat, shown.items(), strict=False):
+        axes.set_axis_on()
+        axes.set_facecolor(theme.paper)
+        means = [gain.mean for gain in one.gains]
+        below = [gain.mean - gain.se for gain in one.gains]
+        above = [gain.mean + gain.se for gain in one.gains]
+        axes.axhline(0, color=theme.line, lw=1, zorder=0)
+        axes.fill_between(one.places, below, above, color=theme.best, alpha=0.18, lw=0, gid="band")
+        axes.plot(one.places, means, color=theme.best, lw=1.6, gid=name)
+        axes.plot([one.at], [0], "o", ms=5, color=theme.best, mec=theme.paper, gid=f"{name} at")
+        axes.set_ylim(low - margin, high + margin)
+        axes.set_title(_drawable(_label(name)), loc="left", pad=3, **_text(theme.ink, 9.5))
+        axes.tick_params(colors=theme.soft, labelsize=8, length=2, labelfontfamily=_FONT)
+        ends_of_range = (one.places[0], one.places[-1])
+        axes.set_xticks([ends_of_range[0], sum(ends_of_range) / 2, ends_of_range[1]])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.spines[:].set_visible(False)
+        axes.spines["bottom"].set(visible=True, color=theme.line)
+    figure.supxlabel("weight", **_text(theme.ink, 10))
+    figure.supylabel("change of the value", **_text(theme.ink, 10))
+    return figure
+
+
 def _place(parameter: str) -> tuple[str, str]:
     """Weight and block of a parameter's first member: "IN00-IN03_alpha" is that of IN00."""
     return parameter.split("-")[-1].partition("_")[2], re.split("[-_]", parameter)[0]

@@ -51,6 +51,8 @@ def html(outcome: Outcome) -> str:
         path=_drawn(partial(plots.path, outcome, slopes, start)) if slopes else None,
         path_alt=_path_alt(outcome, start),
         path_start=start,
+        slices=_drawn(partial(plots.slices, outcome)) if outcome.slices else None,
+        slices_alt=_slices_alt(outcome),
         front=_drawn(partial(plots.front, outcome)) if outcome.front else None,
         front_alt=_front_alt(outcome),
         shown=shown,
@@ -208,6 +210,13 @@ def _convergence_alt(outcome: Outcome) -> str:
     if outcome.leader and outcome.leader.value:
         text += f"; {_number(outcome.leader.value.mean)} is expected of the recommended merge"
     return f"{text}; for comparison {', '.join(lines)}." if lines else f"{text}."
+
+
+def _slices_alt(outcome: Outcome) -> str:
+    """What the figure of the slices shows, in words: what is lost at the worst place of each weight."""
+    lost = sorted(outcome.slices.items(), key=lambda item: -item[1].loss.mean)
+    told = (f"{name} {_number(one.loss.mean)} ± {_number(one.loss.se)}" for name, one in lost)
+    return f"Charts of the value by each weight. At its worst place each would lose: {', '.join(told)}."
 
 
 def _front_alt(outcome: Outcome) -> str:

@@ -612,6 +612,7 @@ def _search(
     observer.judged(n_before, made=False)
     if not proposer.is_over():
         study.compromise()  # that of a shorter run holds no more
+        study.slice({})
         if before:
             told = f"{n_before} images of {len(before)} trials are judged already"
             observer.noted(f"the search goes on: {told}")
@@ -658,7 +659,10 @@ def _search(
         wanted = setup.config.heldout.candidates
         # Parameters that the chosen method lacks make no other merge.
         few: dict[str, Result] = {}
-        for name, params, value in proposer.few(2 * wanted):
+        found = proposer.few(2 * wanted)
+        if found:
+            study.slice(proposer.slices(found[0][1]))
+        for name, params, value in found:
             recipe = setup.recipe(params)
             few.setdefault(recipe.digest(), Result.recommended(name, recipe, value))
         recommended = list(few.values())[:wanted]

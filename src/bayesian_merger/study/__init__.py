@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from bayesian_merger.data import Compromise, Estimate, Prompt, Recipe, Result, Slopes, State
+from bayesian_merger.data import Compromise, Estimate, Prompt, Recipe, Result, Slice, Slopes, State
 from bayesian_merger.errors import ConfigError, RunError, first_line
 from bayesian_merger.study.proposals import (
     FOLLOWS,
@@ -462,6 +462,30 @@ class Study:
             )
             for one in told["few"]
         ]
+
+    def slice(self, slices: Mapping[str, Slice]) -> None:
+        """Store what each parameter does about the recommended merge."""
+        told = {
+            name: {
+                "at": one.at,
+                "places": [float(f"{x:.4g}") for x in one.places],
+                "gains": [[float(f"{x:.3g}") for x in (g.mean, g.se)] for g in one.gains],
+            }
+            for name, one in slices.items()
+        }
+        self._search.set_user_attr("slices", told)
+
+    @property
+    def slices(self) -> dict[str, Slice]:
+        """What `slice` stored; none while the search goes on."""
+        return {
+            name: Slice(
+                one["at"],
+                tuple(one["places"]),
+                tuple(Estimate(mean, se, 0) for mean, se in one["gains"]),
+            )
+            for name, one in self._search.user_attrs.get("slices", {}).items()
+        }
 
     def compromise(
         self,

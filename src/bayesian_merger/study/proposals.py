@@ -26,7 +26,7 @@ from scipy.stats import qmc
 from bayesian_merger import pairs
 from bayesian_merger.bayes import N_RULES, Bayes, Judged, Recommended
 from bayesian_merger.choices import Choice
-from bayesian_merger.data import Estimate, Slopes
+from bayesian_merger.data import Estimate, Slice, Slopes
 from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.gp import PARTIAL, WHOLE, Array
 from bayesian_merger.registry import nearest
@@ -48,6 +48,7 @@ SCORE, SLOPE, FOLLOWS, UNFOLLOWED = "score:", "slope:", "follows", "unfollowed"
 STARTS, FOREIGN, OBSERVED = "starts", "foreign", "observed"
 _GAIN = "gain:"
 _EVERY = 5
+_N_SLICED = 11
 _USUAL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "tpe": ("optuna.samplers.TPESampler", {"multivariate": True, "n_startup_trials": 0}),
     "cmaes": ("optuna.samplers.CmaEsSampler", {"n_startup_trials": 0}),
@@ -514,6 +515,26 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         found = self._judged(study)
         return self._bayes.few(found, n) if found else []
 
+    def slices(self, study: Study, params: Params) -> dict[str, Slice]:
+        """What is gained as one weight of a merge varies; none where nothing was measured."""
+        found = self._judged(study)
+        if not found:
+            return {}
+        point = self._plan.scaled(params)
+        means, errors = self._bayes.slices(found, point, _N_SLICED)
+        return {
+            name: Slice(
+                at=float(params[name]),
+                places=tuple(np.linspace(low, high, _N_SLICED).tolist()),
+                gains=tuple(
+                    Estimate(float(m), float(e), 0) for m, e in zip(mean, error, strict=True)
+                ),
+            )
+            for (name, (low, high)), mean, error in zip(
+                self._plan.bounds.items(), means, errors, strict=False
+            )
+        }
+
     def by_scores(self, study: Study) -> Recommended | None:
         """What would be recommended without the slopes; None where there are none."""
         found = self._judged(study)
@@ -743,6 +764,10 @@ class Proposer:
             found.insert(1, self._told(other))
             names.insert(1, "by scores alone")
         return [(name, *one) for name, one in zip(names, found, strict=False)][:n]
+
+    def slices(self, params: Params) -> dict[str, Slice]:
+        """What is gained as one weight of a merge varies and the others stay as they are."""
+        return self._bayes.slices(self.study, params)
 
     def front(self, n: int) -> list[tuple[dict[str, Any], dict[str, Estimate]]]:
         """At most `n` merges of the Pareto front of the objectives, and what is expected of each.
