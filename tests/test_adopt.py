@@ -124,7 +124,7 @@ def test_settings_are_a_configuration_that_does_the_same(there: Path) -> None:
     assert found.panel.batch_size == 2
     assert found.backend.name == "webui"
     assert found.backend.options == {"url": "http://127.0.0.1:7861"}
-    assert (found.output.save_best, found.output.save_imgs) == (True, True)
+    assert (found.output.save_best, found.output.save_images) == (True, "all")
 
 
 def test_payloads_are_read_where_they_are(there: Path) -> None:
@@ -274,7 +274,7 @@ def test_older_settings_are_read_too(there: Path) -> None:
     found = read(there, "config.ini")
     assert (found.search.images, found.search.optimiser) == (5, "tpe")
     assert (found.merge.precision, found.output.save_best) == ("fp32", True)
-    assert found.output.save_imgs is False
+    assert found.output.save_images == "best"
     assert list(found.scorers) == ["exposure"]
     (cat,) = prompts.read_payloads(found.payload_files(there), found.panel.defaults)
     assert (cat.fields.negative_prompt, cat.fields.cfg_scale) == ("dog", 9.0)

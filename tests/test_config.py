@@ -236,7 +236,7 @@ def test_override_is_checked_like_the_file(tmp_path: Path) -> None:
     [
         (SMALLEST + "[serach]\nn_iters = 3\n", "serach", "search"),
         (SMALLEST + "[search]\ninit_point = 3\n", "search.init_point", "init_points"),
-        (SMALLEST + "[output]\nsave_img = true\n", "output.save_img", "save_imgs"),
+        (SMALLEST + "[output]\nsave_image = true\n", "output.save_image", "save_images"),
         (changed("[panel]", "[panel]\nbatchsize = 2"), "panel.batchsize", "batch_size"),
         (SMALLEST + "[heldout]\nimage = 3\n", "heldout.image", "images"),
     ],

@@ -33,7 +33,7 @@ LAYERS = (
         "server",
         "workflow",
     ),
-    ("desk", "handover", "hub", "pairs", "slopes", "stock", "towers"),
+    ("album", "desk", "handover", "hub", "pairs", "slopes", "stock", "towers"),
     ("delivery", "page"),
     ("bayes", "blocks", "folders", "lora", "plots", *PLUGINS),
     (

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bayesian_merger import infotext
+from bayesian_merger import album, infotext
 from bayesian_merger.data import Prompt, Sample
-from bayesian_merger.outcome import save_image
 
 WEBUI = """a cat, (fluffy:1.2)
 on a mat
@@ -79,6 +78,7 @@ def test_what_is_written_is_read_back(prompt: str, negative: str, seed: int) -> 
 
 def test_images_of_a_run_tell_their_prompt(tmp_path: Path) -> None:
     prompt = Prompt(0, "p", "ein Kätzchen", 7, "dog")
-    save_image(Sample(Image.new("RGB", (8, 8)), prompt), tmp_path / "000.png")
-    with Image.open(tmp_path / "000.png") as image:
+    path = album.save(Sample(Image.new("RGB", (8, 8)), prompt), tmp_path, {}, "0123456789abcdef")
+    with Image.open(path) as image:
         assert infotext.read(image.info) == ("ein Kätzchen", "dog", 7)
+        assert image.info["parameters"].endswith(", Size: 512x512, Recipe: 0123456789abcdef")

@@ -12,8 +12,9 @@ from test_run import start
 
 import bayesian_merger
 from bayesian_merger import results
+from bayesian_merger.album import digest_of
 from bayesian_merger.errors import ConfigError
-from bayesian_merger.outcome import digest_of, open_study, read_outcome
+from bayesian_merger.outcome import open_study, read_outcome
 from bayesian_merger.results import Results
 
 

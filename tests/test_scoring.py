@@ -13,9 +13,9 @@ from PIL import Image
 from test_cli import Command
 from test_cli import command as command
 
+from bayesian_merger import infotext
 from bayesian_merger.data import Prompt, Sample
 from bayesian_merger.errors import ConfigError, TrialError
-from bayesian_merger.outcome import save_image
 from bayesian_merger.scorers import scorer
 
 WORKER = [str(Path(sys.executable).parent / "bayesian-merger"), "scorer-worker"]
@@ -45,7 +45,7 @@ def pictures(folder: Path, *prompts: str, width: int = 8) -> list[Path]:
     for i, text in enumerate(prompts):
         grey = Image.new("RGB", (width, 8), (51 * (i + 1),) * 3)
         paths.append(folder / f"{i:03}.png")
-        save_image(Sample(grey, Prompt(i, "p", text, seed=i)), paths[-1])
+        paths[-1].write_bytes(infotext.png(Sample(grey, Prompt(i, "p", text, seed=i))))
     return paths
 
 

@@ -10,9 +10,9 @@ import pytest
 from test_run import Silent, start
 from test_run import folder as folder  # a fixture
 
+from bayesian_merger import album, run, setup, study, warm
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
-from bayesian_merger import run, setup, study, warm
 from bayesian_merger.data import Outcome
 from bayesian_merger.errors import ConfigError, RunError
 from bayesian_merger.setup import Setup
@@ -99,7 +99,7 @@ def test_what_is_known_is_not_explored_again(folder: Path) -> None:
 
 
 def test_other_scorers_judge_the_pictures_that_were_kept(folder: Path) -> None:
-    keep = "output.save_imgs=true"
+    keep = "output.save_images=all"
     before = start(folder, keep)
     light = with_light(folder)
     brought = fork(folder, *light)
@@ -114,13 +114,14 @@ def test_other_scorers_judge_the_pictures_that_were_kept(folder: Path) -> None:
 
 
 def test_picture_that_is_not_what_it_was_is_not_judged(folder: Path) -> None:
-    start(folder, "output.save_imgs=true")
-    pictures = folder / "run" / "images"
-    (pictures / "explore" / "trial-1" / "002.png").write_bytes(
-        (pictures / "explore" / "trial-2" / "002.png").read_bytes()
+    start(folder, "output.save_images=all")
+    one, other = (
+        album.saved(album.folder_of(folder / "run", "explore", name))
+        for name in ("trial 1", "trial 2")
     )
-    (pictures / "explore" / "trial-1" / "003.png").write_bytes(b"no picture")
-    (pictures / "explore" / "trial-1" / "004.png").unlink()
+    one[2].write_bytes(other[2].read_bytes())
+    one[3].write_bytes(b"no picture")
+    one[4].unlink()
     assert fork(folder, *with_light(folder)).scores == 60 - 3
 
 
@@ -241,7 +242,7 @@ def test_image_that_does_not_count_in_the_new_panel_is_no_value(folder: Path) ->
 
 
 def test_scorer_that_gives_no_number_leaves_a_merge_out(folder: Path) -> None:
-    start(folder, "output.save_imgs=true")
+    start(folder, "output.save_images=all")
     light = with_light(folder)
     (folder / "light.py").write_text(LIGHT.replace(".mean() / 255", ".mean() * numpy.nan"))
     brought = fork(folder, *light)

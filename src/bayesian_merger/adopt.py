@@ -132,7 +132,13 @@ def adopted(path: Path) -> Adopted:
         ),
         *(_table(f"scorers.{_key(judge)}", {}) for judge in judges),
         *([_NO_SCORER.format(missing, ", ".join(scorer.names()))] if missing else []),
-        _table("output", {key: _is_set(given.get(key)) for key in ("save_best", "save_imgs")}),
+        _table(
+            "output",
+            {
+                "save_best": _is_set(given.get("save_best")),
+                "save_images": "all" if _is_set(given.get("save_imgs")) else "best",
+            },
+        ),
     ]
     return Adopted("\n\n".join(tables) + "\n", notes)
 

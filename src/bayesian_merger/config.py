@@ -223,7 +223,7 @@ class Output(Section):
     """[output]: what is left in the run folder."""
 
     save_best: bool = False
-    save_imgs: bool = False
+    save_images: Literal["all", "best", "none"] = "best"
 
 
 class Config(Section):

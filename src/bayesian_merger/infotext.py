@@ -25,22 +25,23 @@ class Told(NamedTuple):
     seed: int | None = None
 
 
-def written(prompt: Prompt) -> str:
-    """A prompt as stable-diffusion-webui writes it."""
+def written(prompt: Prompt, recipe: str = "") -> str:
+    """A prompt as stable-diffusion-webui writes it, with the digest of the merge's recipe."""
     scheduler = f", Schedule type: {prompt.scheduler}" if prompt.scheduler else ""
     return (
         f"{prompt.prompt}\nNegative prompt: {prompt.negative_prompt}\nSteps: {prompt.steps}, "
         f"Sampler: {prompt.sampler_name}{scheduler}, CFG scale: {prompt.cfg_scale:g}, "
         f"Seed: {prompt.seed}, Size: {prompt.width}x{prompt.height}"
+        f"{f', Recipe: {recipe}' if recipe else ''}"
     )
 
 
-def png(sample: Sample) -> bytes:
-    """The image as a PNG file that tells its prompt."""
+def png(sample: Sample, recipe: str = "") -> bytes:
+    """The image as a PNG file that tells its prompt, and by which recipe it was merged."""
     from PIL.PngImagePlugin import PngInfo
 
     about, file = PngInfo(), io.BytesIO()
-    about.add_itxt(KEY, written(sample.prompt))
+    about.add_itxt(KEY, written(sample.prompt, recipe))
     sample.image.save(file, format="PNG", pnginfo=about)
     return file.getvalue()
 

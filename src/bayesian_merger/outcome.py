@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL.Image import DecompressionBombError, Image
-from PIL.Image import open as open_image
-
-from bayesian_merger import infotext, pairs, plots, report
+from bayesian_merger import album, pairs, plots, report
 from bayesian_merger.checkpoint import whole_file
-from bayesian_merger.data import Model, Outcome, Prompt, Recipe, Result, Sample
+from bayesian_merger.data import Model, Outcome, Prompt, Recipe, Result
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.setup import BASELINES
@@ -141,7 +137,9 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         best=judged["best"] if finished else None,
         heldout={name: r.value for name, r in sorted(judged.items()) if r.value and finished},
         gain=gain,
-        pictures={key: _saved(pictures_of(folder, stage, name)) for key, name in names.items()},
+        pictures={
+            key: album.saved(album.folder_of(folder, stage, name)) for key, name in names.items()
+        },
         front=tuple(front),
         front_baselines=of_front,
         images=sum(len(result.scores) for result in everything),
@@ -240,34 +238,3 @@ def mean(result: Result) -> float:
     """The value of a result that has one."""
     assert result.value is not None
     return result.value.mean
-
-
-def pictures_of(folder: Path, stage: str, name: str) -> Path:
-    """Where the images of one judged recipe are kept."""
-    return folder / "images" / stage / name.replace(" ", "-")
-
-
-def _saved(folder: Path) -> dict[int, Path]:
-    return {int(path.stem): path for path in sorted(folder.glob("*.png")) if path.stem.isdigit()}
-
-
-def digest_of(image: Image) -> str:
-    """Sixteen hexadecimal digits of the pixels."""
-    return hashlib.sha256(image.tobytes()).hexdigest()[:16]
-
-
-def read_picture(folder: Path, result: Result, index: int) -> Image | None:
-    """The picture of an image that was kept in a run's folder, if it is still what it was."""
-    path = pictures_of(folder, result.stage, result.name) / f"{index:03}.png"
-    try:
-        with open_image(path, formats=["PNG"]) as file:
-            image = file.convert("RGB")
-    except (OSError, DecompressionBombError):
-        return None
-    return image if digest_of(image) == result.images[index] else None
-
-
-def save_image(sample: Sample, path: Path) -> None:
-    """Write an image as PNG, with its prompt as webuis do it."""
-    with whole_file(path) as file:
-        file.write(infotext.png(sample))

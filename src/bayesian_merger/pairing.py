@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from PIL.Image import Image
 
-from bayesian_merger import pairs
+from bayesian_merger import album, pairs
 from bayesian_merger.data import Result, Sample
-from bayesian_merger.outcome import digest_of, read_picture
 from bayesian_merger.scorers import Comparing
 from bayesian_merger.setup import BASELINES, Setup
 from bayesian_merger.study import Trial
@@ -72,7 +71,7 @@ class Rivals:
         """What was kept of it; None where somebody has removed or changed that."""
         if index not in other.images or self._folder is None:
             return None
-        return read_picture(self._folder, other, index)
+        return album.read(self._folder, other, index)
 
 
 def compared(
@@ -94,7 +93,7 @@ def compared(
             key = f"{pairs.OVER}{rival.result.name}"
             if marks or rival.is_junk:
                 table[row][key] = 0.5 + 0.5 * (rival.is_junk - bool(marks))
-            elif digest_of(sample.image) == digest_of(rival.sample.image):
+            elif album.digest_of(sample.image) == album.digest_of(rival.sample.image):
                 table[row][key] = 0.5
             else:
                 asked.append((row, key, sample, rival.sample))

@@ -10,10 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bayesian_merger import album
 from bayesian_merger.checkpoint import whole_file
 from bayesian_merger.data import Outcome, Prompt, Result
 from bayesian_merger.errors import ConfigError
-from bayesian_merger.outcome import open_study, pictures_of, read_outcome, yardstick_of
+from bayesian_merger.outcome import open_study, read_outcome, yardstick_of
 from bayesian_merger.study import Stage, Study, storage_errors
 
 Row = Mapping[str, Any]
@@ -108,7 +109,8 @@ class Results:
             panel = self._panels.get(result.stage, self._panels["search"])
             for index, scores in result.scores.items():
                 prompt = result.prompts.get(index, panel.get(index))
-                file = pictures_of(Path(), result.stage, result.name) / f"{index:03}.png"
+                folder = album.folder_of(self._folder, result.stage, result.name)
+                file = album.find(folder, index)
                 rows.append(
                     {
                         "stage": result.stage,
@@ -118,7 +120,7 @@ class Results:
                         **{f"score.{name}": score for name, score in scores.items()},
                         "value": self._yardstick.value(scores) if self._yardstick else None,
                         "digest": result.images.get(index),
-                        "file": file.as_posix() if (self._folder / file).is_file() else None,
+                        "file": file and file.relative_to(self._folder).as_posix(),
                     }
                 )
         return _even(rows)

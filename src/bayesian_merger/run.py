@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from bayesian_merger import junk, pairs
+from bayesian_merger import album, junk, pairs
 from bayesian_merger.backends import Backend, Differentiable, Exclusive
 from bayesian_merger.checkpoint import remove_parts
 from bayesian_merger.data import (
@@ -46,13 +46,10 @@ from bayesian_merger.errors import (
 )
 from bayesian_merger.merge import Merger
 from bayesian_merger.outcome import (
-    digest_of,
     has_study,
     open_study,
-    pictures_of,
     ranked,
     read_outcome,
-    save_image,
     write_outcome,
     write_recipe,
 )
@@ -151,7 +148,7 @@ def judge(
     pieces = _followed(setup, todo, yardstick) if yardstick else _plain(setup, panel, done)
     faults: list[str] = []
     marked: Counter[str] = Counter()
-    keep = pictures_of(folder, trial.stage, trial.name) if folder else None
+    keep = album.folder_of(folder, trial.stage, trial.name) if folder else None
     rivals = Rivals(setup, trial, others, folder)
     # Whatever fails, no image is made any more afterwards: an error keeps what it passes alive.
     with closing(_scored(setup, pieces, rivals)) as scored:
@@ -160,11 +157,14 @@ def judge(
             for sample, found in zip(samples, scores, strict=True):
                 if sample.prompt.index not in trial.scores:
                     if keep:
-                        save_image(sample, keep / f"{sample.prompt.index:03}.png")
+                        own = {
+                            n: x for n, x in (found or {}).items() if n in setup.measure.weights
+                        }
+                        album.save(sample, keep, own, trial.recipe.digest())
                     if found is None:
                         continue
                     made_of = sample.prompt.to_dict() if sample.prompt.index >= FRESH else None
-                    digest = digest_of(sample.image)
+                    digest = album.digest_of(sample.image)
                     marks = [key for key in found if key.startswith(JUNK)]
                     if not marks and _is_double(sample, digest, trial.result(), others, setup):
                         marks = _fined(setup, sample, ["duplicate"])
@@ -553,6 +553,7 @@ def _judged_baselines(
 ) -> list[Trial]:
     """A, the even merge and B, judged in a stage and not yet completed; RunError if one cannot be."""
     trials = [study.book(stage, name, setup.baseline(name)) for name in BASELINES]
+    keep = _place(setup, folder, is_compared=True)
     for number, trial in enumerate(trials, start=1):
         observer.started(stage, trial.name, len(panel))
         try:
@@ -560,10 +561,10 @@ def _judged_baselines(
             # One that is complete without its slopes had none to be had.
             if follows and not trial.is_complete:
                 measure = Yardstick(setup.measure)
-                _judge_and_follow(trial, panel, setup, observer, folder, measure)
+                _judge_and_follow(trial, panel, setup, observer, keep, measure)
             else:
                 before = [t.result() for t in trials[: number - 1]]
-                judge(trial, panel, setup, observer, folder, others=before)
+                judge(trial, panel, setup, observer, keep, others=before)
             _require_change([t.result() for t in trials[:number]], setup)
             _require_pictures(trial.result())
         except TrialError as error:
@@ -703,9 +704,7 @@ def attempt(
     trial.spend(ask=time.monotonic() - start)
     panel = [setup.prompt(i) for i in trial.items or ()]
     observer.started(trial.stage, trial.name, len(panel))
-    # Other merges' pictures are compared with them.
-    is_kept = setup.config.output.save_imgs or setup.comparer
-    keep = folder if is_kept else None
+    keep = _place(setup, folder, is_compared=False)
     others = [*study.judged("baseline"), *study.searched()]
     try:
         if trial.follows:
@@ -723,6 +722,14 @@ def attempt(
     further = [prompt for prompt in panel if prompt.index >= FRESH]
     trial.complete(yardstick.trial(trial.result(), setup.panel, further))
     return None
+
+
+def _place(setup: Setup, folder: Path, *, is_compared: bool) -> Path | None:
+    """The folder, if pictures are kept: those of the comparison of A, B, even and best, or others."""
+    wanted = setup.config.output.save_images
+    # A picture may be compared with any that was made before.
+    is_kept = wanted == "all" or setup.comparer or (wanted == "best" and is_compared)
+    return folder if is_kept else None
 
 
 def _at(objective: Objective, baseline: Result, setup: Setup, yardstick: Yardstick) -> Estimate:
@@ -749,8 +756,7 @@ def _confirm(
     def attempt(stage: Stage, one: Result, panel: Sequence[Prompt]) -> Trial | None:
         # With pairs even a parent is compared with itself, to be compared with the others.
         trial = study.book(stage, one.name, one.recipe, BASELINES if setup.comparer else ())
-        # Of other candidates only those that others are compared with are looked at again.
-        keep = folder if stage == "heldout" or setup.comparer else None
+        keep = _place(setup, folder, is_compared=stage == "heldout")
         observer.started(stage, one.name, len(panel))
         try:
             others = [other for other in study.judged(stage) if other.name != one.name]

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bayesian_merger import run, space
+from bayesian_merger import album, run, space
 from bayesian_merger.bayes import Bayes, Judged
 from bayesian_merger.blocks import short_names
 from bayesian_merger.data import MOST_SCORE, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import ConfigError, TrialError
-from bayesian_merger.outcome import open_study, pictures_of, read_outcome, read_picture
+from bayesian_merger.outcome import open_study, read_outcome
 from bayesian_merger.setup import Setup
 from bayesian_merger.study import Study, storage_errors
 from bayesian_merger.study.proposals import Params
@@ -85,7 +85,7 @@ def fork(old: Path, setup: Setup, folder: Path, storage: str | None = None) -> B
             merges += 1
             searched += result.stage != "baseline"
             if is_baseline:
-                pictures = pictures_of(old, result.stage, result.name)
+                pictures = album.folder_of(old, result.stage, result.name)
                 found = _take_baseline(new, setup, result, found, pictures, folder)
             if found and not reason:
                 trial = new.book("brought", f"{known.title} {result.name}", result.recipe)
@@ -198,7 +198,7 @@ class _Known:
 
     def _sample(self, result: Result, index: int) -> Sample | None:
         """The picture of an image, if it was kept and is still what it was."""
-        image = read_picture(self._folder, result, index)
+        image = album.read(self._folder, result, index)
         return Sample(image, self._panel[index]) if image else None
 
     def _item(self, prompt: Prompt) -> int:
@@ -261,14 +261,14 @@ def _take_baseline(
 ) -> dict[int, _Scored]:
     """Take a baseline's images of the panel as the new run's own; the others are returned."""
     trial = new.book("baseline", result.name, setup.baseline(result.name))
-    kept = pictures_of(folder, "baseline", result.name)
+    kept = album.folder_of(folder, "baseline", result.name)
     kept.mkdir(parents=True, exist_ok=True)
     others = dict(found)
     for item in sorted(found.keys() & {prompt.index for prompt in setup.panel}):
         scored = others.pop(item)
-        picture = pictures / f"{scored.before:03}.png"
-        if picture.is_file():
-            shutil.copy2(picture, kept / f"{item:03}.png")
+        if picture := album.find(pictures, scored.before):
+            name = picture.name.removeprefix(f"{scored.before:03}")
+            shutil.copy2(picture, kept / f"{item:03}{name}")
         trial.record(item, scored.scores, scored.digest)
     return others
 

@@ -16,8 +16,8 @@ from test_run import Silent, measured
 from test_run import folder as folder
 from toy_plugin import TARGET
 
+from bayesian_merger import album, infotext, pairing, pairs, run, setup, warm
 from bayesian_merger import config as configuration
-from bayesian_merger import infotext, pairing, pairs, run, setup, warm
 from bayesian_merger import outcome as outcomes
 from bayesian_merger.data import Outcome, Prompt, Recipe, Result, Sample
 from bayesian_merger.desk import JOURNAL, Answer, Desk
@@ -292,7 +292,7 @@ def test_sides_tell_nothing_and_are_turned_back(folder: Path) -> None:
 
 def picture(folder: Path, outcome: Outcome, name: str, image: int) -> Image.Image:
     result = next(r for r in outcome.results if r.name == name)
-    found = outcomes.read_picture(folder / "run", result, image)
+    found = album.read(folder / "run", result, image)
     assert found
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 import webbrowser
 from collections import Counter
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from PIL import Image
 from rich.console import Console
 
+from bayesian_merger import album, pairs
 from bayesian_merger import outcome as outcomes
-from bayesian_merger import pairs
 from bayesian_merger.cli.screen import out, plain
 from bayesian_merger.data import RIVALS, Outcome, Preference
 from bayesian_merger.desk import MOST_MARK, Answer, Choice, Desk, Question
@@ -174,9 +176,10 @@ def _pairs(found: Outcome) -> Iterator[_Asked]:
     every.sort(key=lambda one: _chance(f"{found.title} {one[0]} {one[1]}"))
     for index, rival, best, other in every:
         pictures = (best.read_bytes(), other.read_bytes())
-        if pictures[0] == pictures[1]:
+        digests = tuple(map(_pixels, pictures))
+        if digests[0] == digests[1]:
             continue
-        key = _chance(f"pair {pictures[0]!r} {pictures[1]!r}")
+        key = _chance(f"pair {found.title} {index} {digests}")
         # Which side is which is told by nothing that is shown.
         turned = int(_chance(f"side {key}"), 16) % 2 == 1
         names = ("best", rival)
@@ -193,7 +196,10 @@ def _marks(found: Outcome) -> Iterator[_Asked]:
         for name, pictures in found.pictures.items()
         for index, path in pictures.items()
     ]
-    keyed = [(_chance(f"mark {index} {data!r}"), name, index, data) for name, index, data in every]
+    keyed = [
+        (_chance(f"mark {found.title} {index} {_pixels(data)}"), name, index, data)
+        for name, index, data in every
+    ]
     for key, name, index, data in sorted(keyed):
         yield _Asked(_question(found, index, key, (data,)), (name,))
 
@@ -202,6 +208,12 @@ def _question(found: Outcome, index: int, key: str, pictures: tuple[bytes, ...])
     panel = found.heldout_panel if found.finished else found.panel
     prompt = next(prompt for prompt in panel if prompt.index == index)
     return Question(key, pictures, prompt.prompt, prompt.seed, prompt.negative_prompt)
+
+
+def _pixels(data: bytes) -> str:
+    """The digest of a picture's pixels; what else its file tells is of no account."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return album.digest_of(image.convert("RGB"))
 
 
 def _chance(text: str) -> str:
