@@ -85,7 +85,7 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         for name in ("panel", "heldout_panel")
     }
     few = study.candidates[: about["config"]["heldout"]["candidates"]]
-    selected = ranked(few, study.judged("select")) or []
+    selected = ranking(study, few) or []
     by_pairs = bool(about.get("by_pairs"))
     # With pairs what A, B and the even merge have is not theirs who are chosen, whoever that is.
     records = [r for r in study.judged("heldout") if not (by_pairs and r.name in BASELINES)]
@@ -202,6 +202,14 @@ def write_recipe(recipe: Recipe, folder: Path, models: Sequence[Model]) -> None:
 def _write(path: Path, text: str) -> None:
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def ranking(study: Study, few: Sequence[Result]) -> list[Result] | None:
+    """`ranked` by what was judged on fresh seeds; choices make one scale of all of that."""
+    judged = study.judged("select")
+    if study.about.get("by_pairs"):
+        judged = pairs.valued(judged)
+    return ranked(few, judged)
 
 
 def ranked(few: Sequence[Result], judged: Sequence[Result]) -> list[Result] | None:

@@ -49,6 +49,8 @@ def leads(results: Sequence[Result]) -> dict[str, Estimate]:
 
     A lead of 1 wins 73 % of pairs, 2 wins 88 %. The standard error is that of a fit of all choices.
     """
+    if not results:
+        return {}
     known = choices(results)
     means, covariance = strengths(known, len(results))
     names = [result.name for result in results]
@@ -61,6 +63,12 @@ def leads(results: Sequence[Result]) -> dict[str, Estimate]:
         n = sum(number in (choice.first, choice.second) for choice in known)
         found[name] = Estimate(float(weights @ means), math.sqrt(variance), n)
     return found
+
+
+def valued(results: Sequence[Result]) -> list[Result]:
+    """The results with their leads for values, where they are complete."""
+    found = leads([result for result in results if result.state != "failed"])
+    return [r.but(value=found[r.name]) if r.state == "complete" else r for r in results]
 
 
 def margin(told: Preference) -> Interval:

@@ -48,7 +48,7 @@ from bayesian_merger.merge import Merger
 from bayesian_merger.outcome import (
     has_study,
     open_study,
-    ranked,
+    ranking,
     read_outcome,
     write_outcome,
     write_recipe,
@@ -57,7 +57,7 @@ from bayesian_merger.pairing import Rivals, compared
 from bayesian_merger.scorers import Attended, DifferentiableScorer, Scorer
 from bayesian_merger.setup import BASELINES, Setup, judges
 from bayesian_merger.study import Stage, Study, Trial, storage_errors
-from bayesian_merger.study.proposals import FRESH, Objective, Plan, Proposer
+from bayesian_merger.study.proposals import FRESH, RECOMMENDED, Objective, Plan, Proposer
 from bayesian_merger.values import JUNK, Measure, Yardstick, weighted_mean
 
 _FAILURES_IN_A_ROW = 3
@@ -665,7 +665,9 @@ def _search(
             study.slice(proposer.slices(found[0][1]))
         for name, params, value in found:
             recipe = setup.recipe(params)
-            few.setdefault(recipe.digest(), Result.recommended(name, recipe, value))
+            # Choices know merges by their names, and a longer search recommends another.
+            own = f" {recipe.digest()[:6]}" if setup.comparer and name == RECOMMENDED else ""
+            few.setdefault(recipe.digest(), Result.recommended(f"{name}{own}", recipe, value))
         recommended = list(few.values())[:wanted]
         study.choose(recommended)
         if recommended and (expected := recommended[0].value):
@@ -783,7 +785,7 @@ def _confirm(
     if not setup.comparer:
         complete(waiting, panel)
         waiting = []
-    for one in ranked(few, study.judged("select")) or []:
+    for one in ranking(study, few) or []:
         if best := attempt("heldout", one, panel):
             complete([*waiting, best], panel)
             return

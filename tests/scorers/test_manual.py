@@ -380,3 +380,22 @@ def test_choices_are_not_brought_to_another_run_but_its_best_merges_are(folder: 
     brought = warm.fork(folder / "run", setup.prepare(config, folder, "toy"), folder / "next")
     assert brought.scores == 0 < brought.starts
     assert "choices between two pictures are not brought" in brought.left_out
+
+
+def test_run_by_pairs_that_is_extended_ranks_old_and_new_candidates_on_one_scale(
+    folder: Path,
+) -> None:
+    start(folder, Person(taste=likeness), PAIRS)
+    config = configuration.load(folder / "config.toml", (*OPTIONS, PAIRS))
+    config = config.model_copy(update={"scorers": {"manual": config.scorers["manual"]}})
+    again = Person(taste=likeness)
+    outcome = run.run(setup.prepare(config, folder, "toy"), folder / "run", again, more=16)
+    assert outcome.finished
+    judged = outcomes.open_study(folder / "run").judged("select")
+    assert len({result.name for result in judged}) == len(judged)
+    values = [result.value.mean for result in outcome.selected if result.value]
+    assert values == sorted(values, reverse=True)
+    leads = pairs.leads(judged)
+    assert values == [leads[result.name].mean for result in outcome.selected]
+    told = outcome.preferences["over_even"]
+    assert told.won + told.lost + told.alike == 4

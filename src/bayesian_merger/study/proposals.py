@@ -79,6 +79,8 @@ _SILENT = 2
 _BESIDE = 0.25
 # Attribute of a search that gives it up, with the reason.
 GIVEN_UP = "gradient given up"
+# The name of the merge that is recommended, which need not have been tried.
+RECOMMENDED = "recommended"
 
 
 class Objective(NamedTuple):
@@ -759,7 +761,7 @@ class Proposer:
         measured.
         """
         found = [self._told(one) for one in self._bayes.few(self.study, n)]
-        names = ["recommended", *(self._name(params) for params, _ in found[1:])]
+        names = [RECOMMENDED, *(self._name(params) for params, _ in found[1:])]
         if n > 1 and (other := self._bayes.by_scores(self.study)):
             found.insert(1, self._told(other))
             names.insert(1, "by scores alone")
