@@ -101,8 +101,8 @@ class Desk:
             self._known: dict[str, Answer] = {k: a["answer"] for k, a in answers(journal).items()}
             journal.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] = journal.open("a", encoding="utf-8")
-            if journal.stat().st_size:
-                self._file.write("\n")  # a killed process may have left half a line
+            if journal.stat().st_size and not journal.read_bytes().endswith(b"\n"):
+                self._file.write("\n")  # a killed process has left half a line
         except OSError as error:
             raise ConfigError(f"{journal}: cannot be written ({error.strerror})") from error
 
@@ -110,6 +110,10 @@ class Desk:
     def n_answered(self) -> int:
         """Questions that have an answer, of those that are counted."""
         return len(self._known if self._keys is None else self._known.keys() & set(self._keys))
+
+    def given(self, question: Question) -> Answer | None:
+        """The answer to a question, if there is one."""
+        return self._known.get(question.key)
 
     @property
     def is_looked_at(self) -> bool:

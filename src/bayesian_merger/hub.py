@@ -48,6 +48,17 @@ class File:
         return self.called or unquote(self.address.rpartition("/")[2])
 
 
+def require(**given: Path | None) -> None:
+    """ConfigError for each path that an option names and that is not there."""
+    lost = [
+        f"{option}: {path}: no such file or folder"
+        for option, path in given.items()
+        if path and not path.exists()
+    ]
+    if lost:
+        raise ConfigError("\n".join(lost))
+
+
 def each(*wanted: Callable[[], Path]) -> list[Path]:
     """Where all that is wanted is; a ConfigError with all that cannot be had."""
     found: list[Path] = []
@@ -177,7 +188,8 @@ def _is_whole(path: Path) -> bool:
 def _away(name: str, revision: str, option: str, reason: str) -> str:
     return (
         f"{name} is not here, and cannot be downloaded ({reason}); download config.json, "
-        f"preprocessor_config.json, the tokenizer's files and model.safetensors of "
+        f"preprocessor_config.json, the tokenizer's files (tokenizer.json, or vocab.json and "
+        f"merges.txt, or spiece.model) and model.safetensors of "
         f"https://huggingface.co/{name}/tree/{revision} into a folder, and name that by {option}"
     )
 

@@ -206,6 +206,8 @@ def _write(path: Path, text: str) -> None:
 
 def ranking(study: Study, few: Sequence[Result]) -> list[Result] | None:
     """`ranked` by what was judged on fresh seeds; choices make one scale of all of that."""
+    if len(few) == 1:
+        return list(few)  # there is nothing to choose
     judged = study.judged("select")
     if study.about.get("by_pairs"):
         judged = pairs.valued(judged)

@@ -494,8 +494,10 @@ def _draw_expected(axes: Axes, expected: Mapping[int, Estimate], theme: _Theme) 
     band: dict[str, Any] = {"color": theme.best, "alpha": 0.18, "lw": 0, "zorder": 4}
     axes.fill_between(list(expected), low, high, gid="band", **band)
     axes.plot(list(expected), means, color=theme.best, lw=1.6, gid="expected", zorder=5)
+    last = max(expected)
+    axes.plot([last, last], [low[-1], high[-1]], color=theme.best, lw=1.6, gid="error", zorder=5)
     star: dict[str, Any] = {"ms": 16, "mec": theme.paper, "color": theme.best, "zorder": 6}
-    axes.plot(max(expected), means[-1], "*", label="recommended", gid="best", **star)
+    axes.plot(last, means[-1], "*", label="recommended", gid="best", **star)
 
 
 def _draw_block(

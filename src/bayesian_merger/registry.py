@@ -66,7 +66,7 @@ class Registry(Generic[T]):
         names = self.names()
         if name not in self._found:
             plugin, colon, model = name.partition(":")
-            if colon and plugin in names:
+            if colon and plugin in names and "model" in _parameters(self.get(plugin)):
                 hint = f"; write [{self.kind}s.{plugin}] and model = {model!r}"
             else:
                 hint = nearest(name, names) or f"; known: {', '.join(names)}."
@@ -107,7 +107,9 @@ class Registry(Generic[T]):
     def options(self, name: str) -> str:
         """The options of a plugin, with what they are if nobody says, in words."""
         return ", ".join(
-            key if one.default in (inspect.Parameter.empty, None) else f"{key} = {one.default!r}"
+            key
+            if one.default in (inspect.Parameter.empty, None)
+            else f"{key} = {_shown(one.default)}"
             for key, one in _parameters(self.get(name)).items()
         )
 
@@ -167,7 +169,7 @@ def import_file(path: Path) -> None:
 def _extra_of(name: str) -> str:
     """What installs all that a plugin needs, if the program has an extra of its name."""
     extras = importlib.metadata.metadata("bayesian-merger").get_all("Provides-Extra") or ()
-    return f'"bayesian-merger[{name}]"' if name in extras else ""
+    return f'-e ".[{name}]" in the folder of this program' if name in extras else ""
 
 
 def _parameters(
@@ -199,6 +201,10 @@ def _mistake(where: str, detail: Any, known: list[str]) -> str:
     if detail["type"] == "missing":
         return f"{where}: option {key!r} is missing"
     return f"{where}: option {key!r}: {detail['msg']} (found {detail['input']!r})"
+
+
+def _shown(value: object) -> str:
+    return repr(str(value) if isinstance(value, Path) else value)
 
 
 def _listed(names: Iterable[str]) -> str:

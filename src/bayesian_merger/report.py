@@ -293,7 +293,12 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _selected(outcome: Outcome) -> list[dict[str, Any]]:
-    """The few best merges: what the search expected, what they had on fresh seeds, which was chosen."""
+    """The few best merges: what the search expected, what they had on fresh seeds, which was chosen.
+
+    None where there was one alone.
+    """
+    if len(outcome.selected) < 2:
+        return []
     before = {result.recipe.digest(): result.value for result in outcome.candidates}
     chosen = outcome.best.recipe.digest() if outcome.best else None
     return [

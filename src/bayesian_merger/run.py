@@ -779,7 +779,8 @@ def _confirm(
 
     # Choices tell of one what they tell of all, hence last.
     panel = setup.select_panel
-    complete([t for one in few if (t := attempt("select", one, panel))], panel)
+    several = few if len(few) > 1 else []
+    complete([t for one in several if (t := attempt("select", one, panel))], panel)
     panel = setup.heldout_panel
     waiting = _judged_baselines("heldout", study, setup, panel, folder, observer)
     if not setup.comparer:

@@ -43,6 +43,7 @@ _FOLLOWS = (
     "the score can be differentiated, so the search follows its gradient; "
     "search.optimiser = 'bayes' does without"
 )
+_LEADS = "by pairs a value is the lead over the even merge: 1 wins 73 % of pairs, 2 wins 88 %"
 _T = TypeVar("_T")
 
 
@@ -79,7 +80,7 @@ class Setup:
         """What the user should know before the run."""
         if self.plan.optimiser == "gradient" != self.config.search.optimiser:
             return (*self.warnings, _FOLLOWS)
-        return self.warnings
+        return (*self.warnings, _LEADS) if self.comparer else self.warnings
 
     @property
     def follows_even(self) -> bool:
@@ -161,10 +162,11 @@ class Setup:
 
     def n_images(self) -> int:
         """Images of the whole run."""
+        candidates = self.config.heldout.candidates
         return (
             len(self.panel) * len(BASELINES)
             + self.plan.n_images
-            + len(self.select_panel) * self.config.heldout.candidates
+            + len(self.select_panel) * (candidates if candidates > 1 else 0)
             + len(self.heldout_panel) * (len(BASELINES) + 1)
         )
 

@@ -212,20 +212,32 @@ class Tower:
             self._read.popitem(last=False)
         return found
 
-    def _encoded_text(self, text: str) -> Tensor:
+    def require_texts(self) -> None:
+        """ConfigError if the model's folder has no tokenizer that tells one text from another."""
+        # Without its files transformers makes one up that reads every word alike.
+        if torch.equal(self._ids("a cat"), self._ids("the dogs")):
+            raise ConfigError(
+                f"{self._folder}: the tokenizer's files are missing (tokenizer.json, or vocab.json and "
+                f"merges.txt, or spiece.model); put them beside config.json"
+            )
+
+    def _ids(self, text: str) -> Tensor:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
             self._tokenizer = loaded(AutoTokenizer, self._folder)
-        ids = self._tokenizer(
+        found: Tensor = self._tokenizer(
             [text],
             padding="max_length",  # SigLIP was trained so, and CLIP does not look behind the end
             truncation=True,
             max_length=self._model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         )["input_ids"]
+        return found
+
+    def _encoded_text(self, text: str) -> Tensor:
         with torch.no_grad():
-            found = self._model.get_text_features(input_ids=ids)
+            found = self._model.get_text_features(input_ids=self._ids(text))
         return _tensor(found)[0].to(self._device, wide(self._dtype))
 
 

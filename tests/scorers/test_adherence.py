@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from bayesian_merger.data import Prompt, Sample
+from bayesian_merger.errors import ConfigError
 from bayesian_merger.scorers import DifferentiableScorer, plain_words, scorer
 from bayesian_merger.towers import Preprocessing, ready
 
@@ -81,3 +82,23 @@ def test_score_has_a_gradient_and_is_the_same_with_it(clip: Path) -> None:
     assert pixels.grad is not None
     assert bool(pixels.grad.any())
     assert judge([]) == []
+
+
+@pytest.mark.parametrize("name", ["clipscore", "pickscore"])
+def test_model_without_a_tokenizer_is_refused(name: str, clip: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for kept in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        (bare / kept).write_bytes((clip / kept).read_bytes())
+    with pytest.raises(ConfigError, match=r"bare: .*tokenizer"):
+        scorer.build(name, {"tower": str(bare), "device": "cpu"})
+
+
+def test_folder_that_is_not_there_is_told_before_anything_is_asked_for(tmp_path: Path) -> None:
+    where = tmp_path / "nope"
+    with pytest.raises(ConfigError, match=r"scorers.clipscore.tower: .*nope: no such file"):
+        scorer.build("clipscore", {"tower": str(where)})
+    with pytest.raises(ConfigError, match=r"scorers.chad.weights: .*nope: no such file"):
+        scorer.build("chad", {"weights": str(where)})
+    with pytest.raises(ConfigError, match=r"scorers.cafe_style.model: .*nope: no such file"):
+        scorer.build("cafe_style", {"model": str(where)})

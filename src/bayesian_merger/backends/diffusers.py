@@ -632,7 +632,7 @@ def _import_diffusers() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"the back end 'diffusers' needs the packages diffusers and transformers ({error}); "
-            f"install them with: pip install 'bayesian-merger[diffusers]'"
+            f"install them with: pip install -e '.[diffusers]' in the folder of this program"
         ) from error
     return diffusers
 

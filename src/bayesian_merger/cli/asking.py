@@ -7,8 +7,9 @@ import io
 import threading
 import webbrowser
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from bayesian_merger.data import RIVALS, Outcome, Preference
 from bayesian_merger.desk import MOST_MARK, Answer, Choice, Desk, Question
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.page import Page
+from bayesian_merger.run import locked
 from bayesian_merger.study import storage_errors
 
 _KEYS: dict[str, Choice] = {"l": "left", "r": "right", "a": "alike", "s": "skip"}
@@ -107,7 +109,9 @@ class _Terminal(threading.Thread):
             paths[-1].write_bytes(picture)
         self._console.print(f"{place}: {plain(asked['prompt'])}", soft_wrap=True)
         self._console.print(f"seed {asked['seed']}: {', '.join(map(str, paths))}", soft_wrap=True)
-        wanted = f"mark 0 to {MOST_MARK}" if len(paths) == 1 else "l(eft), r(ight), a(like)"
+        wanted = f"mark 0 to {MOST_MARK}"
+        if len(paths) == 2:
+            wanted = "which is better: l(eft), r(ight), a(like)"
         told = self._console.input(f"{wanted}, s(kip) or u(ndo): ").strip().lower()
         if told.startswith("u"):
             if not self._desk.undo():
@@ -122,11 +126,13 @@ class _Terminal(threading.Thread):
 @click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--storage", metavar="URL", help="The search.storage of the run, if it had one.")
 @click.option("--marks", is_flag=True, help="A mark for each picture, not pairs of two.")
+@click.option("--most", type=click.IntRange(1), help="Ask no more than so many.")
 @asking_options
 def rate_command(
     run_dir: Path,
     storage: str | None,
     marks: bool,
+    most: int | None,
     port: int,
     no_browser: bool,
     terminal: bool,
@@ -138,22 +144,35 @@ def rate_command(
     """
     with storage_errors():
         found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir, storage))
-    asked = list(_marks(found) if marks else _pairs(found))
+    asked = list(islice(_marks(found) if marks else _pairs(found), most))
+    if found.by_pairs and not marks and not asked:
+        for line in _told((), found.preferences):
+            out.print(line, soft_wrap=True)
+        out.print("you have chosen in all these pairs in the run itself; --marks asks for marks")
+        return
     if not asked:
         raise ConfigError(
             f"{run_dir}: there are no pictures to rate"
             f"{'' if found.finished or marks else '; pairs are those of a finished run'}"
         )
     keys = {one.question.key for one in asked}
-    desk = Desk(run_dir, total=len(keys), keys=keys)
-    shown = Shown(desk, Asking(port, not no_browser, terminal), out, run_dir)
-    try:
-        answers = desk.ask([one.question for one in asked])
-    finally:
-        desk.close()
-        shown.close()
-    for line in _told(asked, answers):
-        out.print(line, soft_wrap=True)
+    with locked(run_dir):
+        desk = Desk(run_dir, total=len(keys), keys=keys)
+        shown = Shown(desk, Asking(port, not no_browser, terminal), out, run_dir)
+        try:
+            desk.ask([one.question for one in asked])
+        finally:
+            # Of what was answered before somebody has stopped it too.
+            desk.close()
+            shown.close()
+            given = [(one, desk.given(one.question)) for one in asked]
+            answered = [(one, answer) for one, answer in given if answer is not None]
+            for line in _told(answered, found.preferences):
+                out.print(line, soft_wrap=True)
+            if len(answered) < len(asked):
+                out.print(
+                    f"{len(answered)} of {len(asked)} are answered; the same command goes on"
+                )
 
 
 class _Asked(NamedTuple):
@@ -177,7 +196,8 @@ def _pairs(found: Outcome) -> Iterator[_Asked]:
     for index, rival, best, other in every:
         pictures = (best.read_bytes(), other.read_bytes())
         digests = tuple(map(_pixels, pictures))
-        if digests[0] == digests[1]:
+        own = found.best.scores.get(index, {}) if found.best else {}
+        if digests[0] == digests[1] or rival in pairs.rivals(own):
             continue
         key = _chance(f"pair {found.title} {index} {digests}")
         # Which side is which is told by nothing that is shown.
@@ -220,11 +240,15 @@ def _chance(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _told(asked: Sequence[_Asked], answers: Sequence[Answer]) -> Iterator[str]:
-    """What the answers say, in lines."""
+def _told(
+    given: Sequence[tuple[_Asked, Answer]], before: Mapping[str, Preference]
+) -> Iterator[str]:
+    """What the answers say, in lines, with the choices that a run by pairs has `before` them."""
     wins: dict[str, Counter[str]] = {}
+    for rival, told in ((key.removeprefix("over_"), told) for key, told in before.items()):
+        wins[rival] = Counter({"best": told.won, rival: told.lost, "alike": told.alike})
     marks: dict[str, list[int]] = {}
-    for (_, names), answer in zip(asked, answers, strict=True):
+    for (_, names), answer in given:
         if answer == "skip":
             continue
         if isinstance(answer, int):

@@ -7,7 +7,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,7 @@ from bayesian_merger.data import Prompt, Sample
 from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
 from bayesian_merger.hub import CLIP_L14
 from bayesian_merger.registry import import_file
-from bayesian_merger.scorers import Scorer, scorer
+from bayesian_merger.scorers import Attended, Scorer, scorer
 
 _TYPES = (".png", ".jpg", ".jpeg", ".webp")
 _AT_ONCE = 16
@@ -56,23 +56,28 @@ def score_command(
     for plugin in plugins:
         import_file(plugin)
     paths = _files(images)
-    samples = _samples(paths, prompt)
+    prompts, unread = _prompts(paths, images, prompt)
     chosen = {name: _options(name, options, len(names) == 1) for name in dict.fromkeys(names)}
     _require_owners(options, chosen)
     judges = {name: scorer.build(name, given) for name, given in chosen.items()}
-    _require_prompts(judges, samples, paths)
+    for name, judge in judges.items():
+        if isinstance(judge, Attended):
+            raise ConfigError(f"--scorer {name} asks you, in a run; see bayesian-merger rate")
+    _require_prompts(judges, prompts)
     width = max(len(name) for name in judges)
     if not as_json:
         out.print("  ".join(f"{name:>{max(width, 8)}}" for name in judges) + "  image")
-    failed = 0
+    failed = len(unread)
+    for told in unread:
+        err.print(plain(told), soft_wrap=True)
     totals = dict.fromkeys(judges, 0.0)
-    for sample, path, scores in _scored(judges, samples, paths):
+    for prompt_of, path, scores in _scored(judges, prompts):
         if isinstance(scores, str):
             failed += 1
             err.print(f"{path}: {plain(scores)}", soft_wrap=True)
         elif as_json:
             out.print(
-                json.dumps({"image": str(path), "scores": scores, "prompt": sample.prompt.prompt}),
+                json.dumps({"image": str(path), "scores": scores, "prompt": prompt_of.prompt}),
                 soft_wrap=True,
             )
         else:
@@ -120,8 +125,14 @@ def scorer_worker_command(name: str, options: Sequence[str], plugins: Sequence[P
 @click.option("--repository", default=CLIP_L14, show_default=True, help="A model of the hub.")
 @click.option("--tower", type=click.Path(path_type=Path), help="A folder with a model instead.")
 @click.option("--device", default="auto", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 def train_scorer_command(
-    run_dirs: Sequence[Path], output: Path, repository: str, tower: Path | None, device: str
+    run_dirs: Sequence[Path],
+    output: Path,
+    repository: str,
+    tower: Path | None,
+    device: str,
+    overwrite: bool,
 ) -> None:
     """Learn your taste from what you have rated in RUN_DIRS: a scorer of your own, ready to use."""
     import torch
@@ -129,8 +140,10 @@ def train_scorer_command(
 
     if output.suffix != ".safetensors":
         raise ConfigError(f"{output}: give it the ending .safetensors")
-    if output.exists():
-        raise ConfigError(f"{output} exists already and is left as it is; name another")
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output} exists; choose another name or give --overwrite")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"{output}: the folder {output.absolute().parent} does not exist")
     ratings = taste.read(run_dirs)
     place = tower or hub.folder(repository, "--tower")
     encoder = towers.tower(place, devices.device(device, "--device"), "fp32")
@@ -151,7 +164,7 @@ def train_scorer_command(
         output,
         {name: checkpoint.Layout(tuple(one.shape), one.dtype) for name, one in tensors.items()},
         lambda name: [tensors[name]],
-        told if tower else {**told, "repository": repository},
+        {**told, **({"tower": tower.absolute().name} if tower else {"repository": repository})},
     )
     out.print(f"learnt from {len(ratings.marks)} marks and {len(ratings.pairs)} pairs")
     if found.rank_correlation is not None:
@@ -192,32 +205,39 @@ def _files(images: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _samples(paths: Sequence[Path], prompt: str | None) -> list[Sample]:
-    """The images; a ConfigError with all that are none."""
-    found: list[Sample] = []
-    mistakes: list[str] = []
-    for i, path in enumerate(paths):
+def _prompts(
+    paths: Sequence[Path], named: Sequence[Path], prompt: str | None
+) -> tuple[dict[Path, Prompt], list[str]]:
+    """The prompt that each image tells, or else this one, and what is wrong with those that are none.
+
+    ConfigError with all mistakes if one of them was named itself, or if there is no image left.
+    """
+    found: dict[Path, Prompt] = {}
+    mistakes: dict[Path, str] = {}
+    for index, path in enumerate(paths):
         try:
-            found.append(_sample(path, i, prompt))
+            with _opened(path) as file:
+                told = infotext.read({str(key): text for key, text in file.info.items()})
         except ConfigError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
-    return found
+            mistakes[path] = str(error)
+            continue
+        words = told.prompt or prompt or ""
+        found[path] = Prompt(index, path.stem, words, told.seed or 0, told.negative_prompt)
+    if mistakes and (not found or mistakes.keys() & set(named)):
+        raise ConfigError("\n".join(mistakes.values()))
+    return found, list(mistakes.values())
 
 
-def _sample(path: Path, index: int, prompt: str | None) -> Sample:
-    """An image file with the prompt that it tells, or else this one; ConfigError if it is none."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file, whose pixels are still to be read; ConfigError if it is none."""
     try:
         with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as file:
-            image = file.convert("RGB")
-            told = infotext.read(file.info)
+            yield file
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path}: not an image that can be read ({one_line(error)})") from error
-    words = told.prompt or prompt or ""
-    return Sample(image, Prompt(index, path.stem, words, told.seed or 0, told.negative_prompt))
 
 
 def _options(name: str, options: Sequence[str], is_only: bool) -> dict[str, Any]:
@@ -244,15 +264,13 @@ def _require_owners(options: Sequence[str], chosen: Iterable[str]) -> None:
             raise ConfigError(f"--option {option}: write it as {names[0]}.KEY=VALUE")
 
 
-def _require_prompts(
-    judges: dict[str, Scorer], samples: Sequence[Sample], paths: Sequence[Path]
-) -> None:
+def _require_prompts(judges: Mapping[str, Scorer], prompts: Mapping[Path, Prompt]) -> None:
     """ConfigError where a scorer needs prompts that the images do not tell."""
     needing = [n for n, one in judges.items() if "prompt" in getattr(_about(one), "sees", "")]
-    mute = [path for s, path in zip(samples, paths, strict=True) if not s.prompt.prompt]
+    mute = [path for path, prompt in prompts.items() if not prompt.prompt]
     if needing and mute:
         raise ConfigError(
-            f"{len(mute)} of {len(samples)} images tell no prompt (first: {mute[0]}), which "
+            f"{len(mute)} of {len(prompts)} images tell no prompt (first: {mute[0]}), which "
             f"{' and '.join(needing)} needs; give it by --prompt"
         )
 
@@ -262,17 +280,25 @@ def _about(judge: Scorer) -> Any:
 
 
 def _scored(
-    judges: dict[str, Scorer], samples: Sequence[Sample], paths: Sequence[Path]
-) -> Iterator[tuple[Sample, Path, dict[str, float] | str]]:
+    judges: dict[str, Scorer], prompts: Mapping[Path, Prompt]
+) -> Iterator[tuple[Prompt, Path, dict[str, float] | str]]:
     """Each image with its scores, or with why it has none."""
-    for start in range(0, len(samples), _AT_ONCE):
-        some = samples[start : start + _AT_ONCE]
-        found: list[dict[str, float] | str]
+    files = list(prompts.items())
+    for start in range(0, len(files), _AT_ONCE):
+        found: dict[Path, dict[str, float] | str] = {}
+        some: dict[Path, Sample] = {}
+        for path, prompt in files[start : start + _AT_ONCE]:
+            try:
+                with _opened(path) as file:
+                    some[path] = Sample(file.convert("RGB"), prompt)
+            except ConfigError as error:
+                found[path] = str(error).removeprefix(f"{path}: ")
+        samples = list(some.values())
         try:
-            found = list(run.score(judges, some))
+            found |= zip(some, run.score(judges, samples), strict=True)
         except TrialError:
-            found = [_alone(judges, sample) for sample in some]
-        yield from zip(some, paths[start : start + _AT_ONCE], found, strict=True)
+            found |= {path: _alone(judges, sample) for path, sample in some.items()}
+        yield from ((p, path, found[path]) for path, p in files[start : start + _AT_ONCE])
 
 
 def _alone(judges: dict[str, Scorer], sample: Sample) -> dict[str, float] | str:

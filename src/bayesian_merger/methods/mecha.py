@@ -46,7 +46,7 @@ def _all() -> list[Any]:
     except ImportError as error:
         raise ConfigError(
             f"merge methods named {PREFIX}... need sd-mecha ({error}); "
-            f"pip install 'bayesian-merger[mecha]'"
+            f"pip install -e '.[mecha]' in the folder of this program"
         ) from error
     return list(sd_mecha.extensions.merge_methods.get_all())
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bayesian_merger import devices
 from bayesian_merger.data import Sample
-from bayesian_merger.hub import CLIP_L14, PICKSCORE, folder
+from bayesian_merger.hub import CLIP_L14, PICKSCORE, folder, require
 from bayesian_merger.scorers import About, Precision, plain_words, scorer
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ class ClipScore:
         precision: Precision = "fp32",
     ) -> None:
         where = f"scorers.{type(self).__name__.lower()}"
+        require(**{f"{where}.tower": tower})
         place = devices.device(device, f"{where}.device")
         tower = tower or folder(repository, f"{where}.tower")
         from bayesian_merger.towers import tower as shared
 
         self._tower = shared(tower, place, precision)
+        self._tower.require_texts()
         self._scale = 100.0
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bayesian_merger import devices
 from bayesian_merger.data import Sample
 from bayesian_merger.errors import ConfigError
-from bayesian_merger.hub import folder
+from bayesian_merger.hub import folder, require
 from bayesian_merger.registry import nearest
 from bayesian_merger.scorers import About, Precision, scorer
 
@@ -39,6 +39,7 @@ class Classifier:
         precision: Precision = "fp32",
     ) -> None:
         where = f"scorers.{type(self).__name__.lower()}"
+        require(**{f"{where}.model": model})
         self._place = devices.device(device, f"{where}.device")
         if model is None:
             if not repository:

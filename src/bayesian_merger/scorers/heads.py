@@ -15,7 +15,16 @@ from bayesian_merger import devices
 from bayesian_merger.checkpoint import Checkpoint
 from bayesian_merger.data import Sample
 from bayesian_merger.errors import ConfigError, MergerError
-from bayesian_merger.hub import CLIP_B32, CLIP_L14, SIGLIP_SO400M, File, each, file, folder
+from bayesian_merger.hub import (
+    CLIP_B32,
+    CLIP_L14,
+    SIGLIP_SO400M,
+    File,
+    each,
+    file,
+    folder,
+    require,
+)
 from bayesian_merger.scorers import About, Precision, scorer
 
 if TYPE_CHECKING:
@@ -49,13 +58,21 @@ class Head:
         precision: Precision = "fp32",
     ) -> None:
         where = f"scorers.{type(self).__name__.lower()}"
+        require(**{f"{where}.weights": weights, f"{where}.tower": tower})
         try:
             checkpoint = Checkpoint(weights)
             state = {name: checkpoint[name].float() for name in checkpoint.layout}
             layers = _layers(state, activation, last)
-        except (MergerError, ValueError) as error:
+        except MergerError as error:
+            raise ConfigError(f"{where}.weights: {error}") from error
+        except ValueError as error:
             raise ConfigError(f"{where}.weights: {weights.name}: {error}") from error
         place = devices.device(device, f"{where}.device")
+        if not tower and not repository and (known := checkpoint.metadata.get("tower")):
+            raise ConfigError(
+                f"{where}: {weights.name} was learnt on a model in a folder called {known!r}; name that "
+                f"by tower"
+            )
         named = repository or checkpoint.metadata.get("repository") or CLIP_L14
         tower = tower or folder(named, f"{where}.tower")
         from bayesian_merger.towers import tower as shared
@@ -302,6 +319,7 @@ def _scorer_of(row: Row) -> type[Head]:
         precision: Precision = "fp32",
     ) -> None:
         where = f"scorers.{row.name}"
+        require(**{f"{where}.weights": weights, f"{where}.tower": tower})
         devices.device(device, f"{where}.device")
         place, path = each(
             lambda: tower or folder(row.repository, f"{where}.tower"),
