@@ -98,3 +98,17 @@ def test_one_lucky_picture_tells_less_of_its_merge_than_many_good_ones() -> None
 
 def lead_error(covariance: NDArray[np.float64]) -> float:
     return math.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+
+
+def test_likeliest_strengths_are_found_from_wherever_the_last_ones_were() -> None:
+    some = [Choice(i % 3, 0, 1, float(i % 5 > 0)) for i in range(30)]
+    chance = np.random.default_rng(0)
+    used = Choices(some, 2)
+    for _ in range(200):
+        size, luck = np.exp(2 * chance.uniform(-4, 4, 2))
+        kernel = size * torch.eye(2, dtype=torch.float64)
+        given = torch.tensor(luck, dtype=torch.float64)
+        for one, other in zip(
+            used.told(kernel, given), Choices(some, 2).told(kernel, given), strict=True
+        ):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)

@@ -82,3 +82,11 @@ def test_images_of_a_run_tell_their_prompt(tmp_path: Path) -> None:
     with Image.open(path) as image:
         assert infotext.read(image.info) == ("ein Kätzchen", "dog", 7)
         assert image.info["parameters"].endswith(", Size: 512x512, Recipe: 0123456789abcdef")
+
+
+def test_workflow_with_many_ways_to_nowhere_is_read_at_once() -> None:
+    graph: dict[str, object] = {
+        str(i): {"inputs": {"one": [str(i + 1), 0], "other": [str(i + 1), 1]}} for i in range(45)
+    }
+    graph["s"] = {"inputs": {"positive": ["0", 0], "negative": ["0", 0], "seed": 3}}
+    assert infotext.read({"prompt": json.dumps(graph)}) == ("", "", 3)

@@ -18,6 +18,7 @@ from test_cli import command as command
 from test_run import folder as folder
 from test_run import start
 
+from bayesian_merger import run
 from bayesian_merger.cli import asking
 from bayesian_merger.desk import Desk
 from bayesian_merger.page import Page
@@ -121,8 +122,10 @@ def test_rating_goes_on_where_it_was_left(
     first = Visitor(monkeypatch, prefers(best_of(finished)), most=7)
     stopped = threading.Event()
     monkeypatch.setattr(Desk, "ask", _stopping(Desk.ask, first, stopped))
-    code, _, _ = command("rate", str(finished), "--no-browser")
+    code, told, _ = command("rate", str(finished), "--no-browser")
     assert code == 130
+    assert "7 of 24 are answered; the same command goes on" in told
+    assert "best over" in told
     monkeypatch.undo()
     second = Visitor(monkeypatch, prefers(of(finished, "even")))
     code, told, _ = command("rate", str(finished), "--no-browser")
@@ -148,6 +151,23 @@ def _stopping(ask: Any, visitor: Visitor, stopped: threading.Event) -> Any:
             raise KeyboardInterrupt from error
 
     return asking_until
+
+
+def test_no_more_is_asked_than_somebody_wants(
+    finished: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visitor = Visitor(monkeypatch, prefers(best_of(finished)))
+    code, told, _ = command("rate", str(finished), "--no-browser", "--most", "5")
+    assert code == 0
+    assert len(visitor.seen) == 5
+    assert "are answered" not in told
+
+
+def test_run_in_progress_is_not_rated(finished: Path, command: Command) -> None:
+    with run.locked(finished):
+        code, _, said = command("rate", str(finished), "--no-browser")
+    assert code == 2
+    assert "another process is running here" in said
 
 
 def test_pictures_are_marked_one_by_one(

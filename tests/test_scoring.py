@@ -170,3 +170,39 @@ def test_worker_that_has_no_such_scorer_is_told_before_the_run(tmp_path: Path) -
     orders = [*WORKER, "exposur"]
     with pytest.raises(ConfigError, match="unknown scorer 'exposur'; did you mean 'exposure'"):
         scorer.build("process", {"command": orders, "folder": "."}, tmp_path)
+
+
+def test_file_of_a_folder_that_is_no_image_does_not_stop_the_others(
+    tmp_path: Path, command: Command
+) -> None:
+    good = pictures(tmp_path, "a", "b")
+    (tmp_path / "note.png").write_text("no picture")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good[0].read_bytes()[:-30])
+    code, told, said = command("score", str(tmp_path), "--scorer", "exposure")
+    assert code == 1
+    assert "mean of 2" in told
+    assert "note.png: not an image that can be read" in said
+    assert "cut.png: not an image that can be read" in said
+    assert "2 of 4 images could not be scored" in said
+    # One that is named itself is a mistake.
+    code, _, said = command(
+        "score", str(tmp_path / "note.png"), str(good[0]), "--scorer", "exposure"
+    )
+    assert code == 2
+
+
+def test_folder_of_a_run_is_scored_without_its_figures(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "images" / "heldout").mkdir(parents=True)
+    pictures(tmp_path / "images" / "heldout", "a", "b")
+    pictures(tmp_path, "figure")
+    (tmp_path / "result.json").write_text("{}")
+    code, told, _ = command("score", str(tmp_path), "--scorer", "exposure")
+    assert code == 0
+    assert "mean of 2" in told
+
+
+def test_person_is_no_scorer_of_files(tmp_path: Path, command: Command) -> None:
+    code, told, said = command("score", *map(str, pictures(tmp_path, "a")), "--scorer", "manual")
+    assert (code, told) == (2, "")
+    assert "--scorer manual asks you, in a run" in said

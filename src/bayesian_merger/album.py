@@ -73,5 +73,5 @@ def save(sample: Sample, folder: Path, scores: Mapping[str, float], recipe: str 
 
 
 def digest_of(image: Image) -> str:
-    """Sixteen hexadecimal digits of the pixels."""
-    return hashlib.sha256(image.tobytes()).hexdigest()[:16]
+    """Sixteen hexadecimal digits of the pixels, as they are read back from a file."""
+    return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()[:16]

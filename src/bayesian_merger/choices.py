@@ -88,11 +88,14 @@ class Choices:
         return Told(rest, self.made.T @ narrowed @ self.made, self.made.T @ told)
 
     def _likeliest(self, whole: Tensor, strength: Tensor) -> Tensor:
-        for _ in range(_MOST_STEPS):
-            found = self._step(whole, strength)
-            if bool(((found - strength).abs() < _NEAR).all()):
-                return found
-            strength = found
+        # From far away the steps may lead nowhere; from where all are equal they do not.
+        for start in (strength, torch.zeros_like(strength)):
+            strength = start
+            for _ in range(_MOST_STEPS):
+                found = self._step(whole, strength)
+                if bool(((found - strength).abs() < _NEAR).all()):
+                    return found
+                strength = found
         return strength
 
     def _step(self, whole: Tensor, strength: Tensor) -> Tensor:

@@ -317,8 +317,8 @@ class Outcome:
     `best` is None and `heldout` empty until they are known. `pictures` maps "a", "b", "even", "best" to
     saved images by panel index: held-out ones once the run is finished, before that the baselines' own.
     With pairs in place of scores (`by_pairs`) a value is a lead over the even merge, that of 1 winning
-    73 % of pairs; a gain is the pairs won less those lost, as a share of both, and `preferences` counts
-    them.
+    73 % of pairs, but what is expected is one over `zero`; a gain is the pairs won less those lost, as a
+    share of both, and `preferences` counts them.
     `given_up` says why the search followed the gradient no further, if it did not.
     `slices` say of each parameter what the value does as it varies about the recommended merge, once
     the search is over. `front` are the compromises between several objectives, where they were asked
@@ -350,6 +350,7 @@ class Outcome:
     given_up: str | None = None
     slices: Mapping[str, Slice] = field(default_factory=dict)
     by_pairs: bool = False
+    zero: str = "the even merge"
     preferences: Mapping[str, Preference] = field(default_factory=dict)
 
     @property

@@ -13,7 +13,7 @@ from bayesian_merger.data import Prompt, Sample
 KEY = "parameters"
 """Where a PNG has it."""
 # A workflow may be as deep as somebody likes.
-_FURTHEST = 50
+_MOST_NODES = 50
 _LONGEST = 1 << 20
 
 
@@ -76,24 +76,25 @@ def _of_comfyui(text: str) -> Told:
         if isinstance(inputs, dict) and {"positive", "negative"} <= inputs.keys():
             seed = inputs.get("seed", inputs.get("noise_seed"))
             return Told(
-                _text(graph, inputs["positive"]),
-                _text(graph, inputs["negative"]),
+                _text(graph, inputs["positive"], set()),
+                _text(graph, inputs["negative"], set()),
                 seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
             )
     return Told()
 
 
-def _text(graph: Mapping[str, Any], link: object, depth: int = 0) -> str:
-    """The first text that a link of a workflow leads to."""
-    is_link = isinstance(link, list) and len(link) == 2
-    node = graph.get(str(link[0])) if isinstance(link, list) and is_link else None
+def _text(graph: Mapping[str, Any], link: object, seen: set[str]) -> str:
+    """The first text that a link of a workflow leads to, past the nodes that were `seen`."""
+    name = str(link[0]) if isinstance(link, list) and len(link) == 2 else ""
+    node = graph.get(name)
     inputs = node.get("inputs") if isinstance(node, dict) else None
-    if not isinstance(inputs, dict) or depth > _FURTHEST:
+    if not isinstance(inputs, dict) or name in seen or len(seen) > _MOST_NODES:
         return ""
+    seen.add(name)
     for name in ("text", "text_g", "text_l", "string", "value"):
         if isinstance(inputs.get(name), str):
             return str(inputs[name])
     for other in inputs.values():
-        if found := _text(graph, other, depth + 1):
+        if found := _text(graph, other, seen):
             return found
     return ""

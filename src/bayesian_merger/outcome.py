@@ -148,6 +148,7 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         given_up=study.given_up,
         slices=study.slices,
         by_pairs=by_pairs,
+        zero=about.get("zero", "the even merge"),
         preferences=preferences,
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
+import re
 import secrets
 import threading
 from http.cookies import CookieError, SimpleCookie
@@ -19,6 +21,7 @@ _HOST = "127.0.0.1"
 _FILE = Path(__file__).parent / "templates" / "rate.html"
 _MOST_BODY = 10_000
 _POLL_S = 20.0
+_log = logging.getLogger(__name__)
 
 
 class Page:
@@ -56,6 +59,15 @@ class _Server(ThreadingHTTPServer):
     desk: Desk
     token: str
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a page that goes away: only the command line prints."""
+        _log.debug("a request failed", exc_info=True)
+
+
+def _number(text: str) -> int:
+    """A number of at most nine digits, or -1."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
@@ -71,12 +83,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._show(asked)
         elif split.path == "/state":
             known = asked.get("known", ["-1"])[0]
-            found = self.server.desk.state(int(known) if known.isdigit() else -1, _POLL_S)
+            found = self.server.desk.state(_number(known), _POLL_S)
             self._answer(200, json.dumps(found).encode(), "application/json")
         elif split.path == "/picture":
             number = asked.get("number", [""])[0]
             key = asked.get("key", [""])[0]
-            picture = self.server.desk.picture(key, int(number)) if number.isdigit() else None
+            picture = self.server.desk.picture(key, _number(number))
             if picture is None:
                 self._answer(404, b"no such picture")
             else:
@@ -161,6 +173,12 @@ class _Handler(BaseHTTPRequestHandler):
         kind: str = "text/plain; charset=utf-8",
         policy: str = "default-src 'none'",
     ) -> None:
+        try:
+            self._send(status, body, kind, policy)
+        except OSError:  # the page is closed
+            self.close_connection = True
+
+    def _send(self, status: int, body: bytes, kind: str, policy: str) -> None:
         self.send_response(status)
         for name, value in {
             "content-type": kind,
@@ -172,10 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         }.items():
             self.send_header(name, value)
         self.end_headers()
-        try:
-            self.wfile.write(body)
-        except OSError:  # the page is closed
-            self.close_connection = True
+        self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
         """Say nothing: only the command line prints."""

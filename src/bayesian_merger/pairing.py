@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL.Image import Image
-
 from bayesian_merger import album, pairs
 from bayesian_merger.data import Result, Sample
 from bayesian_merger.scorers import Comparing
 from bayesian_merger.setup import BASELINES, Setup
 from bayesian_merger.study import Trial
-from bayesian_merger.values import JUNK
+from bayesian_merger.values import DUPLICATE, JUNK
 
 
 class Rival(NamedTuple):
@@ -25,7 +23,7 @@ class Rival(NamedTuple):
     @property
     def is_junk(self) -> bool:
         scores = self.result.scores[self.sample.prompt.index]
-        return any(key.startswith(JUNK) for key in scores)
+        return any(key.startswith(JUNK) and key != DUPLICATE for key in scores)
 
 
 class Rivals:
@@ -40,6 +38,8 @@ class Rivals:
     ) -> None:
         is_search = trial.stage in ("explore", "exploit")
         self._folder, self._is_proof = folder, trial.stage == "heldout"
+        self.lost: set[str] = set()
+        """Whose pictures were to be compared, but are gone."""
         self._others = [
             other
             for other in others
@@ -57,21 +57,21 @@ class Rivals:
         prompt = sample.prompt
         if prompt.weight <= 0:
             return []
-        kept = [
-            Rival(other, Sample(image, prompt))
-            for other in self._others
-            if (image := self._picture(other, prompt.index)) is not None
-        ]
-        if self._is_proof:
-            return kept
-        best = pairs.champion([one.result for one in kept], prompt.index)
-        return [one for one in kept if one.result is best]
-
-    def _picture(self, other: Result, index: int) -> Image | None:
-        """What was kept of it; None where somebody has removed or changed that."""
-        if index not in other.images or self._folder is None:
-            return None
-        return album.read(self._folder, other, index)
+        left = [other for other in self._others if prompt.index in other.images]
+        found = []
+        while left:
+            best = left[0] if self._is_proof else pairs.champion(left, prompt.index)
+            if best is None:
+                break
+            left.remove(best)
+            image = album.read(self._folder, best, prompt.index) if self._folder else None
+            if image is None:  # somebody has removed or changed it
+                self.lost.add(best.name)
+                continue
+            found.append(Rival(best, Sample(image, prompt)))
+            if not self._is_proof:
+                break
+        return found
 
 
 def compared(
@@ -79,29 +79,25 @@ def compared(
     samples: Sequence[Sample],
     marked: Sequence[Sequence[str]],
     rivals_of: Callable[[Sample], Sequence[Rival]],
-) -> list[dict[str, float] | None]:
-    """The share of each sample in the choice between it and each of its rivals.
+) -> list[dict[str, float]]:
+    """The share of each sample in the choice between it and each of its rivals, but where it is skipped.
 
-    None where all were skipped. A picture that is junk loses without a question, and equal ones are
-    alike.
+    Equal pictures are alike, and one that is junk loses, without a question.
     """
     table: list[dict[str, float]] = [{} for _ in samples]
     asked: list[tuple[int, str, Sample, Sample]] = []
-    skipped = set()
     for row, (sample, marks) in enumerate(zip(samples, marked, strict=True)):
         for rival in rivals_of(sample):
             key = f"{pairs.OVER}{rival.result.name}"
-            if marks or rival.is_junk:
-                table[row][key] = 0.5 + 0.5 * (rival.is_junk - bool(marks))
-            elif album.digest_of(sample.image) == album.digest_of(rival.sample.image):
+            if album.digest_of(sample.image) == album.digest_of(rival.sample.image):
                 table[row][key] = 0.5
+            elif marks or rival.is_junk:
+                table[row][key] = 0.5 + 0.5 * (rival.is_junk - bool(marks))
             else:
                 asked.append((row, key, sample, rival.sample))
     if asked:
         shares = comparer.compare([one[2] for one in asked], [one[3] for one in asked])
         for (row, key, *_), share in zip(asked, shares, strict=True):
-            if share is None:
-                skipped.add(row)
-            else:
+            if share is not None:
                 table[row][key] = share
-    return [None if row in skipped and not found else found for row, found in enumerate(table)]
+    return table

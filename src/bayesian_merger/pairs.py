@@ -47,7 +47,8 @@ def choices(results: Sequence[Result]) -> list[Choice]:
 def leads(results: Sequence[Result]) -> dict[str, Estimate]:
     """How far the strength of each result is above that of "even", or without that above their mean.
 
-    A lead of 1 wins 73 % of pairs, 2 wins 88 %. The standard error is that of a fit of all choices.
+    A lead of 1 wins 73 % of pairs, 2 wins 88 %, of pictures with equal luck. The standard error is that
+    of a fit of all choices.
     """
     if not results:
         return {}
@@ -84,7 +85,7 @@ def sentence(told: Preference) -> str:
     """How often the first was preferred, with the 95 % interval."""
     n = told.won + told.lost
     if not n:
-        return f"alike in all {told.alike} pairs"
+        return f"alike in all {told.alike} pairs" if told.alike else "not compared"
     share = margin(told)
     low, high = (0.5 + 0.5 * end for end in (share.low, share.high))
     return (

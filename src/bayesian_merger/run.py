@@ -183,6 +183,10 @@ def judge(
                 raise TrialError(trial.fault)
     if not trial.scores:
         raise SkippedError("all its images were skipped")
+    for name in sorted(rivals.lost):
+        observer.noted(
+            f"{trial.name} could not be compared with {name} everywhere, whose pictures are gone"
+        )
     for mark, n_marked in marked.items():
         what = mark.removeprefix(JUNK)
         observer.noted(f"{n_marked} of {len(todo)} images of {trial.name} are junk: {what}")
@@ -666,7 +670,8 @@ def _search(
         for name, params, value in found:
             recipe = setup.recipe(params)
             # Choices know merges by their names, and a longer search recommends another.
-            own = f" {recipe.digest()[:6]}" if setup.comparer and name == RECOMMENDED else ""
+            is_taken = name == RECOMMENDED or name in BASELINES
+            own = f" {recipe.digest()[:6]}" if setup.comparer and is_taken else ""
             few.setdefault(recipe.digest(), Result.recommended(f"{name}{own}", recipe, value))
         recommended = list(few.values())[:wanted]
         study.choose(recommended)
@@ -718,8 +723,8 @@ def attempt(
         trial.fail(str(error))
         return error
     if setup.comparer:
-        known = [r for r in study.searched() if r.state != "failed"]
-        trial.complete(pairs.leads([*study.judged("baseline"), *known])[trial.name])
+        known = [*study.judged("baseline"), *study.searched()]
+        trial.complete(pairs.leads([r for r in known if r.state != "failed"])[trial.name])
         return None
     further = [prompt for prompt in panel if prompt.index >= FRESH]
     trial.complete(yardstick.trial(trial.result(), setup.panel, further))

@@ -174,11 +174,15 @@ class Setup:
         """How often a person is asked in the whole run, if no trial fails: of an image, or of a pair."""
         if not self.comparer:
             return self.n_images()
+        panel, select, heldout = (
+            sum(prompt.weight > 0 for prompt in prompts)
+            for prompts in (self.panel, self.select_panel, self.heldout_panel)
+        )
         return (
-            len(self.panel) * (len(BASELINES) - 1)
+            panel * (len(BASELINES) - 1)
             + self.plan.n_images
-            + len(self.select_panel) * (self.config.heldout.candidates - 1)
-            + len(self.heldout_panel) * len(BASELINES)
+            + select * (self.config.heldout.candidates - 1)
+            + heldout * len(BASELINES)
         )
 
     def about(self) -> dict[str, Any]:
@@ -190,11 +194,20 @@ class Setup:
             "config": configuration.as_plain(self.config),
             "measure": asdict(self.measure),
             "by_pairs": self.comparer is not None,
+            "zero": self._zero,
             "trials": self.plan.n_trials,
             "panel": [p.to_dict() for p in self.panel],
             "select_panel": [p.to_dict() for p in self.select_panel],
             "heldout_panel": [p.to_dict() for p in self.heldout_panel],
         }
+
+    @property
+    def _zero(self) -> str:
+        """By pairs, what the search expects a merge's lead over."""
+        # As the search orders what it can propose.
+        known = [n for n in ("even", "a", "b") if self.params(self.baseline(n)) is not None]
+        words = {"even": "the even merge", "a": "A", "b": "B"}
+        return words[known[0]] if known else "its first trial"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -288,7 +301,7 @@ def prepare(config: Config, folder: Path, title: str) -> Setup:
             scorers[name] = attempt(partial(_of_section, name, kind, build))
         else:
             attempt(partial(_of_section, name, kind, check))
-    attempt(lambda: _require_alone(config, scorers))
+    attempt(lambda: _require_alone(config, scorers, panels.search if panels else ()))
     engine = attempt(lambda: _engine(config, folder))
     plan = (
         attempt(
@@ -405,13 +418,20 @@ def _comparer(scorers: Mapping[str, Scorer | None]) -> Comparing | None:
     return None
 
 
-def _require_alone(config: Config, scorers: Mapping[str, Scorer | None]) -> None:
+def _require_alone(
+    config: Config, scorers: Mapping[str, Scorer | None], panel: Sequence[Prompt]
+) -> None:
     """ConfigError if pairs stand in place of scores, but something needs scores."""
     if not _comparer(scorers):
         return
     said = config.value.model_fields_set
     search = config.search
+    counted = {prompt.payload: prompt.weight for prompt in panel if prompt.weight > 0}
+    weights = ", ".join(f"{payload} {weight:g}" for payload, weight in counted.items())
     reasons = {
+        f"payloads differ in score_weight ({weights}), and each pair counts alike; give all one, or 0": (
+            len(set(counted.values())) > 1
+        ),
         "there are other scorers, whose scores cannot be added to choices": len(scorers) > 1,
         f"value.{min(said, default='')} is for scores": bool(said),
         f"search.objectives {search.objectives!r} is for scores": search.objectives != "mean",

@@ -24,6 +24,8 @@ _SMALLEST = 1e-12
 
 JUNK = "junk."
 """The beginning of what stands among the scores of an image that is junk: "junk.blank" -> 1."""
+DUPLICATE = f"{JUNK}duplicate"
+"""Of one that another merge has made just so, which may be a good one."""
 
 
 @dataclass(frozen=True)

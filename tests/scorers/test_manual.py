@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_cli import Command
+from test_cli import command as command
 from test_run import Silent, measured
 from test_run import folder as folder
 from toy_plugin import TARGET
@@ -300,11 +302,49 @@ def picture(folder: Path, outcome: Outcome, name: str, image: int) -> Image.Imag
 def test_skipped_pairs_are_left_out(folder: Path) -> None:
     outcome = start(folder, Person(skips=True, taste=likeness), PAIRS, "search.n_iters=8")
     assert outcome.finished
-    kept = sum(len(r.scores) for r in outcome.results if r.state == "complete")
-    assert kept < sum(1 for r in outcome.results if r.state == "complete") * 4
-    assert all(
-        found or name in ("a", "even", "b") for (name, _), found in choices_of(outcome).items()
-    )
+    skipped = {prompt.index for prompt in outcome.panel if prompt.seed % 3 == 0}
+    assert skipped
+    for (name, image), found in choices_of(outcome).items():
+        assert bool(found) == (image not in skipped and name != "a")
+
+
+def test_baseline_whose_pairs_were_all_skipped_stops_no_run(folder: Path) -> None:
+    # The first four questions are of the even merge and A.
+    outcome = start(folder, Person(skipped=range(4), taste=likeness), PAIRS)
+    assert outcome.finished
+    assert not any(choices_of(outcome)["even", image] for image in range(4))
+
+
+def test_choice_holds_whichever_picture_is_named_first(folder: Path) -> None:
+    prompt = Prompt(0, "p", "a cat", 0)
+    chance = np.random.default_rng(0)
+    for _ in range(6):
+        one, other = (
+            Sample(Image.fromarray(chance.integers(0, 255, (8, 8, 3), "uint8")), prompt)
+            for _ in range(2)
+        )
+        judge = scorer.build("manual", {"ask": "pairs", "undo_s": 0.0})
+        person = Person()
+        person.asked(judge.attend(folder / "desk", 1))
+        share = judge.compare([one], [other])
+        assert share == [float(brightness(one.image) > brightness(other.image))]
+        assert judge.compare([other], [one]) == [1 - share[0]]
+        assert person.n_answered == 1
+        judge.leave()
+
+
+def test_baseline_that_is_recommended_is_confirmed(folder: Path) -> None:
+    # Who likes the even merge best has it among the few.
+    def middling(image: Image.Image) -> float:
+        return -abs(brightness(image) - 128) - float(np.asarray(image).std())
+
+    outcome = start(folder, Person(taste=middling), PAIRS, "heldout.candidates=4")
+    assert outcome.finished
+    assert not {r.name for r in outcome.candidates} & {"a", "even", "b"}
+    judged = outcomes.open_study(folder / "run").judged("heldout")
+    assert [r.name for r in judged][:3] == ["a", "even", "b"]
+    assert outcome.best
+    assert all(pairs.rivals(scores) for scores in outcome.best.scores.values())
 
 
 def test_picture_that_is_lost_leaves_the_comparison_to_the_next_best(folder: Path) -> None:
@@ -353,7 +393,11 @@ def test_junk_loses_without_a_question_and_equal_pictures_are_alike(folder: Path
     assert share(["junk.blank"], pairing.Rival(result, other)) == 0.0
     assert share([], pairing.Rival(fined, other)) == 1.0
     assert share(["junk.noise"], pairing.Rival(fined, other)) == 0.5
-    assert share([], pairing.Rival(result, Sample(picture.copy(), prompt))) == 0.5
+    same = Sample(picture.copy(), prompt)
+    assert share([], pairing.Rival(result, same)) == 0.5
+    assert share(["junk.noise"], pairing.Rival(result, same)) == 0.5
+    double = result.but(scores={0: {f"{JUNK}duplicate": 1.0}})
+    assert share([], pairing.Rival(double, same)) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -363,9 +407,14 @@ def test_junk_loses_without_a_question_and_equal_pictures_are_alike(folder: Path
         ([PAIRS, "value.combine=minimum"], "value.combine is for scores"),
         ([PAIRS, "search.objectives=payloads"], "search.objectives 'payloads' is for scores"),
         ([PAIRS, "search.optimiser=tpe"], "search.optimiser 'tpe' needs scores"),
+        (
+            [PAIRS, "panel.payloads=['portrait.toml', 'heavy.toml']"],
+            r"payloads differ in score_weight \(portrait 1, heavy 3\)",
+        ),
     ],
 )
 def test_what_needs_scores_is_told_of_pairs(folder: Path, more: list[str], told: str) -> None:
+    (folder / "heavy.toml").write_text('prompt = "a stone"\nscore_weight = 3\n')
     config = configuration.load(folder / "config.toml", more)
     if "likeness" not in more[0]:
         config = config.model_copy(update={"scorers": {"manual": config.scorers["manual"]}})
@@ -399,3 +448,12 @@ def test_run_by_pairs_that_is_extended_ranks_old_and_new_candidates_on_one_scale
     assert values == [leads[result.name].mean for result in outcome.selected]
     told = outcome.preferences["over_even"]
     assert told.won + told.lost + told.alike == 4
+
+
+def test_rate_takes_over_what_was_chosen_in_the_run(folder: Path, command: Command) -> None:
+    outcome = start(folder, Person(taste=likeness), PAIRS)
+    code, told, _ = command("rate", folder / "run", "--no-browser")
+    assert code == 0
+    for key, rival in (("over_a", "A"), ("over_b", "B"), ("over_even", "the even merge")):
+        assert f"best over {rival}: {pairs.sentence(outcome.preferences[key])}" in told
+    assert "you have chosen in all these pairs in the run itself" in told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import threading
 import webbrowser
 from collections import Counter
@@ -117,7 +118,8 @@ class _Terminal(threading.Thread):
             if not self._desk.undo():
                 self._console.print("there is nothing to undo")
             return
-        answer: Answer | None = int(told) if told.isdigit() else _KEYS.get(told[:1])
+        is_number = re.fullmatch(r"[0-9]{1,2}", told)
+        answer: Answer | None = int(told) if is_number else _KEYS.get(told[:1])
         if answer is None or not self._desk.answer(asked["key"], answer):
             self._console.print(f"{plain(told)!r} is no answer to that; write {wanted} or s(kip)")
 

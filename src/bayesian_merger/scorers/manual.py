@@ -55,19 +55,21 @@ class Manual:
         return [None if answer == "skip" else float(answer) for answer in answers]
 
     def compare(self, samples: Sequence[Sample], others: Sequence[Sample]) -> list[float | None]:
-        questions = [_question(*pair) for pair in zip(samples, others, strict=True)]
-        # Which side is which is told by nothing that is shown.
-        turned = [int(question.key, 16) % 2 == 1 for question in questions]
-        answers = self._asked(
-            [
-                replace(question, pictures=question.pictures[::-1]) if is_turned else question
-                for question, is_turned in zip(questions, turned, strict=True)
-            ]
-        )
-        shares = [SHARES.get(str(answer)) for answer in answers]
+        questions, on_left = [], []
+        for sample, other in zip(samples, others, strict=True):
+            # What is shown, and on which side, depends on the pictures alone: who asks for the same two
+            # again, perhaps the other way about, is given the same answer.
+            pair = sorted((sample, other), key=lambda one: one.image.tobytes())
+            question = _question(*pair)
+            if int(question.key, 16) % 2:
+                pair = pair[::-1]
+                question = replace(question, pictures=question.pictures[::-1])
+            questions.append(question)
+            on_left.append(pair[0] is sample)
+        shares = [SHARES.get(str(answer)) for answer in self._asked(questions)]
         return [
-            1.0 - share if is_turned and share is not None else share
-            for share, is_turned in zip(shares, turned, strict=True)
+            share if share is None or is_left else 1.0 - share
+            for share, is_left in zip(shares, on_left, strict=True)
         ]
 
     def _asked(self, questions: Sequence[Question]) -> list[Answer]:
@@ -81,9 +83,9 @@ class Manual:
 def _question(*samples: Sample) -> Question:
     """A mark for a picture, or a choice of two; what was answered is not asked again."""
     prompt = samples[0].prompt
-    told = f"{prompt.prompt}\n{prompt.negative_prompt}\n{prompt.seed}".encode()
-    pixels = b"".join(sorted(sample.image.tobytes() for sample in samples))
-    key = hashlib.sha256(pixels + told).hexdigest()[:16]
+    told = f"{prompt.prompt}\n{prompt.negative_prompt}\n{prompt.seed}"
+    pixels = [hashlib.sha256(sample.image.tobytes()).hexdigest() for sample in samples]
+    key = hashlib.sha256("\n".join([*pixels, told]).encode()).hexdigest()[:16]
     size = f"{samples[0].image.width} x {samples[0].image.height}"
     return Question(
         key,
