@@ -43,7 +43,6 @@ class Person(Silent):
 
     def __init__(self, seed: int) -> None:
         self.taste, self.chance = scorer.build("demo", {}), np.random.default_rng(seed)
-        self.n_asked = 0
 
     def asked(self, desk: Desk) -> None:
         threading.Thread(target=self._answer, args=(desk,), daemon=True).start()
@@ -53,7 +52,7 @@ class Person(Silent):
         while not (state := desk.state(version, 5.0))["over"]:
             version, asked = state["version"], state["question"]
             if asked:
-                self.n_asked += desk.answer(asked["key"], self._said(desk, asked))
+                desk.answer(asked["key"], self._said(desk, asked))
 
     def _said(self, desk: Desk, asked: dict[str, object]) -> Answer:
         key = str(asked["key"])
@@ -111,20 +110,23 @@ def main() -> None:
         )
         for images in options.decisions:
             for ask in ("marks", "pairs"):
-                gains, before, spent = [], 0, 0
+                gains: list[float] = []
+                before: list[int] = []
+                spent: list[int] = []
                 for seed in range(options.seeds):
                     setup = setup_of(seed, ask, images)
                     outcome = run.run(setup, Path(folder) / f"{ask}{images}-{seed}", Person(seed))
                     assert outcome.best
                     scores = [(r.stage, s) for r in outcome.results for s in r.scores.values()]
-                    before = sum(stage == "baseline" and bool(s) for stage, s in scores)
-                    spent = sum(stage != "baseline" and bool(s) for stage, s in scores)
+                    before.append(sum(stage == "baseline" and bool(s) for stage, s in scores))
+                    spent.append(sum(stage != "baseline" and bool(s) for stage, s in scores))
                     name = f"{ask} {images} {seed}"
                     best = judged(study, base, base.heldout_panel, name, outcome.best.recipe)
                     gains.append(ONE_SCORER.difference(best, even, base.heldout_panel).mean)
                 mean = statistics.mean(gains)
+                searched, first = (round(statistics.mean(some)) for some in (spent, before))
                 each = ", ".join(f"{gain:+.2f}" for gain in gains)
-                print(f"| {ask} | {spent} | {before} | {mean:+.3f} | {each} |", flush=True)
+                print(f"| {ask} | {searched} | {first} | {mean:+.3f} | {each} |", flush=True)
 
 
 if __name__ == "__main__":

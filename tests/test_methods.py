@@ -825,7 +825,7 @@ def test_mecha_method_that_fails_has_no_value() -> None:
 
 def test_missing_sd_mecha_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sd_mecha", None)
-    with pytest.raises(ConfigError, match=r"pip install 'bayesian-merger\[mecha\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[mecha\]'"):
         methods.get("mecha:rotate")
 
 
