@@ -29,8 +29,9 @@ class Rival(NamedTuple):
 class Rivals:
     """With which pictures of `others` those of a trial are compared in pairs.
 
-    That is the best so far of the prompt and seed. In the confirmation it is those of A, B and the even
-    merge, which are not compared with each other.
+    That is the best so far of the prompt and seed. Merges that explore are compared with the one before,
+    as nearly all would lose against the best, which tells nothing of them. In the confirmation it is
+    those of A, B and the even merge, which are not compared with each other.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Rivals:
     ) -> None:
         is_search = trial.stage in ("explore", "exploit")
         self._folder, self._is_proof = folder, trial.stage == "heldout"
+        self._explores = trial.stage == "explore"
         self.lost: set[str] = set()
         """Whose pictures were to be compared, but are gone."""
         self._others = [
@@ -60,15 +62,14 @@ class Rivals:
         left = [other for other in self._others if prompt.index in other.images]
         found = []
         while left:
-            best = left[0] if self._is_proof else pairs.champion(left, prompt.index)
-            if best is None:
-                break
-            left.remove(best)
-            image = album.read(self._folder, best, prompt.index) if self._folder else None
+            one = left[-1] if self._is_proof or self._explores else None
+            one = one or pairs.champion(left, prompt.index) or left[-1]
+            left.remove(one)
+            image = album.read(self._folder, one, prompt.index) if self._folder else None
             if image is None:  # somebody has removed or changed it
-                self.lost.add(best.name)
+                self.lost.add(one.name)
                 continue
-            found.append(Rival(best, Sample(image, prompt)))
+            found.append(Rival(one, Sample(image, prompt)))
             if not self._is_proof:
                 break
         return found
