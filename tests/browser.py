@@ -24,7 +24,7 @@ CHROMIUM = next(
     ),
     None,
 )
-_CODES = {"ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40, "Backspace": 8}
+_CODES = {"ArrowLeft": 37, "ArrowRight": 39, "ArrowUp": 38, "ArrowDown": 40, "Backspace": 8}
 
 
 class Browser:

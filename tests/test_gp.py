@@ -314,6 +314,9 @@ def test_lead_by_choices_is_that_over_the_first() -> None:
     assert lead == pytest.approx(float(mean[0] - mean[1]), rel=1e-4)
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
     assert error == pytest.approx(math.sqrt(float(variance)), rel=1e-3)
+    found = posterior.lead_over(at[0])(at[[5, 0]])
+    assert found[0].tolist() == pytest.approx([lead, 0], abs=1e-4)
+    assert found[1].sqrt().tolist() == pytest.approx([error, 0], abs=1e-3)
 
 
 def test_loss_of_choices_has_its_own_derivatives() -> None:

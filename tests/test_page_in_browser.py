@@ -200,3 +200,37 @@ def test_page_fits_a_phone(tmp_path: Path, browser: Browser) -> None:
     heights = browser.run("[...document.images].map(i => i.getBoundingClientRect().height)")
     assert all(height > 150 for height in heights)
     asking.stop()
+
+
+@pytest.mark.parametrize("browser", [(390, 844)], indirect=True)
+def test_arrows_point_to_pictures_that_stand_one_above_the_other(
+    tmp_path: Path, browser: Browser
+) -> None:
+    run = Asking(tmp_path, pairs(3))
+    browser.goto(run.page.url)
+    for number, key in enumerate(("ArrowUp", "ArrowDown", "=")):
+        asked(browser, number)
+        browser.key(key)
+    assert run.end() == ["left", "right", "alike"]
+
+
+def test_answer_that_cannot_be_stored_is_told_and_asked_again(
+    tmp_path: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Asking(tmp_path, pairs(1))
+    browser.goto(run.page.url)
+    asked(browser, 0)
+    assert browser.run("document.getElementById('asks').textContent") == "Which is better?"
+    with monkeypatch.context() as full:
+
+        def no_space(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        full.setattr(os, "fsync", no_space)
+        browser.key("ArrowLeft")
+        told = "document.getElementById('full').textContent"
+        said = browser.until(f"!document.getElementById('full').hidden && {told}")
+        assert said == "Nothing was taken: it cannot be stored (No space left on device)."
+    asked(browser, 0)
+    browser.key("ArrowRight")
+    assert run.end() == ["right"]

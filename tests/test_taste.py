@@ -124,6 +124,17 @@ def test_scorer_is_trained_and_used_at_once(tmp_path: Path, command: Command) ->
     assert scores == sorted(scores)
     features = tower(clip, torch.device("cpu"), "fp32").of_images(pictures)
     assert features.shape[1] == 24
+    with pytest.raises(ConfigError, match="was learnt on a model in a folder called 'clip'; name"):
+        scorer.build("head", {"weights": str(file)})
+    again = ("train-scorer", str(tmp_path / "run"), "-o", str(file), "--tower", str(clip))
+    code, _, said = command(*again)
+    assert code == 2
+    assert "exists; choose another name or give --overwrite" in said
+    assert command(*again, "--overwrite")[0] == 0
+    lost = tmp_path / "nowhere" / "taste.safetensors"
+    code, _, said = command("train-scorer", str(tmp_path / "run"), "-o", str(lost))
+    assert code == 2
+    assert f"the folder {lost.parent} does not exist" in said
 
 
 @pytest.mark.parametrize(

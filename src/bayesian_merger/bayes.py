@@ -126,11 +126,11 @@ class Bayes:
         learnt = [posterior]
         if len(posterior.data.sloped):
             learnt = [self._refitted(model, some) for some in _bags(judged)]
-        starts = self._box.of_each_choice(middle)
+        value = self._mean_of(learnt)
         if self._by_pairs:
-            best = self._surest(posterior, starts)
-        else:
-            best = self._climbed(learnt, posterior.data.points, 5, starts)
+            # A bad merge may seem good by chance; what is tried next may be less sure.
+            value = _lead_bounds(posterior, -_CAUTION_BY_PAIRS)
+        best = self._climbed(value, posterior.data.points, 5, self._box.of_each_choice(middle))
         found = [Recommended(best.numpy(), *posterior.expected(best))]
         for i in posterior.at_points.argsort()[::-1]:
             point = judged[i].point
@@ -149,14 +149,11 @@ class Bayes:
         lines[range(self.d), :, range(self.d)] = torch.linspace(0, 1, n, dtype=torch.float64)
         x = lines.reshape(self.d * n, self.d)
         with torch.no_grad():
-            mean, variance = posterior.mean_and_variance(x)
-            mean_here, variance_here = posterior.mean_and_variance(here[None])
-            shared = posterior.covariance(x, here[None])[:, 0]
-        error = (variance + variance_here - 2 * shared).clamp(min=0).sqrt()
+            mean, variance = posterior.lead_over(here)(x)
         scale = posterior.data.scale
         return (
-            (scale * (mean - mean_here)).view(self.d, n).numpy(),
-            (scale * error).view(self.d, n).numpy(),
+            (scale * mean).view(self.d, n).numpy(),
+            (scale * variance.sqrt()).view(self.d, n).numpy(),
         )
 
     def learnt(self, judged: Sequence[Judged]) -> Posterior:
@@ -206,12 +203,17 @@ class Bayes:
         return [points[i].numpy() for i in _spread(expected, n)]
 
     def _climbed(
-        self, learnt: Sequence[Posterior], points: Tensor, n: int, *others: Tensor
+        self, value: Callable[[Tensor], Tensor], points: Tensor, n: int, *others: Tensor
     ) -> Tensor:
-        """The merge of the highest expected score, climbing from the best `n` points and from others.
+        """The merge of the highest value, climbing from the best `n` points and from others."""
+        with torch.no_grad():
+            few = value(points).argsort(descending=True)[:n]
+        return self._box.climb(value, torch.cat([points[few], *others]))
 
-        Slopes lead on to merges of which little is known, so with them it is the highest lower bound.
-        Of several processes it is that of their mean.
+    def _mean_of(self, learnt: Sequence[Posterior]) -> Callable[[Tensor], Tensor]:
+        """The expected score, of several processes the mean of theirs.
+
+        Slopes lead on to merges of which little is known, so with them it is the lower bound.
         """
         is_sloped = any(len(p.data.sloped) for p in learnt)
         each = [_bounds(p, -_CAUTION) if is_sloped else p.mean for p in learnt]
@@ -221,26 +223,14 @@ class Bayes:
             told = [scale * of_one(x) for scale, of_one in zip(scales, each, strict=True)]
             return torch.stack(told).mean(0)
 
-        with torch.no_grad():
-            few = value(points).argsort(descending=True)[:n]
-        return self._box.climb(value, torch.cat([points[few], *others]))
-
-    def _surest(self, posterior: Posterior, starts: Tensor) -> Tensor:
-        """The merge of the highest lower bound of its lead, as far as a bad one may seem good by chance.
-
-        What is tried next may be less sure: it is tried to learn of it.
-        """
-        value, points = _lead_bounds(posterior, -_CAUTION_BY_PAIRS), posterior.data.points
-        with torch.no_grad():
-            few = value(points).argsort(descending=True)[:5]
-        return self._box.climb(value, torch.cat([points[few], starts]))
+        return value
 
     def _now(self, judged: Sequence[Judged]) -> tuple[Posterior, Tensor]:
         """The posterior and its best merge, with hyperparameters that were fitted now and then."""
         # A resumed search fits to the same merges as one that never stopped.
         step = max(_EVERY, len(judged) // 20)
         posterior = self._posterior(judged, max(1, len(judged) // step * step))
-        return posterior, self._climbed([posterior], posterior.data.points, 1)
+        return posterior, self._climbed(self._mean_of([posterior]), posterior.data.points, 1)
 
     def _posterior(self, judged: Sequence[Judged], n_fitted: int) -> Posterior:
         data = self._data(judged)
@@ -396,13 +386,11 @@ def _bounds(posterior: Posterior, n_errors: float) -> Callable[[Tensor], Tensor]
 
 def _lead_bounds(posterior: Posterior, n_errors: float) -> Callable[[Tensor], Tensor]:
     """So many standard deviations above the expected lead over the first merge."""
-    first = posterior.data.points[:1]
+    lead = posterior.lead_over(posterior.data.points[0])
 
     def value(x: Tensor) -> Tensor:
-        mean, variance = posterior.mean_and_variance(x)
-        of_first = posterior.mean_and_variance(first)[1]
-        of_lead = variance + of_first - 2 * posterior.covariance(x, first)[:, 0]
-        return mean + n_errors * of_lead.clamp(min=1e-9).sqrt()
+        mean, variance = lead(x)
+        return mean + n_errors * variance.sqrt()
 
     return value
 
@@ -423,15 +411,12 @@ def _improvement(
 
 def _log_improvement(posterior: Posterior, incumbent: Tensor) -> Callable[[Tensor], Tensor]:
     """Log E[max(0, f(x) - f(incumbent))]; Ament et al. 2023, arXiv:2310.20708."""
-    here = incumbent[None]
-    with torch.no_grad():
-        mean_here, variance_here = posterior.mean_and_variance(here)
+    lead = posterior.lead_over(incumbent)
 
     def value(x: Tensor) -> Tensor:
-        mean, variance = posterior.mean_and_variance(x)
-        shared = posterior.covariance(x, here)[:, 0]
-        sd = (variance + variance_here - 2 * shared).clamp(min=1e-9).sqrt()
-        return sd.log() + _log_gain((mean - mean_here) / sd)
+        mean, variance = lead(x)
+        sd = variance.sqrt()
+        return sd.log() + _log_gain(mean / sd)
 
     return value
 

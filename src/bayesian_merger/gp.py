@@ -13,7 +13,7 @@ With C merges an evaluation costs C^3, however many images they were shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -196,6 +196,19 @@ class Posterior:
         """Posterior covariance [n, m]."""
         left, right = self.with_data(one), self.with_data(other)
         return self.kernel.of_scores(one, other) - left @ self.of_covariance @ right.T
+
+    def lead_over(self, one: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """By how much merges [n, d] are ahead of `one` [d]: mean and variance, each [n]."""
+        here = one[None]
+        with torch.no_grad():
+            mean_here, variance_here = self.mean_and_variance(here)
+
+        def lead(x: Tensor) -> tuple[Tensor, Tensor]:
+            mean, variance = self.mean_and_variance(x)
+            both = variance + variance_here - 2 * self.covariance(x, here)[:, 0]
+            return mean - mean_here, both.clamp(min=1e-9)
+
+        return lead
 
     @cached_property
     def at_points(self) -> Array:

@@ -88,23 +88,20 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
     selected = ranking(study, few) or []
     by_pairs = bool(about.get("by_pairs"))
     # With pairs what A, B and the even merge have is not theirs who are chosen, whoever that is.
-    records = [r for r in study.judged("heldout") if not (by_pairs and r.name in BASELINES)]
-    confirmed = chosen(selected, records)
-    judged = {
-        r.name: r for r in study.judged("heldout") if r.name in BASELINES and r.state == "complete"
-    }
+    heldout = study.judged("heldout")
+    confirmed = chosen(selected, [r for r in heldout if not (by_pairs and r.name in BASELINES)])
+    judged = {r.name: r for r in heldout if r.name in BASELINES and r.state == "complete"}
     finished = bool(few) and confirmed is not None and len(judged) == len(BASELINES)
     front, of_front = study.front
     gain, preferences = {}, {}
     if finished and confirmed is not None:
         judged["best"] = confirmed
-        yardstick = yardstick_of(study)
-        if yardstick is None:
+        if by_pairs:
             preferences = {
                 f"over_{name}": pairs.preference(confirmed, name) for name in sorted(BASELINES)
             }
             gain = {key: pairs.margin(told) for key, told in preferences.items()}
-        else:
+        elif yardstick := yardstick_of(study):
             gain = {
                 f"over_{name}": yardstick.difference(
                     confirmed, judged[name], panels["heldout_panel"]

@@ -7,7 +7,9 @@ import json
 import logging
 import re
 import secrets
+import sys
 import threading
+from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -60,8 +62,9 @@ class _Server(ThreadingHTTPServer):
     token: str
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a page that goes away: only the command line prints."""
-        _log.debug("a request failed", exc_info=True)
+        """Say nothing of a page that goes away; of anything else the log is told."""
+        is_away = isinstance(sys.exc_info()[1], ConnectionError | TimeoutError)
+        _log.log(logging.DEBUG if is_away else logging.WARNING, "a request failed", exc_info=True)
 
 
 def _number(text: str) -> int:
@@ -115,15 +118,19 @@ class _Handler(BaseHTTPRequestHandler):
         if not isinstance(told, dict):
             self._answer(400, b"no table of JSON")
         elif self.path == "/answer":
-            taken = self.server.desk.answer(str(told.get("key")), told.get("answer"))
-            self._answer(
-                *((200, b"") if taken else (409, b"that is not asked, or no answer to it"))
-            )
+            key, answer = str(told.get("key")), told.get("answer")
+            self._do(lambda: self.server.desk.answer(key, answer), "not asked, or no answer to it")
         elif self.path == "/undo":
-            undone = self.server.desk.undo()
-            self._answer(*((200, b"") if undone else (409, b"there is nothing to undo")))
+            self._do(self.server.desk.undo, "there is nothing to undo")
         else:
             self._answer(404, b"nothing here")
+
+    def _do(self, step: Callable[[], bool], fault: str) -> None:
+        """Answer 200, or 409 with the fault if it was not taken, or 507 if the disk is full."""
+        try:
+            self._answer(*((200, b"") if step() else (409, fault.encode())))
+        except OSError as error:
+            self._answer(507, f"it cannot be stored ({error.strerror})".encode())
 
     def _is_allowed(self, token: str) -> bool:
         """Whether the token is there, in the address or a cookie; else it is answered so."""

@@ -39,7 +39,7 @@ class Rivals:
     ) -> None:
         is_search = trial.stage in ("explore", "exploit")
         self._folder, self._is_proof = folder, trial.stage == "heldout"
-        self._explores = trial.stage == "explore"
+        self._takes_latest = self._is_proof or trial.stage == "explore"
         self.lost: set[str] = set()
         """Whose pictures were to be compared, but are gone."""
         self._others = [
@@ -62,8 +62,8 @@ class Rivals:
         left = [other for other in self._others if prompt.index in other.images]
         found = []
         while left:
-            one = left[-1] if self._is_proof or self._explores else None
-            one = one or pairs.champion(left, prompt.index) or left[-1]
+            one = left[-1] if self._takes_latest else pairs.champion(left, prompt.index)
+            assert one is not None
             left.remove(one)
             image = album.read(self._folder, one, prompt.index) if self._folder else None
             if image is None:  # somebody has removed or changed it

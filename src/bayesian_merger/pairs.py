@@ -11,6 +11,9 @@ from scipy.stats import binomtest
 from bayesian_merger.choices import Choice, strengths
 from bayesian_merger.data import Estimate, Interval, Preference, Result
 
+Scores = Mapping[int, Mapping[str, float]]
+"""Image -> its scores."""
+
 OVER = "over."
 """The beginning of what stands for a choice among the scores of an image: "over.trial 7" -> share."""
 
@@ -34,13 +37,20 @@ def champion(results: Sequence[Result], image: int) -> Result | None:
 
 def choices(results: Sequence[Result]) -> list[Choice]:
     """All choices between two of the results, by their numbers."""
-    numbers = {result.name: number for number, result in enumerate(results)}
+    return [one for some in by_number([(r.name, r.scores) for r in results]) for one in some]
+
+
+def by_number(judged: Sequence[tuple[str, Scores]]) -> list[list[Choice]]:
+    """Of each merge, by its name and its images' scores, the choices between it and another of them."""
+    numbers = {name: number for number, (name, _) in enumerate(judged)}
     return [
-        Choice(image, number, numbers[rival], share)
-        for number, result in enumerate(results)
-        for image, scores in result.scores.items()
-        for rival, share in rivals(scores).items()
-        if rival in numbers
+        [
+            Choice(image, number, numbers[rival], share)
+            for image, scores in images.items()
+            for rival, share in rivals(scores).items()
+            if rival in numbers
+        ]
+        for number, (_, images) in enumerate(judged)
     ]
 
 

@@ -243,7 +243,7 @@ def _unets(outcome: Outcome, recipe: Recipe) -> list[dict[str, Any]]:
 def _gains_chart(outcome: Outcome) -> dict[str, Any]:
     """The gains with the places of their dots and intervals, in percent of the chart's width."""
     known = {name: outcome.gain[name] for name in _GAINS if name in outcome.gain}
-    text = won if outcome.by_pairs else _signed
+    text = _won if outcome.by_pairs else _signed
     ends = [0.0, *(x for g in known.values() for x in (g.mean, g.low, g.high) if math.isfinite(x))]
     low, high = min(ends), max(ends)
     margin = 0.08 * (high - low) or 1.0
@@ -278,7 +278,7 @@ def _is_known(gain: Interval) -> bool:
     return math.isfinite(gain.low) and math.isfinite(gain.high)
 
 
-def won(gain: float) -> str:
+def _won(gain: float) -> str:
     """Of a gain by pairs, how many of them were won."""
     return f"{50 + 50 * gain:.0f} %"
 

@@ -99,7 +99,7 @@ class Results:
                     **weights,
                 }
             )
-        return _even(rows)
+        return _filled(rows)
 
     @cached_property
     def images(self) -> list[Row]:
@@ -123,7 +123,7 @@ class Results:
                         "file": file and file.relative_to(self._folder).as_posix(),
                     }
                 )
-        return _even(rows)
+        return _filled(rows)
 
     def write(self, folder: Path, kind: str = "csv") -> list[Path]:
         """Write trials and images as tables of a kind, "csv" or "parquet"; the files' paths.
@@ -149,7 +149,7 @@ def _told(prompt: Prompt | None) -> dict[str, Any]:
     return {name: getattr(prompt, name) if prompt else None for name in names}
 
 
-def _even(rows: Sequence[dict[str, Any]]) -> list[Row]:
+def _filled(rows: Sequence[dict[str, Any]]) -> list[Row]:
     """The rows with the same keys in the same order, None where one has no such thing."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key) for key in keys} for row in rows]

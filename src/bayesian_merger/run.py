@@ -518,9 +518,10 @@ def baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> Y
     trials = _judged_baselines("baseline", study, setup, setup.panel, folder, observer)
     results = [trial.result() for trial in trials]
     yardstick = _yardstick(setup, results)
+    values = _values(setup, yardstick, results, setup.panel)
     for trial in trials:
         if not trial.is_complete:
-            trial.complete(_estimate(setup, yardstick, trial, setup.panel, results))
+            trial.complete(values[trial.name])
         if params := setup.params(trial.recipe):
             study.observe(trial.result(), params, setup.plan)
         observer.finished(trial.result(), None)
@@ -534,17 +535,13 @@ def _yardstick(setup: Setup, baselines: Sequence[Result]) -> Yardstick:
     return Yardstick.from_baselines(setup.measure, baselines, setup.panel)
 
 
-def _estimate(
-    setup: Setup,
-    yardstick: Yardstick,
-    trial: Trial,
-    panel: Sequence[Prompt],
-    among: Sequence[Result],
-) -> Estimate:
-    """The value of a trial on a panel; with pairs, its lead over the even merge or their mean."""
+def _values(
+    setup: Setup, yardstick: Yardstick, results: Sequence[Result], panel: Sequence[Prompt]
+) -> dict[str, Estimate]:
+    """The values of results on a panel; with pairs, their leads over the even merge or their mean."""
     if setup.comparer:
-        return pairs.leads(among)[trial.name]
-    return yardstick.estimate(trial.result(), panel)
+        return pairs.leads(results)
+    return {result.name: yardstick.estimate(result, panel) for result in results}
 
 
 def _judged_baselines(
@@ -776,10 +773,10 @@ def _confirm(
         return trial
 
     def complete(trials: Sequence[Trial], panel: Sequence[Prompt]) -> None:
-        results = [trial.result() for trial in trials]
+        values = _values(setup, yardstick, [trial.result() for trial in trials], panel)
         for trial in trials:
             if not trial.is_complete:
-                trial.complete(_estimate(setup, yardstick, trial, panel, results))
+                trial.complete(values[trial.name])
             observer.finished(trial.result(), None)
 
     # Choices tell of one what they tell of all, hence last.

@@ -19,7 +19,7 @@ from bayesian_merger.backends import Backend, Differentiable, Particular, backen
 from bayesian_merger.blocks import Architecture
 from bayesian_merger.checkpoint import sha256_of
 from bayesian_merger.config import Config
-from bayesian_merger.data import Prompt, Recipe, Weights
+from bayesian_merger.data import RIVALS, Prompt, Recipe, Weights
 from bayesian_merger.errors import ConfigError, MergerError, TrialError
 from bayesian_merger.merge import Merger, even_weights, n_used, open_model
 from bayesian_merger.registry import import_file, nearest
@@ -206,8 +206,7 @@ class Setup:
         """By pairs, what the search expects a merge's lead over."""
         # As the search orders what it can propose.
         known = [n for n in ("even", "a", "b") if self.params(self.baseline(n)) is not None]
-        words = {"even": "the even merge", "a": "A", "b": "B"}
-        return words[known[0]] if known else "its first trial"
+        return RIVALS[f"over_{known[0]}"] if known else "its first trial"
 
     @cached_property
     def identity(self) -> dict[str, Any]:

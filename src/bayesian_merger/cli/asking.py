@@ -169,7 +169,7 @@ def rate_command(
             shown.close()
             given = [(one, desk.given(one.question)) for one in asked]
             answered = [(one, answer) for one, answer in given if answer is not None]
-            for line in _told(answered, found.preferences):
+            for line in _told(answered, {} if marks else found.preferences):
                 out.print(line, soft_wrap=True)
             if len(answered) < len(asked):
                 out.print(

@@ -25,7 +25,6 @@ from scipy.stats import qmc
 
 from bayesian_merger import pairs
 from bayesian_merger.bayes import N_RULES, Bayes, Judged, Recommended
-from bayesian_merger.choices import Choice
 from bayesian_merger.data import Estimate, Slice, Slopes
 from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.gp import PARTIAL, WHOLE, Array
@@ -583,19 +582,10 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         """The even merge first, if the search can propose it, then the others in order."""
         trials = [t for t in valid(study) if t.params.keys() == set(self._plan.names)]
         trials.sort(key=lambda t: _name_of(t) != "even")
-        numbers = {_name_of(trial): number for number, trial in enumerate(trials)}
+        choices = pairs.by_number([(_name_of(trial), scores_of(trial)) for trial in trials])
         return [
-            Judged(
-                self._plan.scaled(trial.params),
-                {},
-                choices=[
-                    Choice(item, number, numbers[rival], share)
-                    for item, scores in scores_of(trial).items()
-                    for rival, share in pairs.rivals(scores).items()
-                    if rival in numbers
-                ],
-            )
-            for number, trial in enumerate(trials)
+            Judged(self._plan.scaled(trial.params), {}, choices=own)
+            for trial, own in zip(trials, choices, strict=True)
         ]
 
     def _is_far(self, trial: FrozenTrial) -> bool:
