@@ -10,7 +10,8 @@ import pytest
 from browser import CHROMIUM, Browser
 from outcomes import an_outcome
 
-from bayesian_merger import report
+from bayesian_merger import pairs, report
+from bayesian_merger.data import Preference
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
@@ -24,6 +25,19 @@ def page(tmp_path: Path) -> Path:
     selected = (outcome.selected[0], widest, *outcome.selected[2:])
     path.write_text(report.html(replace(outcome, selected=selected)), encoding="utf-8")
     return path
+
+
+def test_page_of_a_run_by_pairs_is_no_wider_than_the_screen(
+    browser: Browser, tmp_path: Path
+) -> None:
+    told = {f"over_{name}": Preference(10, 12, 10) for name in ("a", "b", "even")}
+    gain = {name: pairs.margin(one) for name, one in told.items()}
+    outcome = an_outcome(tmp_path, gain=gain, by_pairs=True, preferences=told)
+    path = tmp_path / "report.html"
+    path.write_text(report.html(outcome), encoding="utf-8")
+    browser.goto(path.as_uri())
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert browser.run(wide) == 0
 
 
 @pytest.fixture(params=[1400, 390])
