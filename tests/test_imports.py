@@ -18,7 +18,7 @@ from bayesian_merger.cli import COMMANDS, commands
 PACKAGE = Path(bayesian_merger.__file__).parent
 PLUGINS = ("methods", "backends", "scorers")
 LAYERS = (
-    ("data", "errors", "choices", "guard", "toml", "demo"),
+    ("data", "errors", "choices", "gate", "guard", "toml", "demo"),
     (
         "checkpoint",
         "devices",
@@ -53,7 +53,7 @@ LAYERS = (
     ),
     ("setup",),
     ("outcome",),
-    ("pairing", "results"),
+    ("dashboard", "pairing", "results"),
     ("run",),
     ("warm",),
     ("cli",),
@@ -84,6 +84,7 @@ HOMES = {
     "llvmlite": {"kernels"},
     "imscore": set(),  # by its name, in scorers/extras
     "pyiqa": {"scorers"},
+    "optuna_dashboard": set(),  # by its name, in dashboard
     "cmaes": set(),  # Optuna imports it
 }
 

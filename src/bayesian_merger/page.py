@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import json
 import logging
 import re
@@ -10,7 +9,6 @@ import secrets
 import sys
 import threading
 from collections.abc import Callable
-from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from bayesian_merger.desk import Desk
 from bayesian_merger.errors import ConfigError
+from bayesian_merger.gate import HOST, Gate
 
-_HOST = "127.0.0.1"
 _FILE = Path(__file__).parent / "templates" / "rate.html"
 _MOST_BODY = 10_000
 _POLL_S = 20.0
@@ -31,16 +29,15 @@ class Page:
 
     def __init__(self, desk: Desk, port: int = 0) -> None:
         """ConfigError if the port is taken."""
-        token = secrets.token_urlsafe(24)
         try:
-            self._server = _Server((_HOST, port), _Handler)
+            self._server = _Server((HOST, port), _Handler)
         except OSError as error:
             raise ConfigError(
                 f"port {port} of this machine cannot be had ({error.strerror}); name another, or 0 for "
                 f"any"
             ) from error
-        self._server.desk, self._server.token = desk, token
-        self.url = f"http://{_HOST}:{self._server.server_port}/?token={token}"
+        self._server.desk, self._server.gate = desk, Gate(self._server.server_port)
+        self.url = self._server.gate.url
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.1,), daemon=True
         )
@@ -59,7 +56,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     desk: Desk
-    token: str
+    gate: Gate
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a page that goes away; of anything else the log is told."""
@@ -134,33 +131,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_allowed(self, token: str) -> bool:
         """Whether the token is there, in the address or a cookie; else it is answered so."""
-        port = self.server.server_port
-        if self.headers.get("host") not in (f"{_HOST}:{port}", f"localhost:{port}"):
-            # Another site whose name leads here.
-            self._answer(403, b"unknown host")
-            return False
-        try:
-            cookie = SimpleCookie(self.headers.get("cookie", "")).get(self._cookie)
-        except CookieError:
-            cookie = None
-        given = token or (cookie.value if cookie else "")
-        if not hmac.compare_digest(given.encode(), self.server.token.encode()):
-            self._answer(403, b"open the address that the program has printed, with its token")
-            return False
-        return True
-
-    @property
-    def _cookie(self) -> str:
-        # Cookies are the same for all ports of a machine.
-        return f"bayesian-merger-{self.server.server_port}"
+        host, cookies = (self.headers.get(name, "") for name in ("host", "cookie"))
+        if reason := self.server.gate.refusal(host, token, cookies):
+            self._answer(403, reason.encode())
+        return not reason
 
     def _show(self, asked: dict[str, list[str]]) -> None:
         """The page; with the token in its address it becomes a cookie first, as addresses are seen."""
         if "token" in asked:
             self.send_response(303)
             self.send_header("location", "/")
-            kept = f"{self._cookie}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
-            self.send_header("set-cookie", kept)
+            self.send_header("set-cookie", self.server.gate.cookie)
             self.send_header("content-length", "0")
             self.end_headers()
             return

@@ -59,6 +59,10 @@ COMMANDS = {
         "search",
         "Write the report and the figures of RUN_DIR again, from its study alone.",
     ),
+    "dashboard": (
+        "watching",
+        "Show the study of RUN_DIR in optuna-dashboard, running or finished; it changes nothing.",
+    ),
     "export": (
         "exporting",
         "Write all that RUN_DIR has judged as two tables: its trials with their weights, its images.",

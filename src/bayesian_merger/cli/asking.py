@@ -66,13 +66,18 @@ class Shown:
             soft_wrap=True,
         )
         if how.opens:
-            # Some open none and wait for it, others print to the terminal.
-            threading.Thread(target=_open, args=(page.url,), daemon=True).start()
+            open_browser(page.url)
 
     def close(self) -> None:
         """Show nothing more."""
         if self._page:
             self._page.close()
+
+
+def open_browser(url: str) -> None:
+    """Have a browser open the address, where there is one."""
+    # Some open none and wait for it, others print to the terminal.
+    threading.Thread(target=_open, args=(url,), daemon=True).start()
 
 
 def _open(url: str) -> None:
