@@ -8,13 +8,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from bayesian_merger import pairs
 from bayesian_merger.cli.asking import Asking, Shown
 from bayesian_merger.cli.screen import err, out, plain
-from bayesian_merger.data import RIVALS, Outcome, Result
+from bayesian_merger.data import RIVALS, Estimate, Outcome, Result
 from bayesian_merger.desk import Desk
 from bayesian_merger.report import duration, result_json
 
@@ -22,7 +24,11 @@ Manner = Literal["lines", "quiet", "json"]
 
 
 class Lines:
-    """The run's progress in the terminal: a live line where there is one, plain lines in a log."""
+    """The run's progress in the terminal: live lines where there is one, plain lines in a log.
+
+    The live ones tell what is judged now, how fast and how long still; the best so far beside the
+    baselines; the last thing that happened.
+    """
 
     def __init__(self, console: Console, how: Asking, run_dir: Path) -> None:
         self._console, self._how, self._run_dir = console, how, run_dir
@@ -35,24 +41,43 @@ class Lines:
             TextColumn("{task.fields[speed]}"),
             TextColumn("left"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[best]}"),
-            console=console,
-            disable=not console.is_terminal or how.in_terminal,
-            transient=True,
         )
-        self._task = self._bar.add_task("baselines", total=None, speed="", best="")
+        self._task = self._bar.add_task("baselines", total=None, speed="")
+        # What is known of "best", "even", "a" and "b", and the last event.
+        self._known: dict[str, Estimate] = {}
+        self._last = ""
+        self._live: Live | None = None
+        if console.is_terminal and not how.in_terminal:
+            self._live = Live(
+                get_renderable=self.live, console=console, transient=True, refresh_per_second=4
+            )
         self._begun = time.monotonic()
         self._made = 0
         self._leader: Result | None = None
 
     def __enter__(self) -> Lines:
-        self._bar.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._live:
+            self._live.stop()
         for shown in self._shown:
             shown.close()
+
+    def live(self) -> Group:
+        """What is shown now, where there is a terminal."""
+        told = [
+            f"{_SHORT[name]} {one.mean:.3f} ± {one.se:.3f}"
+            for name in _SHORT
+            if (one := self._known.get(name))
+        ]
+        lines = (" · ".join(told), f"last: {self._last}" if self._last else "")
+        return Group(
+            self._bar,
+            *(Text(plain(s), overflow="ellipsis", no_wrap=True, style="dim") for s in lines if s),
+        )
 
     def asked(self, desk: Desk) -> None:
         self._shown.append(Shown(desk, self._how, self._console, self._run_dir))
@@ -76,6 +101,13 @@ class Lines:
                 self._bar.update(self._task, total=total - images)
 
     def finished(self, result: Result, leader: Result | None) -> None:
+        self._last = f"{_STAGES[result.stage]} {result.name} " + (
+            f"{result.value.mean:.3f} ± {result.value.se:.3f} of {len(result.scores)} images"
+            if result.value
+            else f"failed: {result.reason}"
+        )
+        if result.stage == "baseline" and result.value:
+            self._known[result.name] = result.value
         line = f"{_STAGES[result.stage]:<10} {result.name:<12} "
         if result.value is None:
             line += f"failed: {result.reason}"
@@ -85,16 +117,18 @@ class Lines:
             # One trial of few images tells little; what all of them tell is worth a line.
             self._leader = leader
             value = f"{leader.value.mean:.3f} ± {leader.value.se:.3f}"
-            self._bar.update(self._task, best=f"best {value}")
+            self._known["best"] = leader.value
             line = f"after {result.name}: {value} is expected of the merge recommended so far"
         else:
             return
         self._console.print(plain(line), soft_wrap=True)
 
     def noted(self, text: str) -> None:
+        self._last = text
         self._console.print(f"note: {plain(text)}", soft_wrap=True)
 
 
+_SHORT = {"best": "best, expected", "even": "even", "a": "A", "b": "B"}
 _STAGES = {
     "baseline": "baseline",
     "explore": "explore",
