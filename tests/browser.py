@@ -30,7 +30,9 @@ _CODES = {"ArrowLeft": 37, "ArrowRight": 39, "ArrowUp": 38, "ArrowDown": 40, "Ba
 class Browser:
     """One page in a browser with a profile of its own, in `folder`."""
 
-    def __init__(self, folder: Path, width: int = 1200, height: int = 800) -> None:
+    def __init__(
+        self, folder: Path, width: int = 1200, height: int = 800, *, dark: bool = False
+    ) -> None:
         assert CHROMIUM
         more = ["--no-sandbox"] if hasattr(os, "getuid") and os.getuid() == 0 else []
         self._process = subprocess.Popen(
@@ -53,8 +55,14 @@ class Browser:
             self._stack.close()
             raise
         self._numbers = itertools.count(1)
+        # What the page has told the console, and errors of its script.
+        self.messages: list[str] = []
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 640}
         self._call("Emulation.setDeviceMetricsOverride", **size)
+        theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", features=[theme])
+        for domain in ("Runtime", "Log", "Page"):
+            self._call(f"{domain}.enable")
 
     def goto(self, url: str) -> None:
         self._call("Page.navigate", url=url)
@@ -83,10 +91,24 @@ class Browser:
 
         return _until(value, timeout_s)
 
-    def shot(self, path: Path) -> None:
-        """A picture of the page."""
-        data = self._call("Page.captureScreenshot", format="png")["data"]
-        path.write_bytes(base64.b64decode(data))
+    def shot(self, path: Path, *, whole: bool = False) -> None:
+        """A picture of what is seen of the page, or of the `whole`."""
+        found = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(found["data"]))
+
+    def axe(self, script: Path) -> list[str]:
+        """The serious faults of accessibility that axe-core, at its axe.min.js, finds, in words."""
+        self.run(f"{script.read_text(encoding='utf-8')}; 0")
+        self.run(
+            "axe.run().then((told) => { window.axeTold = JSON.stringify(told.violations.map((one) => "
+            "[one.impact, one.id, one.nodes.length, one.nodes[0].html.slice(0, 200)])); })"
+        )
+        found = json.loads(self.until("window.axeTold", 120))
+        return [
+            f"{impact}: {name} ({n} times, first {html})"
+            for impact, name, n, html in found
+            if impact in ("serious", "critical")
+        ]
 
     def close(self) -> None:
         self._stack.close()
@@ -103,11 +125,22 @@ class Browser:
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
         while True:
-            told = json.loads(self._socket.recv(30))
+            told = json.loads(self._socket.recv(120))
+            self._hear(told)
             if told.get("id") == number:
                 if "error" in told:
                     raise KeyError(told["error"]["message"])
                 return told["result"]
+
+    def _hear(self, told: Any) -> None:
+        """Keep what a message of the browser says of the console."""
+        params = told.get("params", {})
+        if told.get("method") == "Runtime.consoleAPICalled":
+            self.messages.append(" ".join(str(a.get("value")) for a in params["args"]))
+        elif told.get("method") == "Runtime.exceptionThrown":
+            self.messages.append(str(params["exceptionDetails"].get("exception")))
+        elif told.get("method") == "Log.entryAdded":
+            self.messages.append(params["entry"]["text"])
 
 
 def _pages(port: str) -> list[Any]:

@@ -230,8 +230,11 @@ def test_run_takes_the_names_of_the_original(folder: Path, command: Command) -> 
         "result.json",
         "best.toml",
         "best.log",
-        "convergence.png",
-        "unet.png",
+        *(
+            f"figures/{name}{suffix}"
+            for name in ("convergence", "unet", "parallel", "pictures", "slices")
+            for suffix in (".png", ".svg")
+        ),
     ):
         assert (run_dir / name).is_file()
     code, out, _ = command("report", run_dir)

@@ -76,7 +76,7 @@ def test_front_of_the_scorers_is_reported_with_recipes_and_a_figure(folder: Path
         np.mean([scores["light"] for scores in even.scores.values()])
     )
     made = folder / "run"
-    assert (made / "front.png").is_file()
+    assert (made / "figures" / "front.png").is_file()
     assert len(list((made / "front").glob("*.toml"))) == len(outcome.front)
     recipe = recipes.read(made / "front" / "1.toml")
     assert recipe.weights == first.recipe.weights
@@ -88,7 +88,7 @@ def test_front_of_the_scorers_is_reported_with_recipes_and_a_figure(folder: Path
 def test_front_can_be_asked_of_a_finished_run_without_an_image(folder: Path) -> None:
     before = of_two_scorers(folder)
     assert not before.front
-    assert not (folder / "run" / "front.png").exists()
+    assert not (folder / "run" / "figures" / "front.png").exists()
     after = of_two_scorers(folder, "search.objectives=scorers")
     assert after.images == before.images
     assert after.front
@@ -105,7 +105,7 @@ def test_front_of_a_longer_run_by_other_objectives_replaces_the_old_one(folder: 
     recipes_left = {path.stem for path in (folder / "run" / "front").glob("*.toml")}
     assert recipes_left == {str(n) for n in range(1, len(outcome.front) + 1)}
     of_two_scorers(folder, "search.images=1000")  # more than it has spent, but of 12 trials
-    assert not (folder / "run" / "front.png").exists()
+    assert not (folder / "run" / "figures" / "front.png").exists()
     assert not list((folder / "run" / "front").glob("*.toml"))
 
 

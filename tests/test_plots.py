@@ -160,7 +160,8 @@ def test_path_shows_each_weight_in_each_trial_and_its_slope_with_error(tmp_path:
         "OUT10_alpha-OUT11_alpha": Estimate(-1.0, 0.0, 4),
         "base_alpha": Estimate(0.05, 0.1, 4),
     }
-    way, side = plots.path(outcome, slopes, "the even merge").axes
+    way, side, key = plots.path(outcome, slopes, "the even merge").axes
+    assert [text.get_text() for text in key.texts] == ["A", "B"]
     (image,) = way.images
     assert np.asarray(image.get_array()) == pytest.approx(
         np.array([[0.5, 0.6, 0.7, 0.8, 0.9], [0.5, 0.4, 0.3, 0.2, 0.1], [0.5] * 5])
@@ -179,10 +180,12 @@ def test_path_of_weights_beyond_the_models_has_their_range(tmp_path: Path) -> No
         for r, w in zip(followed()[3:], (-0.5, 0.0, 0.5, 1.0, 2.0), strict=True)
     )
     outcome = an_outcome(tmp_path, results=results)
-    way, _ = plots.path(outcome, {"IN00_high_beta": Estimate(1.0, 0.5, 4)}, "trial 1").axes
+    way, _, key = plots.path(outcome, {"IN00_high_beta": Estimate(1.0, 0.5, 4)}, "trial 1").axes
     (image,) = way.images
     assert image.get_clim() == (-0.5, 2.0)
-    assert "-0.5 to 2" in way.get_xlabel()
+    assert [label.get_text() for label in key.get_xticklabels()] == ["-0.5", "0.75", "2"]
+    # Which is which is known at 0 and 1 alone.
+    assert [text.get_text() for text in key.texts] == ["", ""]
     assert np.asarray(image.get_array())[0, 0] == -0.5
 
 
@@ -288,6 +291,51 @@ def test_contact_sheet_shows_each_picture_in_its_row() -> None:
         ]
         assert all(a.get_position().y0 < text.get_position()[1] < a.get_position().y1 for a in row)
         assert [a.get_position().x0 for a in row] == sorted(a.get_position().x0 for a in row)
+
+
+def test_parallel_draws_each_trial_over_the_blocks_and_the_best_on_top(finished: Outcome) -> None:
+    figure = plots.parallel(finished)
+    trials = sorted(
+        (r for r in finished.results if r.stage != "baseline" and r.value),
+        key=lambda r: r.value.mean if r.value else 0.0,
+    )
+    lines = found(figure, "trials")
+    drawn = [segment[:, 1] for segment in lines.get_segments()]
+    assert len(drawn) == len(trials)
+    for line, result in zip(drawn, trials, strict=True):
+        assert list(line) == [result.recipe.weights["alpha"][block] for block in BLOCKS]
+    # The better, the clearer.
+    alphas = lines.get_colors()[:, 3]
+    assert list(alphas) == sorted(alphas)
+    assert finished.best
+    best = found(figure, "best")
+    assert list(best.get_ydata()) == list(finished.best.recipe.weights["alpha"].values())
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == list(BLOCKS)
+
+
+def test_parallel_leaves_out_what_was_not_varied_and_shows_weights_beyond_the_models(
+    tmp_path: Path,
+) -> None:
+    results = [
+        a_result(
+            f"trial {n}",
+            value=7.0 + n,
+            weights={"alpha": {**dict.fromkeys(BLOCKS, 0.5), "M00": w}},
+        )
+        for n, w in enumerate((-0.5, 0.2, 1.5))
+    ]
+    figure = plots.parallel(an_unfinished_outcome(tmp_path, results=(*baselines(), *results)))
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["M00"]
+    low, high = figure.axes[0].get_ylim()
+    assert low < -0.5
+    assert high > 1.5
+
+
+def test_parallel_of_a_run_without_trials_says_so(tmp_path: Path) -> None:
+    figure = plots.parallel(an_unfinished_outcome(tmp_path, results=baselines(), leader=None))
+    assert "no trial is complete yet" in [text.get_text() for text in figure.axes[0].texts]
 
 
 def test_figures_repeat_byte_for_byte(finished: Outcome) -> None:

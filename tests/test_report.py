@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -207,15 +208,15 @@ def test_small_pictures_are_embedded_as_they_are_and_crisp(finished: Outcome, pa
             assert image["class"] == "tiny"
 
 
-def test_large_pictures_are_embedded_as_jpegs_of_at_most_512_pixels(tmp_path: Path) -> None:
+def test_large_pictures_are_embedded_as_jpegs_of_at_most_1024_pixels(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
-    Image.effect_noise((600, 900), 80).convert("RGB").save(path)
+    Image.effect_noise((1200, 1800), 80).convert("RGB").save(path)
     outcome = an_outcome(tmp_path, pictures={"a": {0: path}})
     (image,) = figures_by_id(Page(report.html(outcome))).values()
     assert image["src"].startswith("data:image/jpeg;")
     with Image.open(io.BytesIO(bytes_of(image["src"]))) as found:
-        assert found.size == (341, 512)
-    assert (image["width"], image["height"]) == ("341", "512")
+        assert found.size == (683, 1024)
+    assert (image["width"], image["height"]) == ("683", "1024")
     assert "class" not in image
 
 
@@ -350,6 +351,8 @@ def test_unfinished_page_says_so_and_reloads_itself(unfinished: Page, page: Page
     assert "The run is not finished: 7 of 40 trials done" in unfinished.text
     assert "The leading merge" in unfinished.text
     assert not any(a.get("http-equiv") == "refresh" for a in page.all("meta"))
+    # With its script it does so by itself, but for when somebody looks closely.
+    assert [tag for tag, _ in unfinished.elements].count("noscript") == 1
 
 
 def test_unfinished_page_pairs_the_baselines_pictures_with_the_search_panel(
@@ -375,7 +378,7 @@ def test_page_repeats_byte_for_byte(finished: Outcome, html: str) -> None:
 def test_result_json_has_exactly_its_keys(finished: Outcome) -> None:
     found = report.result_json(finished)
     assert set(found) == {
-        "images", "trials", "seconds", "heldout", "gradient_given_up",
+        "images", "trials", "seconds", "heldout", "scores", "gradient_given_up",
         "gain", "pairs", "best", "verdict", "finished",
     }  # fmt: skip
     assert found["trials"] == {"complete": 19, "stopped": 0, "failed": 1}
@@ -470,4 +473,69 @@ def test_page_tells_which_weights_matter(tmp_path: Path) -> None:
     alts = [image["alt"] for image in page.all("img")]
     told = "each would lose: OUT11_alpha 0.900 ± 0.200, IN00_alpha 0.200 ± 0.100."
     assert sum(told in alt for alt in alts) == 2  # light and dark
-    assert "Which weights matter" not in Page(report.html(an_outcome(tmp_path))).text
+    assert "slices" not in report.figures(an_outcome(tmp_path))
+
+
+def test_page_ends_its_headline_with_the_closest_rival_and_how_sure_that_is(page: Page) -> None:
+    told = "held-out seeds: +0.930 over the even merge (95 % interval +0.700 to +1.160)."
+    assert told in page.text
+
+
+def test_headline_of_a_single_image_says_that_its_error_is_unknown(tmp_path: Path) -> None:
+    gain = {"over_a": Interval(0.5, -math.inf, math.inf)}
+    assert "+0.500 over A, its error unknown" in report.certainty(an_outcome(tmp_path, gain=gain))
+    assert report.certainty(an_unfinished_outcome(tmp_path)) == ""
+
+
+def test_page_gives_the_weights_in_one_line_and_as_a_preset(tmp_path: Path) -> None:
+    weights = {"alpha": {**dict.fromkeys(BLOCKS, 0.5), "base": 0.1234567891, "OUT11": -0.25}}
+    line = ",".join(["0.123457", *["0.5"] * 24, "-0.25"])
+    assert report.one_line(a_recipe(weights)) == line
+    assert report.preset(a_recipe(weights), "my: run,\t2") == f"my run 2\t{line}"
+    two = a_recipe({"alpha": weights["alpha"], "beta": dict.fromkeys(BLOCKS, 1.0)})
+    first, second = report.preset(two, "x").splitlines()
+    assert first == f"x alpha\t{line}"
+    assert second == "x beta\t" + ",".join(["1"] * 26)
+    html = report.html(an_outcome(tmp_path))
+    assert (
+        f'id="preset" tabindex="0" aria-label="preset of supermerger">demo\t{"0.5,0.5"[:1]}'
+        in html
+    )
+
+
+def test_preset_of_sdxl_has_26_numbers_and_that_of_flux_none() -> None:
+    sdxl = replace(
+        a_recipe(), architecture="sdxl", weights={"alpha": {"base": 1.0, "OUT08": 0.25}}
+    )
+    _, _, numbers = report.preset(sdxl, "x").partition("\t")
+    assert len(numbers.split(",")) == 26
+    assert numbers.split(",")[BLOCKS.index("OUT08")] == "0.25"
+    assert report.preset(replace(sdxl, architecture="flux"), "x") == ""
+
+
+def test_page_tells_what_each_of_several_scorers_thought(tmp_path: Path) -> None:
+    of_it = {
+        name: {"taste": Estimate(5.0 + k, 0.25, 8), "sharpness": Estimate(0.1 * k, 0.0001, 8)}
+        for k, name in enumerate(("a", "b", "best", "even"))
+    }
+    outcome = an_outcome(tmp_path, by_scorer=of_it)
+    page = Page(report.html(outcome))
+    assert "By each scorer" in page.text
+    assert "best 7.000 ± 0.250 0.200 ± 0.0001" in page.text
+    scores = report.result_json(outcome)["scores"]
+    assert scores["best"]["taste"] == {"mean": 7.0, "se": 0.25, "n": 8}
+    alone = {name: {"taste": own["taste"]} for name, own in of_it.items()}
+    assert "By each scorer" not in report.html(an_outcome(tmp_path, by_scorer=alone))
+
+
+def test_pictures_are_the_smaller_the_more_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    Image.effect_noise((1100, 1100), 30).convert("RGB").save(path)
+    paths = {name: dict.fromkeys(range(24), path) for name in ("a", "b", "even", "best")}
+    panel = tuple(Prompt(i, "things", "noise", i, width=1100, height=1100) for i in range(24))
+    few = {name: dict(list(own.items())[:2]) for name, own in paths.items()}
+    for kept, side in ((few, 1024), (paths, 500)):
+        html = report.html(an_outcome(tmp_path, heldout_panel=panel, pictures=kept))
+        sizes = {int(image["width"]) for image in figures_by_id(Page(html)).values()}
+        assert sizes == {side}
+        assert len(html) < 15e6

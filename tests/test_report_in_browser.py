@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
-from outcomes import an_outcome
+from outcomes import an_outcome, an_unfinished_outcome
 
 from bayesian_merger import pairs, report
 from bayesian_merger.data import Preference
+
+# Where `npm install axe-core` puts it, from the repository's root.
+AXE = Path(__file__).parents[1] / "node_modules" / "axe-core" / "axe.min.js"
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
@@ -78,3 +81,33 @@ def test_page_is_no_wider_than_the_screen(browser: Browser, page: Path) -> None:
     assert browser.run(wide) == 0
     browser.run("document.querySelector('.slides').click()")
     assert browser.run(wide) == 0
+
+
+def test_page_of_two_hundred_trials_opens_without_a_fault(
+    browser: Browser, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(report.html(an_outcome(tmp_path, 200, 24)), encoding="utf-8")
+    browser.goto(path.as_uri())
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert browser.run(wide) == 0
+    assert browser.messages == []
+    if AXE.is_file():
+        assert browser.axe(AXE) == []
+
+
+def test_page_of_a_run_that_goes_on_reloads_itself_unless_somebody_looks_closely(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_REFRESH_S", 1)
+    path = tmp_path / "report.html"
+    path.write_text(report.html(an_unfinished_outcome(tmp_path)), encoding="utf-8")
+    browser.goto(path.as_uri())
+    browser.run("window.old = true; 0")
+    assert browser.until("window.old === undefined && document.readyState === 'complete'")
+    browser.run("document.querySelector('.slides').click(); window.old = true; 0")
+    with pytest.raises(TimeoutError):
+        browser.until("window.old === undefined", 3)
+    browser.run("document.querySelector('#slider button').click()")
+    assert browser.until("window.old === undefined")
+    assert browser.messages == []

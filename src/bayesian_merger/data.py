@@ -312,8 +312,8 @@ class Outcome:
     `trials`; `leader` is what the search recommends so far, and `expected` the value that it expected of
     that after so many trials. `candidates` are the few that it recommends at the end, `selected` the
     same judged again on fresh seeds, from which `best` was chosen. `heldout` holds "a", "b", "even" and
-    "best" judged on seeds that no choice was made on, and `gain` the paired differences "over_a",
-    "over_b" and "over_even" there.
+    "best" judged on seeds that no choice was made on, `by_scorer` what each scorer gave them there, and
+    `gain` the paired differences "over_a", "over_b" and "over_even".
     `best` is None and `heldout` empty until they are known. `pictures` maps "a", "b", "even", "best" to
     saved images by panel index: held-out ones once the run is finished, before that the baselines' own.
     With pairs in place of scores (`by_pairs`) a value is a lead over the even merge, that of 1 winning
@@ -340,6 +340,7 @@ class Outcome:
     expected: Mapping[int, Estimate] = field(default_factory=dict)
     best: Result | None = None
     heldout: Mapping[str, Estimate] = field(default_factory=dict)
+    by_scorer: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     gain: Mapping[str, Interval] = field(default_factory=dict)
     pictures: Mapping[str, Mapping[int, Path]] = field(default_factory=dict)
     front: tuple[Compromise, ...] = ()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bayesian_merger import album, pairs, plots, report
 from bayesian_merger.checkpoint import whole_file
-from bayesian_merger.data import Model, Outcome, Prompt, Recipe, Result
+from bayesian_merger.data import Estimate, Model, Outcome, Prompt, Recipe, Result
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.setup import BASELINES
 from bayesian_merger.study import Stage, Study, is_in, storage_at
 from bayesian_merger.study import create as create_study
-from bayesian_merger.values import Measure, Yardstick
+from bayesian_merger.values import JUNK, Measure, Yardstick
 
 # In a run folder whose study lies elsewhere: what tells it from other folders of its name.
 _ELSEWHERE = "study.id"
@@ -133,6 +133,7 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
         expected=study.expected,
         best=judged["best"] if finished else None,
         heldout={name: r.value for name, r in sorted(judged.items()) if r.value and finished},
+        by_scorer=_by_scorer(judged, panels["heldout_panel"]) if finished and not by_pairs else {},
         gain=gain,
         pictures={
             key: album.saved(album.folder_of(folder, stage, name)) for key, name in names.items()
@@ -150,6 +151,27 @@ def read_outcome(folder: Path, study: Study) -> Outcome:
     )
 
 
+def _by_scorer(
+    judged: Mapping[str, Result], panel: Sequence[Prompt]
+) -> dict[str, dict[str, Estimate]]:
+    """The mean score that each scorer gave each result, over the images of the panel that it judged."""
+    scorers = dict.fromkeys(
+        name
+        for result in judged.values()
+        for scores in result.scores.values()
+        for name in scores
+        if not name.startswith(JUNK)
+    )
+    found: dict[str, dict[str, Estimate]] = {}
+    for name, result in sorted(judged.items()):
+        for scorer in scorers:
+            own = [p for p in panel if scorer in result.scores.get(p.index, {})]
+            if own:
+                one = Yardstick(Measure({scorer: 1.0}))
+                found.setdefault(name, {})[scorer] = one.estimate(result, own)
+    return found
+
+
 def yardstick_of(study: Study) -> Yardstick | None:
     """What turns the scores of a run into values; None for choices, and before the baselines."""
     about = study.about
@@ -162,29 +184,39 @@ def yardstick_of(study: Study) -> Yardstick | None:
     return Yardstick.from_baselines(measure, baselines, panel)
 
 
-def write_outcome(outcome: Outcome, folder: Path, models: Sequence[Model] = ()) -> None:
-    """result.json, report.html, the figures and the best recipes so far, each written whole."""
+def write_outcome(
+    outcome: Outcome, folder: Path, models: Sequence[Model] = (), *, figures: bool = True
+) -> None:
+    """result.json, report.html, perhaps `figures`, and the best recipes so far, each written whole."""
     _write(folder / "result.json", json.dumps(report.result_json(outcome), indent=2) + "\n")
-    plots.save(plots.convergence(outcome), folder / "convergence.png")
+    if figures:
+        _write_figures(outcome, folder / "figures")
     _write_front(outcome, folder, models)
     found = outcome.best or outcome.leader
-    if found is not None:
-        weights = next(iter(found.recipe.weights.values()))
-        names = outcome.ends(found.recipe)
-        plots.save(plots.unet(weights, blocks=outcome.blocks, names=names), folder / "unet.png")
-        if models:
-            write_recipe(found.recipe, folder, models)
+    if found is not None and models:
+        write_recipe(found.recipe, folder, models)
     _write(folder / "report.html", report.html(outcome))
 
 
+def _write_figures(outcome: Outcome, folder: Path) -> None:
+    """Each figure of the report and a contact sheet, as PNG and SVG; those that are no more go."""
+    drawn = {name: draw() for name, (draw, _) in report.figures(outcome).items()}
+    if pictures := report.sheet(outcome):
+        drawn["pictures"] = plots.contact_sheet(pictures)
+    paths = {folder / f"{name}{suffix}": name for name in drawn for suffix in (".png", ".svg")}
+    for left in (*folder.glob("*.png"), *folder.glob("*.svg")):
+        if left not in paths:
+            left.unlink()
+    for path, name in paths.items():
+        plots.save(drawn[name], path)
+
+
 def _write_front(outcome: Outcome, folder: Path, models: Sequence[Model]) -> None:
-    """The figure and the recipes of the compromises; those of an earlier front go."""
+    """The recipes of the compromises; those of an earlier front go."""
     recipes = {folder / "front" / f"{n}.toml": one for n, one in enumerate(outcome.front, start=1)}
-    for left in (*(folder / "front").glob("*.toml"), folder / "front.png"):
+    for left in (folder / "front").glob("*.toml"):
         if left not in recipes:
             left.unlink(missing_ok=True)
-    if outcome.front:
-        plots.save(plots.front(outcome), folder / "front.png")
     for path, one in recipes.items() if models else ():
         with whole_file(path) as file:
             file.write(to_toml(one.recipe, {m.sha256: m.path for m in models}).encode())

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib import colormaps, font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_hex
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -98,7 +100,8 @@ def svg(figure: Figure) -> bytes:
     """The figure as an SVG, its letters as shapes; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "bayesian-merger"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        # Of pictures in it; everything else is lines.
+        figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
@@ -160,6 +163,102 @@ def convergence(outcome: Outcome, *, dark: bool = False) -> Figure:
         prop={"family": _FONT, "size": 9},
     )
     return figure
+
+
+def parallel(outcome: Outcome, *, dark: bool = False) -> Figure:
+    """Each trial that has a value as a line over the weights of its blocks, coloured by the value.
+
+    The worse, the fainter; the thick line is the best merge, or the one that leads. The colours end at
+    the 5th and the 95th percentile of the values, so that a lucky trial does not take all of them.
+    """
+    theme = _DARK if dark else _LIGHT
+    figure = Figure(figsize=(8.4, 4.4), facecolor=theme.paper)
+    axes = figure.add_axes((0.07, 0.185, 0.82, 0.78), facecolor=theme.paper)
+    shown = outcome.best or outcome.leader
+    trials = sorted(
+        ((r, r.value.mean) for r in outcome.results if r.stage != "baseline" and r.value),
+        key=lambda trial: trial[1],
+    )
+    places = _searched([r for r, _ in trials] or ([shown] if shown else []), outcome.blocks)
+    lines = [_line(result, places) for result, _ in trials]
+    low, high = theme.shades
+    shades = ListedColormap(
+        [colormaps["viridis"](low + (high - low) * k / 255) for k in range(256)]
+    )
+    values = [value for _, value in trials]
+    ends = np.percentile(values, [5, 95]) if values else np.array([0.0, 1.0])
+    scale = ScalarMappable(Normalize(*ends), shades)
+    across = np.arange(len(places))
+    # Of hundreds of lines the best tenth is to be seen.
+    alphas = (
+        0.06 + 0.74 * np.linspace(0, 1, len(lines)) ** min(4, 1 + len(lines) / 50)
+        if len(lines) > 1
+        else [0.8] * len(lines)
+    )
+    colours = scale.to_rgba(np.array(values)) if values else np.empty((0, 4))
+    colours[:, 3] = alphas
+    axes.add_collection(
+        LineCollection(
+            [np.column_stack([across, line]) for line in lines], colors=colours, lw=1, gid="trials"
+        )
+    )
+    every = [weight for line in lines for weight in line]
+    if shown:
+        own = _line(shown, places)
+        every += own
+        label = "best" if outcome.best else "recommended so far"
+        style: dict[str, Any] = {"color": theme.best, "lw": 2.4, "ms": 4.5, "gid": "best"}
+        axes.plot(across, own, "o-", mec=theme.paper, mew=0.7, label=label, zorder=4, **style)
+    known = [weight for weight in every if not math.isnan(weight)]
+    least, most = min([0.0, *known]), max([1.0, *known])
+    margin = 0.03 * (most - least)
+    axes.set_ylim(least - margin, most + margin)
+    axes.set_xlim(-0.5, max(len(places), 1) - 0.5)
+    labels = [_drawable(_shortened(_label(f"{block}_{weight}"), 16)) for weight, block in places]
+    axes.set_xticks(across, labels, rotation=90)
+    axes.set_ylabel("weight", **_text(theme.ink, 10))
+    axes.tick_params(colors=theme.soft, labelsize=8.5, length=0, labelfontfamily=_FONT)
+    axes.grid(axis="x", color=theme.line, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    if not lines:
+        style = _text(theme.soft, 11, ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no trial is complete yet", **style)
+        return figure
+    bar = figure.add_axes((0.915, 0.185, 0.016, 0.7), gid="key")
+    drawn = figure.colorbar(scale, cax=bar)
+    drawn.outline.set(edgecolor=theme.soft, linewidth=0.7)
+    bar.tick_params(colors=theme.soft, labelsize=8.5, length=3, labelfontfamily=_FONT)
+    bar.yaxis.set_major_locator(MaxNLocator(4))
+    bar.set_title("value", loc="left", pad=6, **_text(theme.ink, 9.5))
+    if shown:
+        axes.legend(
+            loc="lower right",
+            bbox_to_anchor=(1.0, -0.26),
+            frameon=False,
+            borderpad=0,
+            labelcolor=theme.ink,
+            prop={"family": _FONT, "size": 9},
+        )
+    return figure
+
+
+def _searched(results: Sequence[Result], blocks: Sequence[str]) -> list[tuple[str, str]]:
+    """Weight and block of all that is not the same in all results, in the network's order."""
+    weights = dict.fromkeys(name for result in results for name in result.recipe.weights)
+    places = [(weight, block) for weight in weights for block in blocks]
+    varied = [
+        place
+        for place in places
+        if len({result.recipe.weights.get(place[0], {}).get(place[1]) for result in results}) > 1
+    ]
+    return varied or places
+
+
+def _line(result: Result, places: Sequence[tuple[str, str]]) -> list[float]:
+    """The weights of a result at the places; not a number where its method has none."""
+    weights = result.recipe.weights
+    return [weights.get(weight, {}).get(block, math.nan) for weight, block in places]
 
 
 def front(outcome: Outcome, *, dark: bool = False) -> Figure:
@@ -252,16 +351,16 @@ def path(
     theme = _DARK if dark else _LIGHT
     trials = outcome.followed
     names = list(slopes)
-    up = 0.21 * len(names) + 1.15
+    up = 0.21 * len(names) + 1.1
     figure = Figure(figsize=(8.4, up), facecolor=theme.paper)
-    high, bottom = 0.21 * len(names) / up, 0.75 / up
+    high, bottom = 0.21 * len(names) / up, 0.9 / up
     way = figure.add_axes((0.15, bottom, 0.5, high), facecolor=theme.paper)
     side = figure.add_axes((0.68, bottom, 0.3, high), facecolor=theme.paper, sharey=way)
     places = [_place(name) for name in names]
-    shown = [[r.recipe.weights.get(w, {}).get(b, math.nan) for r in trials] for w, b in places]
+    shown = [list(row) for row in zip(*(_line(r, places) for r in trials), strict=True)]
     tried = [weight for row in shown for weight in row if not math.isnan(weight)]
     low, most = min([0.0, *tried]), max([1.0, *tried])
-    way.imshow(
+    drawn = way.imshow(
         shown,
         cmap=_MAP,
         vmin=low,
@@ -272,10 +371,7 @@ def path(
         gid="weights",
     )
     way.set_yticks(range(len(names)), [_drawable(_shortened(_label(name), 16)) for name in names])
-    ends = [_drawable(_shortened(name, 20)) for name in outcome.models[:2]]
-    if low < 0 or most > 1:
-        ends = [f"{low:.2g}", f"{most:.2g}"]
-    way.set_xlabel(f"weight in each trial, {ends[0]} to {ends[1]}")
+    way.set_xlabel("weight in each trial")
     side.errorbar(
         [one.mean for one in slopes.values()],
         range(len(names)),
@@ -295,6 +391,9 @@ def path(
         axes.grid(axis="x", color=theme.line, lw=0.6)
         axes.set_axisbelow(True)
     side.tick_params(axis="y", labelleft=False, length=0)
+    bar = figure.add_axes((0.3, 0.3 / up, 0.2, 0.12 / up), gid="key")
+    ends = ("A", "B") if (low, most) == (0.0, 1.0) else ("", "")
+    _draw_key(figure, drawn, bar, ends, theme)
     way.grid(visible=False)
     way.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
@@ -402,15 +501,7 @@ def unet(
 
     bar = figure.add_axes((0.5 - 1 / across, 0.5 / up, 2 / across, 0.14 / up))
     scale = ScalarMappable(Normalize(0, 1), _MAP)
-    drawn = figure.colorbar(
-        scale, cax=bar, orientation="horizontal", ticks=[0, 0.5, 1], format="%g"
-    )
-    drawn.outline.set(edgecolor=theme.soft, linewidth=0.7)
-    bar.tick_params(colors=theme.soft, labelsize=8.5, length=3, labelfontfamily=_FONT)
-    for x, name, ha in ((-0.03, names[0], "right"), (1.03, names[1], "left")):
-        label = _drawable(_shortened(name.removesuffix(".safetensors").removesuffix(".ckpt"), 22))
-        style = _text(theme.ink, 9.5, ha=ha, va="center", transform=bar.transAxes)
-        bar.text(x, 0.45, label, **style)
+    _draw_key(figure, scale, bar, names, theme)
     if any(_is_outside(weight) for row in rows.values() for weight in row):
         note = "hatched: below 0 or above 1"
         style = _text(theme.soft, 8.5, ha="center", va="center")
@@ -422,7 +513,9 @@ def contact_sheet(pictures: Mapping[str, Sequence[Image]], *, dark: bool = False
     """A labelled row of pictures for each name; one column holds the same prompt and seed."""
     theme = _DARK if dark else _LIGHT
     n_columns = max((len(row) for row in pictures.values()), default=0)
-    tile, pitch, left, edge = 0.96, 1.02, 0.8, 0.1
+    is_large = any(image.width >= 200 for row in pictures.values() for image in row)
+    tile, left, edge = 1.92 if is_large else 0.96, 0.8, 0.1
+    pitch = tile + 0.06
     across, up = left + n_columns * pitch + edge, len(pictures) * pitch + 2 * edge
     figure = Figure(figsize=(across, up), facecolor=theme.paper)
     for row, (name, images) in enumerate(pictures.items()):
@@ -435,6 +528,23 @@ def contact_sheet(pictures: Mapping[str, Sequence[Image]], *, dark: bool = False
             axes.set_axis_off()
             axes.imshow(image, interpolation="nearest" if image.width < 200 else "antialiased")
     return figure
+
+
+def _draw_key(
+    figure: Figure, scale: ScalarMappable, bar: Axes, names: Sequence[str], theme: _Theme
+) -> None:
+    """A colour bar of weights with the names of the models at its ends."""
+    low, high = scale.get_clim()
+    assert low is not None
+    assert high is not None
+    ends = (low, (low + high) / 2, high)
+    drawn = figure.colorbar(scale, cax=bar, orientation="horizontal", ticks=ends, format="%.3g")
+    drawn.outline.set(edgecolor=theme.soft, linewidth=0.7)
+    bar.tick_params(colors=theme.soft, labelsize=8.5, length=3, labelfontfamily=_FONT)
+    for x, name, ha in ((-0.03, names[0], "right"), (1.03, names[1], "left")):
+        label = _drawable(_shortened(name.removesuffix(".safetensors").removesuffix(".ckpt"), 22))
+        style = _text(theme.ink, 9.5, ha=ha, va="center", transform=bar.transAxes)
+        bar.text(x, 0.45, label, **style)
 
 
 def _draw_frame(axes: Axes, theme: _Theme) -> None:

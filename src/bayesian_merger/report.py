@@ -6,7 +6,8 @@ import base64
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,9 +16,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageOps
 
-from bayesian_merger import plots
-from bayesian_merger.blocks import ARCHITECTURES
-from bayesian_merger.data import Estimate, Interval, Outcome, Prompt, Recipe
+from bayesian_merger import pairs, plots
+from bayesian_merger.blocks import ARCHITECTURES, SD1
+from bayesian_merger.data import RIVALS, Estimate, Interval, Outcome, Prompt, Recipe
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.values import mean_slopes
 
@@ -26,17 +27,21 @@ _GAINS = {"over_a": "over A", "over_b": "over B", "over_even": "over even"}
 
 _MAX_ROWS = 24  # prompts shown with their pictures; more would make the page too heavy to post
 _AS_IS_BYTES = 64 * 1024
-_MAX_SIDE = 512
+# A picture's side; of many together they are smaller, so that the page stays below 15 MB.
+_MAX_SIDE = 1024
+_MAX_PIXELS = 24e6
 _REFRESH_S = 30
+# Of a picture on the contact sheet.
+_SHEET_SIDE, _SHEET_COLUMNS = 384, 8
 
 
 def html(outcome: Outcome) -> str:
     """The run as one page, finished or not, that takes nothing from the network."""
     shown = outcome.best or outcome.leader
-    start, slopes = first_slopes(outcome)
     template = _environment().get_template("report.html")
     return template.render(
         outcome=outcome,
+        certainty=certainty(outcome),
         labels=_LABELS,
         refresh_s=None if outcome.finished else _REFRESH_S,
         models=dict(zip("ABC", outcome.models, strict=False)),
@@ -46,23 +51,60 @@ def html(outcome: Outcome) -> str:
         selected=_selected(outcome),
         pairs=_pairs(outcome),
         n_panel=len(_shown_panel(outcome)),
-        convergence=_drawn(partial(plots.convergence, outcome)),
-        convergence_alt=_convergence_alt(outcome),
-        path=_drawn(partial(plots.path, outcome, slopes, start)) if slopes else None,
-        path_alt=_path_alt(outcome, start),
-        path_start=start,
-        slices=_drawn(partial(plots.slices, outcome)) if outcome.slices else None,
-        slices_alt=_slices_alt(outcome),
-        front=_drawn(partial(plots.front, outcome)) if outcome.front else None,
-        front_alt=_front_alt(outcome),
+        figures={name: _drawn(*figure) for name, figure in figures(outcome).items()},
+        path_start=first_slopes(outcome)[0],
+        n_tried=sum(r.stage != "baseline" and r.value is not None for r in outcome.results),
+        scorers=_by_scorer(outcome),
         shown=shown,
-        unets=_unets(outcome, shown.recipe) if shown else [],
         weights_text=best_log(shown.recipe).strip() if shown else "",
+        lines_text=one_line(shown.recipe) if shown else "",
+        preset_text=preset(shown.recipe, outcome.title) if shown else "",
         recipe_text=to_toml(shown.recipe, {}).strip() if shown else "",
         lost=[r for r in outcome.results if r.state in ("failed", "stopped")],
         seconds=_phases(outcome.seconds),
         settings=list(_settings(outcome.config)),
     )
+
+
+def certainty(outcome: Outcome) -> str:
+    """The gain over the closest rival and how sure that is: what ends the sentence of the verdict."""
+    if not outcome.gain:
+        return ""
+    closest = min(outcome.gain, key=lambda key: outcome.gain[key].mean)
+    gain = outcome.gain[closest]
+    if outcome.by_pairs:
+        told = f"beside {RIVALS[closest]} it was {pairs.sentence(outcome.preferences[closest])}"
+    elif _is_known(gain):
+        interval = f"95 % interval {_signed(gain.low)} to {_signed(gain.high)}"
+        told = f"{_signed(gain.mean)} over {RIVALS[closest]} ({interval})"
+    else:
+        told = f"{_signed(gain.mean)} over {RIVALS[closest]}, its error unknown"
+    return told
+
+
+def figures(outcome: Outcome) -> dict[str, tuple[Callable[..., Any], str]]:
+    """Name -> what draws the figure, light or `dark`, and what it shows in words."""
+    start, slopes = first_slopes(outcome)
+    shown = outcome.best or outcome.leader
+    found: dict[str, tuple[Callable[..., Any], str]] = {
+        "convergence": (partial(plots.convergence, outcome), _convergence_alt(outcome))
+    }
+    if slopes:
+        draw = partial(plots.path, outcome, slopes, start)
+        found["path"] = (draw, _path_alt(outcome, start))
+    if outcome.slices:
+        found["slices"] = (partial(plots.slices, outcome), _slices_alt(outcome))
+    n_tried = sum(r.stage != "baseline" and r.value is not None for r in outcome.results)
+    if n_tried > 1:
+        alt = (
+            f"The weights of {n_tried} trials as lines over the blocks, coloured by their values."
+        )
+        found["parallel"] = (partial(plots.parallel, outcome), alt)
+    if outcome.front:
+        found["front"] = (partial(plots.front, outcome), _front_alt(outcome))
+    if shown:
+        found |= _unets(outcome, shown.recipe)
+    return found
 
 
 def result_json(outcome: Outcome) -> dict[str, Any]:
@@ -74,6 +116,10 @@ def result_json(outcome: Outcome) -> dict[str, Any]:
         "trials": {state: states.count(state) for state in ("complete", "stopped", "failed")},
         "seconds": dict(outcome.seconds),
         "heldout": {name: _plain(outcome.heldout.get(name)) for name in _LABELS},
+        "scores": {
+            name: {scorer: _plain(found) for scorer, found in of_it.items()}
+            for name, of_it in outcome.by_scorer.items()
+        },
         "gain": {name: _plain(outcome.gain.get(name)) for name in _GAINS},
         "pairs": {name: vars(told) for name, told in outcome.preferences.items()},
         "best": {
@@ -91,13 +137,40 @@ def best_log(recipe: Recipe) -> str:
 
     The base weight, an empty line, the other blocks' weights with commas between, an empty line.
     """
-    base, *others = ARCHITECTURES[recipe.architecture].blocks
     lines = []
-    for blocks in recipe.weights.values():
-        # What the models do not hold, or hold alike, is A's, whatever its weight.
-        numbers = [repr(float(blocks.get(b, 0.0))) for b in others]
-        lines += [repr(float(blocks.get(base, 0.0))), "", ",".join(numbers), ""]
+    for base, *others in _numbers(recipe, ARCHITECTURES[recipe.architecture].blocks).values():
+        lines += [base, "", ",".join(others), ""]
     return "".join(f"{line}\n" for line in lines)
+
+
+def one_line(recipe: Recipe) -> str:
+    """All weights in one line, base first, to six digits, for each weight of the method."""
+    found = _numbers(recipe, ARCHITECTURES[recipe.architecture].blocks, "{:.6g}")
+    return "\n".join(",".join(numbers) for numbers in found.values())
+
+
+def preset(recipe: Recipe, title: str) -> str:
+    """The weights as presets of sd-webui-supermerger, a line for each weight of the method.
+
+    A name, a tab, and 26 numbers; those that SDXL lacks are 0. Empty for other networks than U-Nets.
+    """
+    if not set(ARCHITECTURES[recipe.architecture].blocks) <= set(SD1.blocks):
+        return ""
+    name = " ".join(re.sub(r"[:,\s]+", " ", title).split()) or "best"
+    found = _numbers(recipe, SD1.blocks, "{:.6g}")
+    return "\n".join(
+        f"{name}{f' {weight}' if len(found) > 1 else ''}\t{','.join(numbers)}"
+        for weight, numbers in found.items()
+    )
+
+
+def _numbers(recipe: Recipe, blocks: Sequence[str], digits: str = "{!r}") -> dict[str, list[str]]:
+    """Each weight of the method at the blocks, as text; with all digits unless said."""
+    # What the models do not hold, or hold alike, is A's, whatever its weight.
+    return {
+        weight: [digits.format(float(own.get(block, 0.0))) for block in blocks]
+        for weight, own in recipe.weights.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -126,7 +199,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(duration=duration, signed=_signed, number=_number)
+    environment.filters.update(duration=duration, number=_number, estimate=_estimate)
     return environment
 
 
@@ -138,15 +211,18 @@ def _shown_panel(outcome: Outcome) -> tuple[Prompt, ...]:
 def _pairs(outcome: Outcome) -> list[_Pair]:
     """The first prompts of the panel that have pictures; no score has a say in which are shown."""
     kept = {name: outcome.pictures[name] for name in _LABELS if outcome.pictures.get(name)}
-    prompts = [p for p in _shown_panel(outcome) if any(p.index in k for k in kept.values())]
+    found = [p for p in _shown_panel(outcome) if any(p.index in k for k in kept.values())]
+    prompts = found[:_MAX_ROWS]
+    n_pictures = sum(p.index in paths for p in prompts for paths in kept.values())
+    side = min(_MAX_SIDE, math.isqrt(int(_MAX_PIXELS / max(1, n_pictures))))
     return [
-        _Pair(p, {name: _picture(name, paths.get(p.index)) for name, paths in kept.items()})
-        for p in prompts[:_MAX_ROWS]
+        _Pair(p, {name: _picture(name, paths.get(p.index), side) for name, paths in kept.items()})
+        for p in prompts
     ]
 
 
-def _picture(name: str, path: Path | None) -> _Picture | None:
-    """The picture embedded: a small file as it is, a large one as a JPEG of moderate size."""
+def _picture(name: str, path: Path | None, side: int) -> _Picture | None:
+    """The picture embedded: a small file as it is, a large one as a JPEG of at most that `side`."""
     if path is None:
         return None
     try:
@@ -155,7 +231,7 @@ def _picture(name: str, path: Path | None) -> _Picture | None:
             if len(data) < _AS_IS_BYTES and image.format in ("PNG", "JPEG", "WEBP"):
                 return _Picture(name, _uri(data, image.format.lower()), *image.size)
             small = ImageOps.exif_transpose(image).convert("RGB")
-            small.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
+            small.thumbnail((side, side), Image.Resampling.LANCZOS)
     except (OSError, Image.DecompressionBombError):
         # A report without one picture is worth more than none.
         return None
@@ -164,16 +240,38 @@ def _picture(name: str, path: Path | None) -> _Picture | None:
     return _Picture(name, _uri(buffer.getvalue(), "jpeg"), *small.size)
 
 
+def sheet(outcome: Outcome) -> dict[str, list[Image.Image]]:
+    """The pictures of A, B, the even merge and the best on the first few prompts, by what made them."""
+    kept = {name: outcome.pictures[name] for name in _LABELS if outcome.pictures.get(name)}
+    shown = [p for p in _shown_panel(outcome) if all(p.index in paths for paths in kept.values())]
+    found: dict[str, list[Image.Image]] = {_LABELS[name]: [] for name in kept}
+    for prompt in shown if kept else ():
+        row = {}
+        for name, paths in kept.items():
+            with (
+                suppress(OSError, Image.DecompressionBombError),
+                Image.open(paths[prompt.index]) as file,
+            ):
+                row[_LABELS[name]] = file.convert("RGB")
+                row[_LABELS[name]].thumbnail((_SHEET_SIDE, _SHEET_SIDE), Image.Resampling.LANCZOS)
+        if len(row) == len(kept):
+            for label, image in row.items():
+                found[label].append(image)
+            if len(found[_LABELS["a"]]) == _SHEET_COLUMNS:
+                break
+    return found if any(found.values()) else {}
+
+
 def _uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _drawn(draw: Callable[..., Any]) -> dict[str, Any]:
-    """The figure that `draw` makes, light and dark, embedded with its size on the page."""
+def _drawn(draw: Callable[..., Any], alt: str) -> dict[str, Any]:
+    """The figure that `draw` makes, light and dark, embedded with its size on the page and `alt`."""
     light, dark = draw(dark=False), draw(dark=True)
     width, height = (round(side * 96) for side in light.get_size_inches())
     uris = {"light": _uri(plots.png(light), "png"), "dark": _uri(plots.png(dark), "png")}
-    return {**uris, "width": width, "height": height}
+    return {**uris, "width": width, "height": height, "alt": alt}
 
 
 def first_slopes(outcome: Outcome) -> tuple[str, dict[str, Estimate]]:
@@ -228,16 +326,24 @@ def _front_alt(outcome: Outcome) -> str:
     return f"Chart of what is expected of each merge. {'; '.join(merges)}."
 
 
-def _unets(outcome: Outcome, recipe: Recipe) -> list[dict[str, Any]]:
-    """The drawing of the network for each weight of the method."""
+def _unets(outcome: Outcome, recipe: Recipe) -> dict[str, tuple[Callable[..., Any], str]]:
+    """The drawing of the network for each weight of the method: "unet", or "unet-beta" of several."""
     names = outcome.ends(recipe)
-    drawings = []
+    drawings: dict[str, tuple[Callable[..., Any], str]] = {}
     for name, weights in recipe.weights.items():
         title = name if len(recipe.weights) > 1 else ""
         draw = partial(plots.unet, weights, blocks=outcome.blocks, title=title, names=names)
         alt = ", ".join(f"{block} {weights[block]:.2f}" for block in outcome.blocks)
-        drawings.append({**_drawn(draw), "alt": f"The network coloured by {name}: {alt}."})
+        told = f"The network coloured by {name}: {alt}."
+        drawings[f"unet-{name}" if title else "unet"] = (draw, told)
     return drawings
+
+
+def _by_scorer(outcome: Outcome) -> dict[str, Any]:
+    """What each of several scorers has given A, B, the even merge and the best; empty for one alone."""
+    names = list(dict.fromkeys(name for of_it in outcome.by_scorer.values() for name in of_it))
+    models = sorted(outcome.by_scorer, key=list(_LABELS).index)
+    return {"names": names, "models": models} if len(names) > 1 else {}
 
 
 def _gains_chart(outcome: Outcome) -> dict[str, Any]:
@@ -358,6 +464,13 @@ def _plain(found: Estimate | Interval | None) -> dict[str, float | None] | None:
 
 def _number(x: float) -> str:
     return f"{x:.4g}" if abs(x) >= 1000 or 0 < abs(x) < 0.01 else f"{x:.3f}"
+
+
+def _estimate(found: Estimate) -> str:
+    """Mean and standard error, which has the decimals of the mean unless it were 0 by that."""
+    mean = _number(found.mean)
+    se = f"{found.se:.{len(mean.partition('.')[2])}f}"
+    return f"{mean} ± {se if float(se) or not found.se else _number(found.se)}"
 
 
 def _signed(x: float) -> str:

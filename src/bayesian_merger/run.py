@@ -641,7 +641,7 @@ def _search(
         if time.monotonic() - reported > _REPORT_EVERY_S:
             reported = time.monotonic()
             try:
-                write_outcome(read_outcome(folder, study), folder, models)
+                write_outcome(read_outcome(folder, study), folder, models, figures=False)
             except PermissionError as error:  # on Windows, a program that has the page open
                 observer.noted(f"the report could not be renewed ({error})")
     if proposer.has_stopped:
