@@ -24,7 +24,7 @@ from PIL import Image
 
 import bayesian_merger
 from bayesian_merger import config as configuration
-from bayesian_merger import plots, run
+from bayesian_merger import judging, plots, run
 from bayesian_merger.data import Interval, Outcome, Prompt, Recipe, Result
 from bayesian_merger.outcome import mean
 from bayesian_merger.setup import Setup, prepare
@@ -56,7 +56,7 @@ def judged(
     study: Study, setup: Setup, panel: tuple[Prompt, ...], name: str, recipe: Recipe
 ) -> Result:
     trial = study.book("heldout", name, recipe)
-    run.judge(trial, panel, setup, Silent(), None)
+    judging.judge(trial, panel, setup, Silent(), None)
     if not trial.is_complete:
         trial.complete(ONE_SCORER.estimate(trial.result(), panel))
     return trial.result()

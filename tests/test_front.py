@@ -76,6 +76,7 @@ def test_front_of_the_scorers_is_reported_with_recipes_and_a_figure(folder: Path
         np.mean([scores["light"] for scores in even.scores.values()])
     )
     made = folder / "run"
+    outcomes.write_figures(outcome, made)
     assert (made / "figures" / "front.png").is_file()
     assert len(list((made / "front").glob("*.toml"))) == len(outcome.front)
     recipe = recipes.read(made / "front" / "1.toml")
@@ -88,7 +89,6 @@ def test_front_of_the_scorers_is_reported_with_recipes_and_a_figure(folder: Path
 def test_front_can_be_asked_of_a_finished_run_without_an_image(folder: Path) -> None:
     before = of_two_scorers(folder)
     assert not before.front
-    assert not (folder / "run" / "figures" / "front.png").exists()
     after = of_two_scorers(folder, "search.objectives=scorers")
     assert after.images == before.images
     assert after.front
@@ -105,7 +105,6 @@ def test_front_of_a_longer_run_by_other_objectives_replaces_the_old_one(folder: 
     recipes_left = {path.stem for path in (folder / "run" / "front").glob("*.toml")}
     assert recipes_left == {str(n) for n in range(1, len(outcome.front) + 1)}
     of_two_scorers(folder, "search.images=1000")  # more than it has spent, but of 12 trials
-    assert not (folder / "run" / "figures" / "front.png").exists()
     assert not list((folder / "run" / "front").glob("*.toml"))
 
 
@@ -139,3 +138,13 @@ def test_objectives_of_which_there_is_one_are_refused(folder: Path) -> None:
         start(folder, "search.objectives=scorers")
     with pytest.raises(ConfigError, match="there is only one of the payloads"):
         start(folder, "search.objectives=payloads", 'panel.payloads=["portrait.toml"]')
+
+
+def test_figure_that_is_no_more_goes(folder: Path) -> None:
+    outcome = of_two_scorers(folder)
+    stale = folder / "run" / "figures" / "front.svg"
+    stale.parent.mkdir()
+    stale.write_text("<svg/>")
+    outcomes.write_figures(outcome, folder / "run")
+    assert not stale.exists()
+    assert (stale.parent / "convergence.svg").is_file()

@@ -14,8 +14,8 @@ import toy_plugin
 from test_run import Silent
 
 from bayesian_merger import config as configuration
+from bayesian_merger import judging, report, run, setup, tryout, warm
 from bayesian_merger import outcome as outcomes
-from bayesian_merger import report, run, setup, warm
 from bayesian_merger.backends import Followed
 from bayesian_merger.data import Outcome, Prompt, Result
 from bayesian_merger.errors import ConfigError
@@ -168,7 +168,7 @@ def test_slopes_are_those_of_the_mean_score(folder: Path) -> None:
     chosen = ready(folder, "backend.noise=0.0")
     chosen.backend.load(chosen.baseline("even"), chosen.merger.merge(chosen.baseline("even")))
     prompts = [chosen.prompt(FRESH + i) for i in range(2)]
-    ((_, slopes, _),) = run._followed(chosen, prompts, Yardstick(chosen.measure))
+    ((_, slopes, _),) = judging.followed(chosen, prompts, Yardstick(chosen.measure))
     assert slopes
     assert slopes["IN00_alpha"] == pytest.approx(10 * 2 * 0.3 / 26, rel=1e-5)
     assert slopes["base_alpha"] == pytest.approx(-10 * 2 * 0.3 / 26, rel=1e-5)
@@ -179,7 +179,7 @@ def test_slopes_are_those_of_the_scorers_that_judge_an_image(folder: Path) -> No
     chosen = ready(folder, "backend.noise=0.0", 'value.normalise="none"', *both)
     chosen.backend.load(chosen.baseline("even"), chosen.merger.merge(chosen.baseline("even")))
     prompts = [chosen.prompt(FRESH + i) for i in range(2)]
-    pieces = [run._followed(chosen, [one], Yardstick(chosen.measure)) for one in prompts]
+    pieces = [judging.followed(chosen, [one], Yardstick(chosen.measure)) for one in prompts]
     slopes = {p.payload: next(piece).slopes for p, piece in zip(prompts, pieces, strict=True)}
     plain, more = slopes["landscape"], slopes["portrait"]
     assert plain
@@ -358,10 +358,10 @@ def test_what_the_scores_alone_speak_for_is_judged_on_fresh_images_too(folder: P
 
 
 def test_check_tells_what_an_image_costs_with_its_gradient(folder: Path) -> None:
-    tried = run.try_out(ready(folder))
+    tried = tryout.try_out(ready(folder))
     assert tried.followed == 24 + 6
     assert tried.followed_s > 0
-    assert run.try_out(ready(folder, "search.optimiser=bayes")).followed == 0
+    assert tryout.try_out(ready(folder, "search.optimiser=bayes")).followed == 0
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ class Brightness:
     plain = (folder / "config.toml").read_text().replace("nearness", "brightness")
     brought = plain.replace("plugins = [", 'plugins = ["brightness.py", ')
     (folder / "config.toml").write_text(brought)
-    (note,) = run.try_out(ready(folder)).notes
+    (note,) = tryout.try_out(ready(folder)).notes
     assert re.search(said, note)
     assert "brightness" in note
 
@@ -445,7 +445,7 @@ def test_check_tells_of_images_without_a_gradient(
     painter = type(chosen.backend)
     followed = painter.follow  # type: ignore[attr-defined]
     monkeypatch.setattr(painter, "follow", follow)
-    (note,) = run.try_out(chosen).notes
+    (note,) = tryout.try_out(chosen).notes
     assert note.startswith("not every image of ")
     assert note.endswith("told its gradient: too steep")
 

@@ -16,8 +16,8 @@ from test_run import folder as folder
 from torch import Tensor
 
 from bayesian_merger import config as configuration
+from bayesian_merger import judging, run, setup, study
 from bayesian_merger import outcome as outcomes
-from bayesian_merger import run, setup, study
 from bayesian_merger.data import Outcome, Prompt, Recipe, Sample
 from bayesian_merger.errors import ConfigError, RunError, TrialError
 from bayesian_merger.methods import method
@@ -281,9 +281,9 @@ def test_scorer_that_raises_fails_the_trial(folder: Path) -> None:
 def test_batches_hold_prompts_of_equal_settings(folder: Path) -> None:
     (folder / "portrait.toml").write_text('prompt = "a portrait"\nheight = 640\n')
     ready = begin(folder, "panel.batch_size=4")
-    sizes = [len(batch) for batch in run._batches(ready.panel, 4)]
+    sizes = [len(batch) for batch in judging.batches(ready.panel, 4)]
     assert sizes == [4, 4]
-    assert sorted(p.index for batch in run._batches(ready.panel, 4) for p in batch) == list(
+    assert sorted(p.index for batch in judging.batches(ready.panel, 4) for p in batch) == list(
         range(8)
     )
 

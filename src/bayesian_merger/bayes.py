@@ -20,7 +20,17 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from bayesian_merger.choices import Choice
-from bayesian_merger.gp import WHOLE, Array, Chosen, Data, Model, Posterior, Prior
+from bayesian_merger.gp import (
+    WHOLE,
+    Array,
+    Belief,
+    Chosen,
+    Data,
+    Expecting,
+    Model,
+    Posterior,
+    Prior,
+)
 from bayesian_merger.slopes import Slope, pooled
 
 _KAPPA = 2.0
@@ -95,9 +105,19 @@ class Bayes:
         self._box, self._gain = _Box(d, choices), gain
         self._fitted: tuple[tuple[int, int, bool], Model] | None = None
 
-    def propose(self, judged: Sequence[Judged], place: int, spent: float) -> Array:
-        """The merge to try in trial number `place`, when a share `spent` of the images is."""
-        posterior, incumbent = self._now(judged)
+    def propose(
+        self, judged: Sequence[Judged], place: int, spent: float, awaited: Sequence[Array] = ()
+    ) -> Array:
+        """The merge to try in trial number `place`, when a share `spent` of the images is.
+
+        The scores of the merges `awaited`, one image each, are not known yet.
+        """
+        known, incumbent = self._now(judged)
+        posterior: Belief = known
+        if awaited:
+            assert self._fitted
+            points = torch.from_numpy(np.array(awaited))
+            posterior = Expecting(known, points, self._fitted[1].noise)
         rule = _RULES[-1 if spent >= 1 - _LAST else place % len(_RULES)]
         chance = np.random.default_rng([self.seed, place])
         return rule(posterior, incumbent, self._box, chance).numpy()
@@ -374,7 +394,7 @@ class _Box:
         return torch.where(torch.from_numpy(self._is_free), points, one)
 
 
-def _bounds(posterior: Posterior, n_errors: float) -> Callable[[Tensor], Tensor]:
+def _bounds(posterior: Belief, n_errors: float) -> Callable[[Tensor], Tensor]:
     """So many standard deviations above the expected score."""
 
     def value(x: Tensor) -> Tensor:
@@ -395,21 +415,19 @@ def _lead_bounds(posterior: Posterior, n_errors: float) -> Callable[[Tensor], Te
     return value
 
 
-def _bound(
-    posterior: Posterior, incumbent: Tensor, box: _Box, chance: np.random.Generator
-) -> Tensor:
+def _bound(posterior: Belief, incumbent: Tensor, box: _Box, chance: np.random.Generator) -> Tensor:
     starts = box.starts(incumbent, chance, near=1, apart=3)
     return box.climb(_bounds(posterior, _KAPPA), starts)
 
 
 def _improvement(
-    posterior: Posterior, incumbent: Tensor, box: _Box, chance: np.random.Generator
+    posterior: Belief, incumbent: Tensor, box: _Box, chance: np.random.Generator
 ) -> Tensor:
     value = _log_improvement(posterior, incumbent)
     return box.climb(value, box.starts(incumbent, chance, near=3, apart=2))
 
 
-def _log_improvement(posterior: Posterior, incumbent: Tensor) -> Callable[[Tensor], Tensor]:
+def _log_improvement(posterior: Belief, incumbent: Tensor) -> Callable[[Tensor], Tensor]:
     """Log E[max(0, f(x) - f(incumbent))]; Ament et al. 2023, arXiv:2310.20708."""
     lead = posterior.lead_over(incumbent)
 
@@ -432,7 +450,7 @@ def _log_gain(u: Tensor) -> Tensor:
 
 
 def _sampled(
-    posterior: Posterior, incumbent: Tensor, box: _Box, chance: np.random.Generator
+    posterior: Belief, incumbent: Tensor, box: _Box, chance: np.random.Generator
 ) -> Tensor:
     """The best of merges near the incumbent in one function drawn from the posterior."""
     x = box.around(incumbent, chance)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -148,8 +148,39 @@ def _prior(d: int, gain: Prior | None, is_chosen: bool) -> tuple[Array, Array]:
     return both[:, 0], both[:, 1]
 
 
+class Belief(Protocol):
+    """What is known of merges: mean and variance of each, covariance of any two."""
+
+    kernel: _Kernel
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Expected score [n] of merges [n, d], without offsets."""
+        ...
+
+    def mean_and_variance(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of merges [n, d], each by itself."""
+        ...
+
+    def covariance(self, one: Tensor, other: Tensor) -> Tensor:
+        """Posterior covariance [n, m]."""
+        ...
+
+    def lead_over(self, one: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """By how much merges [n, d] are ahead of `one` [d]: mean and variance, each [n]."""
+        here = one[None]
+        with torch.no_grad():
+            mean_here, variance_here = self.mean_and_variance(here)
+
+        def lead(x: Tensor) -> tuple[Tensor, Tensor]:
+            mean, variance = self.mean_and_variance(x)
+            both = variance + variance_here - 2 * self.covariance(x, here)[:, 0]
+            return mean - mean_here, both.clamp(min=1e-9)
+
+        return lead
+
+
 @dataclass(frozen=True)
-class Posterior:
+class Posterior(Belief):
     """What the scores say of every merge, in units of the standardised score."""
 
     data: Data | Chosen
@@ -197,23 +228,47 @@ class Posterior:
         left, right = self.with_data(one), self.with_data(other)
         return self.kernel.of_scores(one, other) - left @ self.of_covariance @ right.T
 
-    def lead_over(self, one: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """By how much merges [n, d] are ahead of `one` [d]: mean and variance, each [n]."""
-        here = one[None]
-        with torch.no_grad():
-            mean_here, variance_here = self.mean_and_variance(here)
-
-        def lead(x: Tensor) -> tuple[Tensor, Tensor]:
-            mean, variance = self.mean_and_variance(x)
-            both = variance + variance_here - 2 * self.covariance(x, here)[:, 0]
-            return mean - mean_here, both.clamp(min=1e-9)
-
-        return lead
-
     @cached_property
     def at_points(self) -> Array:
         """Expected score of the merges that were judged."""
         return self.mean(self.data.points).numpy()
+
+
+class Expecting(Belief):
+    """A posterior once further merges [m, d] have the scores that are expected of them.
+
+    What is expected of any merge stays as it is, and more is known of those that are near: so proposals
+    that nothing has been heard of yet are not made twice. Desautels et al. 2014, Parallelizing
+    Exploration-Exploitation Tradeoffs in Gaussian Process Bandit Optimization, section 4. Each merge has
+    the `noise` variance, in units of the standardised score.
+    """
+
+    def __init__(self, posterior: Posterior, points: Tensor, noise: float) -> None:
+        self.kernel, self._before, self._points = posterior.kernel, posterior, points
+        with torch.no_grad():
+            own = posterior.covariance(points, points)
+            self._root = torch.linalg.cholesky(
+                own + noise * torch.eye(len(points), dtype=own.dtype)
+            )
+
+    def _told(self, x: Tensor) -> Tensor:
+        """[n, m], whose products are by how much a covariance of merges [n, d] is less than before."""
+        across = self._before.covariance(x, self._points)
+        told: Tensor = torch.linalg.solve_triangular(self._root, across.T, upper=False).T
+        return told
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Expected score [n] of merges [n, d], as before."""
+        return self._before.mean(x)
+
+    def mean_and_variance(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of merges [n, d], each by itself."""
+        mean, variance = self._before.mean_and_variance(x)
+        return mean, (variance - (self._told(x) ** 2).sum(1)).clamp(min=1e-12)
+
+    def covariance(self, one: Tensor, other: Tensor) -> Tensor:
+        """Posterior covariance [n, m]."""
+        return self._before.covariance(one, other) - self._told(one) @ self._told(other).T
 
 
 class _Kernel(NamedTuple):
@@ -269,6 +324,11 @@ class Model:
         self.d = d
         self._mean, self._sd = _prior(d, gain, is_chosen)
         self.theta = self._mean.copy()
+
+    @property
+    def noise(self) -> float:
+        """Variance of the score of one image beside its offset."""
+        return math.exp(2 * self.theta[self.d + 4])
 
     def fit(self, data: Data | Chosen, n_steps: int = 30) -> None:
         """Go to the nearest maximum of the hyperparameters' posterior density."""

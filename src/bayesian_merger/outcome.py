@@ -184,13 +184,9 @@ def yardstick_of(study: Study) -> Yardstick | None:
     return Yardstick.from_baselines(measure, baselines, panel)
 
 
-def write_outcome(
-    outcome: Outcome, folder: Path, models: Sequence[Model] = (), *, figures: bool = True
-) -> None:
-    """result.json, report.html, perhaps `figures`, and the best recipes so far, each written whole."""
+def write_outcome(outcome: Outcome, folder: Path, models: Sequence[Model] = ()) -> None:
+    """result.json, report.html and the best recipes so far, each written whole."""
     _write(folder / "result.json", json.dumps(report.result_json(outcome), indent=2) + "\n")
-    if figures:
-        _write_figures(outcome, folder / "figures")
     _write_front(outcome, folder, models)
     found = outcome.best or outcome.leader
     if found is not None and models:
@@ -198,8 +194,9 @@ def write_outcome(
     _write(folder / "report.html", report.html(outcome))
 
 
-def _write_figures(outcome: Outcome, folder: Path) -> None:
+def write_figures(outcome: Outcome, run_dir: Path) -> None:
     """Each figure of the report and a contact sheet, as PNG and SVG; those that are no more go."""
+    folder = run_dir / "figures"
     drawn = {name: draw() for name, (draw, _) in report.figures(outcome).items()}
     if pictures := report.sheet(outcome):
         drawn["pictures"] = plots.contact_sheet(pictures)

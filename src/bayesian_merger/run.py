@@ -5,45 +5,33 @@ config -> space -> ask -> merge -> generate -> score -> tell -> report
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
-import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
-from bayesian_merger import album, junk, pairs
-from bayesian_merger.backends import Backend, Differentiable, Exclusive
+from bayesian_merger import pairs
+from bayesian_merger.backends import Backend, Exclusive
 from bayesian_merger.checkpoint import remove_parts
 from bayesian_merger.data import (
-    MOST_SCORE,
     Compromise,
     Estimate,
     Outcome,
     Prompt,
-    Recipe,
     Result,
-    Sample,
 )
-from bayesian_merger.desk import Desk
 from bayesian_merger.errors import (
     CheckpointError,
     ConfigError,
-    MergerError,
     NothingChangedError,
     RunError,
     SkippedError,
     TrialError,
-    first_line,
 )
+from bayesian_merger.judging import NEAR, Host, Observer, distance, judge, judge_and_follow
 from bayesian_merger.merge import Merger
 from bayesian_merger.outcome import (
     has_study,
@@ -53,370 +41,19 @@ from bayesian_merger.outcome import (
     write_outcome,
     write_recipe,
 )
-from bayesian_merger.pairing import Rivals, compared
-from bayesian_merger.scorers import Attended, DifferentiableScorer, Scorer
-from bayesian_merger.setup import BASELINES, Setup, judges
+from bayesian_merger.scorers import Attended
+from bayesian_merger.setup import BASELINES, Setup
 from bayesian_merger.study import Stage, Study, Trial, storage_errors
 from bayesian_merger.study.proposals import FRESH, RECOMMENDED, Objective, Plan, Proposer
 from bayesian_merger.values import JUNK, Measure, Yardstick, weighted_mean
 
 _FAILURES_IN_A_ROW = 3
-# Errors of ours say what they mean for the run; a full disk or a lost server stops it.
-_NOT_OF_ONE_TRIAL = (MergerError, OSError)
 _REPORT_EVERY_S = 60.0
-# How far apart a scorer's two ways to the same score may be, as a share of the largest.
-_ALIKE = 0.1
 _TELL_EVERY = 5
-# So many images of merges whose weights differ by more on average are not the same by chance.
-_TELLING, _NEAR = 3, 0.1
+# So many equal images of merges that are apart are not the same by chance.
+_TELLING = 3
 _MOST_COMPROMISES = 8
 _BLANK = f"{JUNK}blank"
-_T = TypeVar("_T")
-
-
-class Observer(Protocol):
-    """Is told how the run goes on; the library itself prints nothing."""
-
-    def planned(self, images: int) -> None:
-        """The run will have made about so many images when it is done."""
-        ...
-
-    def started(self, stage: str, name: str, images: int) -> None:
-        """A recipe is being judged on so many images."""
-        ...
-
-    def judged(self, images: int, made: bool) -> None:
-        """Scores of so many more images stand; `made` now, or by an earlier start of the run."""
-        ...
-
-    def finished(self, result: Result, leader: Result | None) -> None:
-        """A recipe was judged or failed; `leader` is the best trial so far."""
-        ...
-
-    def noted(self, text: str) -> None:
-        """Something that the user should know."""
-        ...
-
-
-@runtime_checkable
-class Host(Observer, Protocol):
-    """An observer that lets a person answer what a scorer asks."""
-
-    def asked(self, desk: Desk) -> None:
-        """Show what is asked at this desk, from now until it is closed."""
-        ...
-
-
-class _Piece(NamedTuple):
-    """Images that were made at once, and their slopes by each parameter, if these are wanted.
-
-    Where they told none, `fault` is why, or else the score does not depend on the merge.
-    """
-
-    samples: Sequence[Sample]
-    slopes: Mapping[str, float] | None
-    fault: str = ""
-
-
-def judge(
-    trial: Trial,
-    panel: Sequence[Prompt],
-    setup: Setup,
-    observer: Observer,
-    folder: Path | None,
-    yardstick: Yardstick | None = None,
-    others: Sequence[Result] = (),
-) -> None:
-    """One trial: merge, generate, score, image by image; what the trial has is not made again.
-
-    Images go to their place in the run's `folder`, if given, before their scores are stored. With a
-    `yardstick` the slopes of the value by each parameter are measured too, a few images at once.
-    `others` are what its images must differ from, and what they are compared with in pairs. TrialError
-    if the merge, an image, a score or any slope is not to be had, or if an image is junk that fails it.
-    """
-    done = trial.scores.keys() if yardstick is None else trial.followed
-    # What a person has skipped is missing from a complete one.
-    todo = [p for p in panel if p.index not in done] if not trial.is_complete else []
-    if yardstick and trial.fault:
-        raise TrialError(trial.fault)
-    observer.judged(len(panel) - len(todo), made=False)
-    if not todo:
-        return
-    start = time.monotonic()
-    _load(setup, trial.recipe)
-    trial.spend(merge=time.monotonic() - start)
-    pieces = _followed(setup, todo, yardstick) if yardstick else _plain(setup, panel, done)
-    faults: list[str] = []
-    marked: Counter[str] = Counter()
-    keep = album.folder_of(folder, trial.stage, trial.name) if folder else None
-    rivals = Rivals(setup, trial, others, folder)
-    # Whatever fails, no image is made any more afterwards: an error keeps what it passes alive.
-    with closing(_scored(setup, pieces, rivals)) as scored:
-        for (samples, slopes, fault), scores, spent in scored:
-            fresh = sum(sample.prompt in todo for sample in samples)
-            for sample, found in zip(samples, scores, strict=True):
-                if sample.prompt.index not in trial.scores:
-                    if keep:
-                        own = {
-                            n: x for n, x in (found or {}).items() if n in setup.measure.weights
-                        }
-                        album.save(sample, keep, own, trial.recipe.digest())
-                    if found is None:
-                        continue
-                    made_of = sample.prompt.to_dict() if sample.prompt.index >= FRESH else None
-                    digest = album.digest_of(sample.image)
-                    marks = [key for key in found if key.startswith(JUNK)]
-                    if not marks and _is_double(sample, digest, trial.result(), others, setup):
-                        marks = _fined(setup, sample, ["duplicate"])
-                    told = {**found, **dict.fromkeys(marks, 1.0)}
-                    trial.record(sample.prompt.index, told, digest, made_of)
-                    marked.update(marks)
-            if slopes is not None:
-                # Last: what has slopes has all.
-                trial.follow([sample.prompt.index for sample in samples], slopes)
-            if fault:
-                trial.unfollowed(fault)
-                faults += [fault] * len(samples)
-            trial.spend(**spent)
-            observer.judged(fresh, made=True)
-            if yardstick and trial.fault:
-                raise TrialError(trial.fault)
-    if not trial.scores:
-        raise SkippedError("all its images were skipped")
-    for name in sorted(rivals.lost):
-        observer.noted(
-            f"{trial.name} could not be compared with {name} everywhere, whose pictures are gone"
-        )
-    for mark, n_marked in marked.items():
-        what = mark.removeprefix(JUNK)
-        observer.noted(f"{n_marked} of {len(todo)} images of {trial.name} are junk: {what}")
-    if faults:
-        what = f"{trial.name} was judged without its gradient"
-        if any(piece.by for piece in trial.result().slopes):
-            what = f"{len(faults)} of {len(todo)} images of {trial.name} told no gradient"
-        observer.noted(f"{what}: {faults[-1]}")
-
-
-class _Scored(NamedTuple):
-    """A piece, the scores of its images, None for those that were skipped, and the seconds it took."""
-
-    piece: _Piece
-    scores: Sequence[Mapping[str, float] | None]
-    spent: Mapping[str, float]
-
-
-def _scored(
-    setup: Setup, pieces: Generator[_Piece, None, None], rivals: Rivals
-) -> Generator[_Scored, None, None]:
-    """The pieces with their scores; while one is scored the next is made, if that is done elsewhere."""
-    made = _timed(pieces)
-    if not getattr(setup.backend, "is_remote", False):
-        with closing(pieces):
-            yield from (_score_of(setup, rivals, *one) for one in made)
-        return
-    # A person who is still asked would hold up the end.
-    with closing(pieces), ThreadPoolExecutor(1) as scoring, _withdrawing(setup):
-        waiting: Future[_Scored] | None = None
-        while True:
-            try:
-                one = next(made, None)
-            except KeyboardInterrupt:
-                raise
-            except BaseException:
-                # The fault is of the next; this one is not lost, or has a fault that counts less.
-                with suppress(TrialError):
-                    done = waiting.result() if waiting else None
-                    if done:
-                        yield done
-                raise
-            following = scoring.submit(_score_of, setup, rivals, *one) if one else None
-            if waiting:
-                yield waiting.result()
-            if following is None:
-                return
-            waiting = following
-
-
-@contextmanager
-def _withdrawing(setup: Setup) -> Iterator[None]:
-    """What a person is asked is withdrawn afterwards, if nobody waits for it any more."""
-    try:
-        yield
-    finally:
-        for judge_of in setup.scorers.values():
-            if isinstance(judge_of, Attended):
-                judge_of.withdraw()
-
-
-def _timed(pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, float]]:
-    """Each piece with the seconds that it took."""
-    start = time.monotonic()
-    for piece in pieces:
-        yield piece, time.monotonic() - start
-        start = time.monotonic()
-
-
-def _score_of(setup: Setup, rivals: Rivals, piece: _Piece, made_s: float) -> _Scored:
-    start = time.monotonic()
-    marked = [_fined(setup, sample, junk.marks(sample.image)) for sample in piece.samples]
-    found: Sequence[dict[str, float] | None]
-    if setup.comparer:
-        with _no_value("the choice", passing=(RunError,)):
-            found = compared(setup.comparer, piece.samples, marked, rivals.of)
-    else:
-        rows = score(setup.scorers, piece.samples, setup.only)
-        for row in rows:
-            setup.measure.require(row)
-        # A person may have skipped it.
-        found = [row if setup.measure.weights.keys() & row.keys() else None for row in rows]
-    for scores, marks in zip(found, marked, strict=True):
-        if scores is not None:
-            scores.update(dict.fromkeys(marks, 1.0))
-    return _Scored(piece, found, {"generate": made_s, "score": time.monotonic() - start})
-
-
-def _fined(setup: Setup, sample: Sample, marks: Sequence[str]) -> list[str]:
-    """The marks of an image that cost a penalty, as they stand among its scores.
-
-    TrialError for one that fails the trial.
-    """
-    found = []
-    for mark in marks:
-        cost = setup.config.guards.of(mark)
-        if cost == "fail":
-            prompt = sample.prompt
-            raise TrialError(
-                f"the image of payload {prompt.payload} and seed {prompt.seed} is junk: {mark}; with a "
-                f"number for guards.{mark} it would only cost that"
-            )
-        if cost != "off":
-            found.append(f"{JUNK}{mark}")
-    return found
-
-
-def _is_double(
-    sample: Sample, digest: str, result: Result, others: Sequence[Result], setup: Setup
-) -> bool:
-    """Whether a merge of clearly other weights has made the very same image."""
-    return setup.config.guards.duplicate != "off" and any(
-        other.images.get(sample.prompt.index) == digest and _distance(result, other, setup) > _NEAR
-        for other in others
-        if other.state != "failed"
-    )
-
-
-def _judge_and_follow(
-    trial: Trial,
-    panel: Sequence[Prompt],
-    setup: Setup,
-    observer: Observer,
-    folder: Path | None,
-    yardstick: Yardstick,
-    others: Sequence[Result] = (),
-) -> None:
-    """`judge` with slopes, or without them where they cannot be had."""
-    try:
-        judge(trial, panel, setup, observer, folder, yardstick, others)
-        return
-    except TrialError as error:
-        reason = str(error)
-    # Outside the clause, whose error holds on to the memory of the graph.
-    judge(trial, panel, setup, observer, folder, others=others)
-    trial.unfollowed(reason)
-    observer.noted(f"{trial.name} was judged without its gradient: {reason}")
-
-
-def _plain(setup: Setup, panel: Sequence[Prompt], done: Set[int]) -> Generator[_Piece, None, None]:
-    """Images in batches, without those batches that are done.
-
-    The panel is cut at the same places whatever is missing, so that each image repeats exactly. One that
-    is made elsewhere does so by itself.
-    """
-    if getattr(setup.backend, "is_remote", False):
-        yield from _one_by_one(setup, [prompt for prompt in panel if prompt.index not in done])
-        return
-    for batch in list(_batches(panel, setup.backend.batch)):
-        if any(prompt.index not in done for prompt in batch):
-            yield _Piece(_generate(setup, batch), None)
-
-
-def _one_by_one(setup: Setup, prompts: Sequence[Prompt]) -> Generator[_Piece, None, None]:
-    """Images as they come; TrialError if any is not to be had."""
-    waiting = {prompt.index for prompt in prompts}
-    with _ended(setup.backend.generate(prompts)) as samples:
-        while waiting:
-            with _no_value("the back end", passing=_NOT_OF_ONE_TRIAL):
-                sample = next(samples, None)
-            if sample is None or sample.prompt.index not in waiting:
-                n_made = len(prompts) - len(waiting)
-                raise TrialError(
-                    f"the back end made {n_made} images for {len(prompts)} prompts, or others"
-                )
-            waiting.remove(sample.prompt.index)
-            yield _Piece([sample], None)
-
-
-@contextmanager
-def _ended(samples: Iterator[_T]) -> Iterator[Iterator[_T]]:
-    """An iterator that makes nothing more afterwards, if it is a generator."""
-    try:
-        yield samples
-    finally:
-        if isinstance(samples, Generator):
-            samples.close()
-
-
-def _followed(
-    setup: Setup, prompts: Sequence[Prompt], yardstick: Yardstick
-) -> Generator[_Piece, None, None]:
-    """Images in pieces, with the derivative of their mean value by each parameter."""
-    engine, scorers = setup.backend, setup.scorers
-    assert isinstance(engine, Differentiable)
-
-    def value(pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
-        total = pixels.new_zeros(len(some))
-        factors = [yardstick.factors(setup.judges(prompt)) for prompt in some]
-        for name, judge_of in scorers.items():
-            rows = [i for i, own in enumerate(factors) if name in own]
-            if not rows:
-                continue
-            # Of memory that is too small the back end hears itself, as it may do with less.
-            with _no_value(f"scorer {name}", passing=(torch.OutOfMemoryError,)):
-                scores = _differentiable(judge_of, pixels[rows], [some[i] for i in rows])
-            shares = total.new_tensor([factors[i][name] for i in rows])
-            total = total.index_add(
-                0, torch.tensor(rows, device=total.device), shares * scores.to(total)
-            )
-        return total
-
-    with _ended(engine.follow(prompts, value, setup.space.searched, setup.plan.last)) as pieces:
-        while True:
-            with _no_value("the gradient", passing=_NOT_OF_ONE_TRIAL):
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            slopes, fault = setup.space.slopes(piece.slopes), piece.fault
-            for name, slope in slopes.items():
-                if not abs(slope) < MOST_SCORE:
-                    fault = f"the slope by {name} is {slope}"
-            # Of a score that does not depend on the merge there is nothing to follow.
-            known = slopes if any(slopes.values()) and not fault else {}
-            yield _Piece(piece.samples, known, fault)
-
-
-def _differentiable(judge_of: Scorer, pixels: Tensor, some: Sequence[Prompt]) -> Tensor:
-    """Scores [N] of pixels [N, 3, height, width]; TrialError if no gradient can be taken of them."""
-    assert isinstance(judge_of, DifferentiableScorer)
-    scores = judge_of.differentiable(pixels, [prompt.prompt for prompt in some])
-    if scores.shape != (len(some),):
-        raise TrialError(
-            f"differentiable gave the shape {tuple(scores.shape)}, not ({len(some)},)"
-        )
-    if not bool(torch.isfinite(scores).all()):
-        raise TrialError(f"differentiable gave {scores.tolist()}")
-    if pixels.requires_grad and not scores.requires_grad:
-        raise TrialError("what differentiable gave does not depend on the pixels")
-    return scores
 
 
 def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None) -> Outcome:
@@ -426,6 +63,7 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
 
     RunError if it cannot go on, ConfigError if the folder belongs to another configuration.
     """
+    begun = time.monotonic()
     with locked(folder), storage_errors(), ExitStack() as stack:
         remove_parts(folder)
         check_folder(setup, folder)
@@ -451,7 +89,7 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
 
         yardstick = baselines(study, setup, folder, observer)
         _observe_brought(study, setup, yardstick)
-        _search(study, setup, yardstick, folder, observer)
+        _search(study, setup, yardstick, folder, observer, begun)
         if not read_outcome(folder, study).finished:
             _confirm(study, setup, yardstick, folder, observer)
         elif more is None:
@@ -562,7 +200,7 @@ def _judged_baselines(
             # One that is complete without its slopes had none to be had.
             if follows and not trial.is_complete:
                 measure = Yardstick(setup.measure)
-                _judge_and_follow(trial, panel, setup, observer, keep, measure)
+                judge_and_follow(trial, panel, setup, observer, keep, measure)
             else:
                 before = [t.result() for t in trials[: number - 1]]
                 judge(trial, panel, setup, observer, keep, others=before)
@@ -599,12 +237,20 @@ def _observe_brought(study: Study, setup: Setup, yardstick: Yardstick) -> None:
 
 
 def _search(
-    study: Study, setup: Setup, yardstick: Yardstick, folder: Path, observer: Observer
+    study: Study,
+    setup: Setup,
+    yardstick: Yardstick,
+    folder: Path,
+    observer: Observer,
+    begun: float,
 ) -> None:
-    """Ask, judge, tell, until the trials are spent; a failed trial only has no value."""
+    """Ask, judge, tell, until the trials are spent; a failed trial only has no value.
+
+    The report is written every minute from when this start of the run has `begun`.
+    """
     failures = 0
     is_told = False
-    reported = -math.inf
+    reported = begun
     # What an earlier, shorter run of this folder has confirmed is not replaced by a mere leader.
     is_confirmed = any(r.name not in BASELINES for r in study.judged("heldout"))
     models = () if is_confirmed else setup.merger.references()
@@ -641,7 +287,7 @@ def _search(
         if time.monotonic() - reported > _REPORT_EVERY_S:
             reported = time.monotonic()
             try:
-                write_outcome(read_outcome(folder, study), folder, models, figures=False)
+                write_outcome(read_outcome(folder, study), folder, models)
             except PermissionError as error:  # on Windows, a program that has the page open
                 observer.noted(f"the report could not be renewed ({error})")
     if proposer.has_stopped:
@@ -712,7 +358,7 @@ def attempt(
     others = [*study.judged("baseline"), *study.searched()]
     try:
         if trial.follows:
-            _judge_and_follow(trial, panel, setup, observer, keep, yardstick, others)
+            judge_and_follow(trial, panel, setup, observer, keep, yardstick, others)
         else:
             judge(trial, panel, setup, observer, keep, others=others)
         _require_change([*study.judged("baseline"), *study.searched()], setup)
@@ -819,7 +465,7 @@ def _require_change(results: Sequence[Result], setup: Setup) -> None:
         before = {
             item: latest[item]
             for item in told
-            if item in latest and _distance(now, latest[item], setup) > _NEAR
+            if item in latest and distance(now, latest[item], setup) > NEAR
         }
         same = [one for item, one in before.items() if one.images[item] == now.images[item]]
         alike = [*alike, *((one, now) for one in same)] if len(same) == len(before) else []
@@ -830,22 +476,6 @@ def _require_change(results: Sequence[Result], setup: Setup) -> None:
             f"{one.name} and {now.name} have different weights, but all their images are the "
             f"same: A and B are alike in what is searched, or the back end does not load the merge"
         )
-
-
-def _distance(one: Result, other: Result, setup: Setup) -> float:
-    """Mean difference of the searched weights; A and B are apart by 1.
-
-    Weights of different methods cannot be compared, and count as equal.
-    """
-    if one.recipe.method != other.recipe.method:
-        return 0.0
-    space, weights = setup.space, one.recipe.weights
-    names = {space.names[member] for p in space.parameters for member in p.members}
-    searched = {(w, b) for w, b in names if b in weights.get(w, {})}
-    if not searched:
-        return float(one.recipe.digest() != other.recipe.digest())
-    apart = [abs(one.recipe.weights[w][b] - other.recipe.weights[w][b]) for w, b in searched]
-    return sum(apart) / len(apart)
 
 
 def check_folder(setup: Setup, folder: Path) -> None:
@@ -859,160 +489,6 @@ def check_folder(setup: Setup, folder: Path) -> None:
         if any(model.path.resolve() == best.resolve() for model in setup.merger.models):
             raise ConfigError(f"{best} is one of the models, and would be overwritten; move it")
         setup.merger.merge(setup.baseline("a")).require_space(best)
-
-
-@dataclass(frozen=True)
-class TryOut:
-    """What one merge and one image took, in seconds, with the first image's scores.
-
-    `images` and `merges` are those of the whole run, `run_s` its estimated time. Of the images so many
-    are `followed`, with their slopes, each of which took `followed_s`. `notes` say what is wrong with
-    the gradient.
-    """
-
-    merge_s: float
-    image_s: float
-    followed_s: float
-    scores: Mapping[str, float]
-    images: int
-    followed: int
-    merges: int
-    notes: Sequence[str] = ()
-
-    @property
-    def run_s(self) -> float:
-        n_plain = self.images - self.followed
-        of_images = n_plain * self.image_s + self.followed * self.followed_s
-        return of_images + self.merges * self.merge_s
-
-
-def try_out(setup: Setup) -> TryOut:
-    """One merge, one batch of images, their scores; TrialError if any is not to be had."""
-    recipe = setup.baseline("even")
-    # The first merge also builds the live model, so it is not the one that is timed, and another, as
-    # what is loaded already would take no time.
-    _load(setup, setup.baseline("a"))
-    start = time.monotonic()
-    _load(setup, recipe)
-    merge_s = time.monotonic() - start
-    batch = next(_batches(setup.panel, setup.backend.batch))
-    # The first image warms up; of another seed, as servers know what they have made.
-    _generate(setup, [replace(batch[0], seed=batch[0].seed ^ 1)])
-    warm = time.monotonic()
-    samples = _generate(setup, batch)
-    # Nobody is asked for a try.
-    judges_of = {n: one for n, one in setup.scorers.items() if not isinstance(one, Attended)}
-    scores = score(judges_of, samples, setup.only)
-    per_image = (time.monotonic() - warm) / len(batch)
-    per_followed, n_followed, notes = 0.0, 0, []
-    if setup.plan.optimiser == "gradient":
-        one = Yardstick(setup.measure)
-        try:
-            notes = _disagreements(setup.scorers, samples, scores)
-            list(_followed(setup, batch[:1], one))  # the same here
-            start = time.monotonic()
-            faults = [piece.fault for piece in _followed(setup, batch, one) if piece.fault]
-            per_followed = (time.monotonic() - start) / len(batch)
-            if faults:
-                notes.append(f"not every image of {len(batch)} told its gradient: {faults[0]}")
-            n_followed = setup.plan.n_images + len(setup.panel) * setup.follows_even
-        except TrialError as error:
-            notes.append(f"a run would go on by the scores alone, without the gradient: {error}")
-    merges = setup.plan.n_trials + 2 * len(BASELINES) + 1 + setup.config.heldout.candidates
-    return TryOut(
-        merge_s, per_image, per_followed, scores[0], setup.n_images(), n_followed, merges, notes
-    )
-
-
-def _disagreements(
-    scorers: Mapping[str, Scorer], samples: Sequence[Sample], scores: Sequence[Mapping[str, float]]
-) -> list[str]:
-    """Which scorers' gradient is that of another score than they give, in words."""
-    images = [np.array(sample.image.convert("RGB")) for sample in samples]
-    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 255
-    notes = []
-    for name, judge_of in scorers.items():
-        with _no_value(f"scorer {name}"), torch.no_grad():
-            found = _differentiable(
-                judge_of, pixels, [sample.prompt for sample in samples]
-            ).tolist()
-        own = [row[name] for row in scores]
-        worst = max(range(len(own)), key=lambda i: abs(found[i] - own[i]))
-        if abs(found[worst] - own[worst]) > _ALIKE * max(map(abs, own)):
-            notes.append(
-                f"scorer {name} gives an image {own[worst]:.4g}, but its differentiable "
-                f"{found[worst]:.4g}, so the search would follow another score"
-            )
-    return notes
-
-
-def _load(setup: Setup, recipe: Recipe) -> None:
-    """Merge, and put the merge into the back end; TrialError if that fails."""
-    with _no_value("the merge", passing=_NOT_OF_ONE_TRIAL):
-        setup.backend.load(recipe, setup.merger.merge(recipe))
-
-
-def _generate(setup: Setup, batch: Sequence[Prompt]) -> list[Sample]:
-    """One image for each prompt, in order; TrialError if any is not to be had."""
-    with _no_value("the back end", passing=_NOT_OF_ONE_TRIAL):
-        samples = list(setup.backend.generate(batch))
-    made = [sample.prompt.index for sample in samples]
-    if made != [prompt.index for prompt in batch]:
-        raise TrialError(
-            f"the back end made {len(made)} images for {len(batch)} prompts, or others"
-        )
-    return samples
-
-
-@contextmanager
-def _no_value(part: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Whatever goes wrong is a TrialError that names `part`, but for errors of the kinds `passing`."""
-    try:
-        yield
-    except passing:
-        raise
-    except TrialError as error:
-        raise TrialError(f"{part}: {error}") from error
-    except Exception as error:
-        raise TrialError(f"{part}: {type(error).__name__}: {first_line(error)}") from error
-
-
-def score(
-    scorers: Mapping[str, Scorer],
-    samples: Sequence[Sample],
-    only: Mapping[str, frozenset[str]] | None = None,
-) -> list[dict[str, float]]:
-    """The scores of each sample, by those that judge its payload.
-
-    TrialError for a scorer that returns anything but finite numbers.
-    """
-    table: list[dict[str, float]] = [{} for _ in samples]
-    judged = [judges(scorers, only or {}, sample.prompt) for sample in samples]
-    for name, judge_of in scorers.items():
-        rows = [i for i, names in enumerate(judged) if name in names]
-        some = [samples[i] for i in rows]
-        with _no_value(f"scorer {name}", passing=(RunError,)):
-            found = judge_of(some) if some else []
-            scores = [None if score is None else float(score) for score in found]
-        if len(scores) != len(some):
-            raise TrialError(f"scorer {name} gave {len(scores)} scores for {len(some)} images")
-        for row, score in zip((table[i] for i in rows), scores, strict=True):
-            if score is None:
-                continue
-            if not abs(score) < MOST_SCORE:
-                raise TrialError(f"scorer {name} gave {score}")
-            row[name] = score
-    return table
-
-
-def _batches(panel: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    """The panel in batches of prompts with equal settings."""
-    alike: dict[object, list[Prompt]] = {}
-    for prompt in panel:
-        alike.setdefault(prompt.settings, []).append(prompt)
-    for prompts in alike.values():
-        for start in range(0, len(prompts), size):
-            yield prompts[start : start + size]
 
 
 @contextmanager

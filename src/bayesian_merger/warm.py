@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bayesian_merger import album, run, space
+from bayesian_merger import album, judging, run, space
 from bayesian_merger.bayes import Bayes, Judged
 from bayesian_merger.blocks import short_names
 from bayesian_merger.data import MOST_SCORE, Prompt, Recipe, Result, Sample
@@ -182,7 +182,7 @@ class _Known:
         missing = {n: judge for n, judge in self._scorers.items() if n not in self._kept}
         if missing:
             samples = [sample for index in found if (sample := self._sample(result, index))]
-            again = run.score(missing, samples, self._only) if samples else []
+            again = judging.score(missing, samples, self._only) if samples else []
             found = {
                 sample.prompt.index: {**found[sample.prompt.index], **scores}
                 for sample, scores in zip(samples, again, strict=True)

@@ -29,7 +29,7 @@ from test_run import Silent
 from webui_fake import A1111, FORGE, KINDS, NEXT, OLD, Answer, FakeWebUI
 
 from bayesian_merger import config as configuration
-from bayesian_merger import guard, run, setup
+from bayesian_merger import guard, judging, run, setup
 from bayesian_merger import outcome as outcomes
 from bayesian_merger import server as module
 from bayesian_merger.backends.webui import WebUI
@@ -1326,7 +1326,7 @@ def test_image_is_scored_while_the_next_is_made(folder: Path, begin: Begin) -> N
 
     fake.twist = twist
     trial = booked(folder, chosen)
-    run.judge(trial, chosen.panel, chosen, Silent(), None)
+    judging.judge(trial, chosen.panel, chosen, Silent(), None)
     assert [scores["patient"] for scores in trial.scores.values()] == [1.0, 2.0]
     chosen.backend.close()
 
@@ -1345,7 +1345,7 @@ def test_image_is_kept_though_the_next_cannot_be_made(folder: Path, begin: Begin
     )
     trial = booked(folder, chosen)
     with pytest.raises(TrialError, match="HTTP 422"):
-        run.judge(trial, chosen.panel, chosen, Silent(), None)
+        judging.judge(trial, chosen.panel, chosen, Silent(), None)
     assert len(trial.scores) == 1
     chosen.backend.close()
 
@@ -1431,7 +1431,7 @@ def test_images_of_other_servers_are_kept_though_one_fails(folder: Path, begin: 
     fakes[0].twist, fakes[1].twist, fakes[2].twist = late, refuses, late
     trial = booked(folder, chosen)
     with pytest.raises(TrialError, match="HTTP 422"):
-        run.judge(trial, chosen.panel, chosen, Silent(), None)
+        judging.judge(trial, chosen.panel, chosen, Silent(), None)
     assert {0, 2} <= trial.scores.keys()
     chosen.backend.close()
 
@@ -1455,7 +1455,7 @@ def test_no_image_is_made_any_more_when_a_scorer_has_failed(folder: Path, begin:
     chosen = loaded(folder, fakes[0], several(*fakes), *more)
     trial = booked(folder, chosen)
     with pytest.raises(TrialError, match="no taste") as caught:
-        run.judge(trial, chosen.panel, chosen, Silent(), None)
+        judging.judge(trial, chosen.panel, chosen, Silent(), None)
     time.sleep(0.3)
     n_asked = [len(fake.bodies) for fake in fakes]
     time.sleep(0.5)

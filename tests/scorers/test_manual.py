@@ -18,7 +18,7 @@ from test_run import Silent, measured
 from test_run import folder as folder
 from toy_plugin import TARGET
 
-from bayesian_merger import album, infotext, pairing, pairs, run, setup, warm
+from bayesian_merger import album, infotext, pairing, pairs, run, setup, tryout, warm
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
 from bayesian_merger.data import Outcome, Prompt, Recipe, Result, Sample
@@ -175,7 +175,7 @@ def test_person_is_asked_in_a_run_only(folder: Path) -> None:
 def test_run_is_tried_without_asking_anybody(folder: Path) -> None:
     config = configuration.load(folder / "config.toml", OPTIONS)
     config = config.model_copy(update={"scorers": {"manual": config.scorers["manual"]}})
-    tried = run.try_out(setup.prepare(config, folder, "toy"))
+    tried = tryout.try_out(setup.prepare(config, folder, "toy"))
     assert tried.scores == {}
     assert tried.images > 0
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 import click
 from PIL import Image
 
-from bayesian_merger import checkpoint, devices, hub, infotext, run, taste, toml, towers
+from bayesian_merger import checkpoint, devices, hub, infotext, judging, taste, toml, towers
 from bayesian_merger.cli.options import plugin_option
 from bayesian_merger.cli.screen import err, out, plain
 from bayesian_merger.data import Prompt, Sample
@@ -295,7 +295,7 @@ def _scored(
                 found[path] = str(error).removeprefix(f"{path}: ")
         samples = list(some.values())
         try:
-            found |= zip(some, run.score(judges, samples), strict=True)
+            found |= zip(some, judging.score(judges, samples), strict=True)
         except TrialError:
             found |= {path: _alone(judges, sample) for path, sample in some.items()}
         yield from ((p, path, found[path]) for path, p in files[start : start + _AT_ONCE])
@@ -303,7 +303,7 @@ def _scored(
 
 def _alone(judges: dict[str, Scorer], sample: Sample) -> dict[str, float] | str:
     try:
-        return run.score(judges, [sample])[0]
+        return judging.score(judges, [sample])[0]
     except TrialError as error:
         return str(error)
 
@@ -382,7 +382,7 @@ def _answers(judge: Scorer, asked: Sequence[dict[str, Any]]) -> Iterator[dict[st
         except (OSError, ValueError, TypeError, KeyError) as error:
             yield {"id": one.get("id"), "error": f"{type(error).__name__}: {one_line(error)}"}
     try:
-        found = [row["it"] for row in run.score({"it": judge}, samples)]
+        found = [row["it"] for row in judging.score({"it": judge}, samples)]
         yield from ({"id": n, "score": s} for n, s in zip(numbers, found, strict=True))
     except TrialError:
         for number, sample in zip(numbers, samples, strict=True):

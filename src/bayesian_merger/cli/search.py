@@ -11,7 +11,7 @@ import click
 import torch
 from rich.table import Table
 
-from bayesian_merger import adopt, run, warm
+from bayesian_merger import adopt, run, tryout, warm
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
 from bayesian_merger.backends import Backend
@@ -140,7 +140,7 @@ def check_command(
         out.print(f"note: {plain(note)}", soft_wrap=True)
     out.print("every file is in order; making a merge and a batch of images ...", soft_wrap=True)
     with _using(setup.backend):
-        tried = run.try_out(setup)
+        tried = tryout.try_out(setup)
     scores = (f"{name} {score:.3f}" for name, score in tried.scores.items())
     shown = ", ".join(scores) or "you are asked for it in the run"
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -210,6 +210,7 @@ def _run(
 ) -> None:
     with _using(setup.backend), observer(manner, how, run_dir) as watching:
         outcome = run.run(setup, run_dir, watching, more)
+        outcomes.write_figures(outcome, run_dir)
     told_at_the_end(manner, outcome, run_dir)
 
 
@@ -233,6 +234,7 @@ def report_command(run_dir: Path, storage: str | None) -> None:
     with storage_errors():
         found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir, storage))
     outcomes.write_outcome(found, run_dir)
+    outcomes.write_figures(found, run_dir)
     summary(found, run_dir)
 
 

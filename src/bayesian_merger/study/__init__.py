@@ -19,48 +19,39 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from bayesian_merger.data import Compromise, Estimate, Prompt, Recipe, Result, Slice, Slopes, State
+from bayesian_merger.data import Compromise, Estimate, Recipe, Result, Slice
 from bayesian_merger.errors import ConfigError, RunError, first_line
+from bayesian_merger.study.board import Board
 from bayesian_merger.study.proposals import (
-    FOLLOWS,
     FOREIGN,
     GIVEN_UP,
     OBSERVED,
     SCORE,
-    SLOPE,
     STARTS,
-    UNFOLLOWED,
     Params,
     Plan,
     Proposer,
     Value,
     begun,
     n_judged,
-    slopes_of,
 )
+from bayesian_merger.study.trial import Stage as Stage
+from bayesian_merger.study.trial import Trial as Trial
+from bayesian_merger.study.trial import of_slopes, result_of
 
-_SEARCH = "search"
+_SEARCH, _WORK = "search", "work"
 _SQLITE = b"SQLite format 3\0"
 _PATIENCE_S = 10
 _WITH_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
-Stage = Literal["brought", "baseline", "explore", "exploit", "select", "heldout"]
-
-_STATES: Mapping[TrialState, State] = {
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "running",
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "stopped",
-    TrialState.FAIL: "failed",
-}
 
 
 @contextmanager
@@ -156,106 +147,6 @@ def require_same(study: optuna.Study, identity: Mapping[str, Any], what: str, ad
         raise ConfigError(f"{what}: {said}{more}; {advice}")
 
 
-class Trial:
-    """A recipe being judged; what is recorded is stored before the call returns."""
-
-    def __init__(self, study: optuna.Study, frozen: FrozenTrial) -> None:
-        self._study = study
-        self._trial = optuna.trial.Trial(study, frozen._trial_id)
-        self._result = _result(frozen)
-        self.stage, self.name, self.recipe = (
-            self._result.stage,
-            self._result.name,
-            self._result.recipe,
-        )
-        # The images of the panel that it is judged on; all, if it does not say.
-        self.items: list[int] | None = frozen.user_attrs.get("items")
-        # Whether the slopes of its images are wanted.
-        self.follows: bool = frozen.user_attrs.get(FOLLOWS, False)
-        self.scores: dict[int, Mapping[str, float]] = dict(self._result.scores)
-        self._images: dict[int, str] = dict(self._result.images)
-        self._slopes = list(self._result.slopes)
-        self._unfollowed: str = frozen.user_attrs.get(UNFOLLOWED, "")
-        self._seconds: dict[str, float] = dict(self._result.seconds)
-        self._value = self._result.value
-        self._state = self._result.state
-        self._reason = self._result.reason
-
-    @property
-    def is_complete(self) -> bool:
-        return self._state == "complete"
-
-    def record(
-        self,
-        index: int,
-        scores: Mapping[str, float],
-        image: str,
-        prompt: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Store one image's scores; an image that has scores already keeps them.
-
-        The `prompt` of an image that no panel has is stored beside them.
-        """
-        if index not in self.scores:
-            told = {"scores": dict(scores), "image": image}
-            if prompt:
-                told["prompt"] = dict(prompt)
-            self._trial.set_user_attr(f"{SCORE}{index}", told)
-            self.scores[index] = dict(scores)
-            self._images[index] = image
-
-    def follow(self, items: Sequence[int], slopes: Mapping[str, float]) -> None:
-        """Store the derivative of the images' mean value by each parameter; none if it told nothing."""
-        self._slopes.append(Slopes(tuple(items), dict(slopes)))
-        self._trial.set_user_attr(*_of_slopes(self._slopes[-1]))
-
-    def unfollowed(self, reason: str) -> None:
-        """Store why the slopes of some images were not to be had."""
-        self._trial.set_user_attr(UNFOLLOWED, reason)
-        self._unfollowed = reason
-
-    @property
-    def fault(self) -> str:
-        """Why it is not to be followed further: so far, twice or more, its images told no slope."""
-        is_mute = len(self._slopes) > 1 and not any(slopes.by for slopes in self._slopes)
-        return self._unfollowed if is_mute else ""
-
-    @property
-    def followed(self) -> set[int]:
-        """Images whose slopes are stored."""
-        return {item for slopes in self._slopes for item in slopes.items}
-
-    def spend(self, **seconds: float) -> None:
-        """Add to the time spent by phase."""
-        for phase, spent in seconds.items():
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
-        self._trial.set_user_attr("seconds", self._seconds)
-
-    def complete(self, value: Estimate) -> None:
-        """End the trial with its value."""
-        self._value, self._state = value, "complete"
-        self._trial.set_user_attr("value", {"mean": value.mean, "se": value.se, "n": value.n})
-        self._study.tell(self._trial, value.mean)
-
-    def fail(self, reason: str) -> None:
-        """End the trial without a value."""
-        self._reason, self._state = reason, "failed"
-        self._trial.set_user_attr("reason", reason)
-        self._study.tell(self._trial, state=TrialState.FAIL)
-
-    def result(self) -> Result:
-        """The trial as it stands."""
-        return self._result.but(
-            state=self._state,
-            scores=dict(self.scores),
-            images=dict(self._images),
-            slopes=tuple(self._slopes),
-            value=self._value,
-            reason=self._reason,
-            seconds=dict(self._seconds),
-        )
-
-
 def create(path: Path) -> None:
     """Make an empty study at `path`; it appears whole, so a killed process leaves no half of one."""
     for left in path.parent.glob(".new-study-*"):
@@ -316,6 +207,14 @@ class Study:
                 for part in (_SEARCH, "judged")
             )
 
+    def board(self) -> Board:
+        """Where this run offers its images to workers."""
+        part = f"{self._name}/{_WORK}" if self._name else _WORK
+        study = optuna.create_study(
+            storage=self._storage, study_name=part, direction="maximize", load_if_exists=True
+        )
+        return Board(self._storage, study)
+
     def close(self) -> None:
         """Let go of the storage's file."""
         self._storage.remove_session()
@@ -369,7 +268,7 @@ class Study:
         if result.value is None or result.name in known:
             return
         scores = {f"{SCORE}{i}": {"scores": dict(found)} for i, found in result.scores.items()}
-        slopes = dict(map(_of_slopes, result.slopes))
+        slopes = dict(map(of_slopes, result.slopes))
         self._search.add_trial(
             optuna.trial.create_trial(
                 params=dict(params),
@@ -406,11 +305,17 @@ class Study:
                 f"once more"
             )
 
-    def ask(self, proposer: Proposer, recipe_of: Callable[[Params], Recipe]) -> Trial:
-        """The trial that was interrupted, or else a new proposal."""
+    def ask(
+        self,
+        proposer: Proposer,
+        recipe_of: Callable[[Params], Recipe],
+        taken: Collection[Trial] = (),
+    ) -> Trial:
+        """A trial that was interrupted, or else a new proposal; none of those `taken`."""
         name = f"trial {len(begun(self._search)) + 1}"
         frozen = proposer.begin(
-            lambda params: {"name": name, "recipe": recipe_of(params).to_dict()}
+            lambda params: {"name": name, "recipe": recipe_of(params).to_dict()},
+            {trial.number for trial in taken},
         )
         return Trial(self._search, frozen)
 
@@ -538,7 +443,7 @@ class Study:
         """
         for frozen in self._judged.get_trials(deepcopy=False):
             if frozen.state != TrialState.FAIL:
-                result = _result(frozen)
+                result = result_of(frozen)
                 is_same = (result.stage, result.recipe.digest()) == (stage, recipe.digest())
                 if is_same and result.name not in apart:
                     return Trial(self._judged, frozen)
@@ -552,39 +457,12 @@ class Study:
 
     def searched(self) -> list[Result]:
         """The search's trials in order, the one in progress included."""
-        return [_result(trial) for trial in begun(self._search)]
+        return [result_of(trial) for trial in begun(self._search)]
 
     def judged(self, stage: Stage) -> list[Result]:
         """What was judged in `stage`, in order."""
-        results = (_result(t) for t in self._judged.get_trials(deepcopy=False))
+        results = (result_of(t) for t in self._judged.get_trials(deepcopy=False))
         return [result for result in results if result.stage == stage]
-
-
-def _result(frozen: FrozenTrial) -> Result:
-    attrs = frozen.user_attrs
-    measured = {
-        int(key[len(SCORE) :]): found for key, found in attrs.items() if key.startswith(SCORE)
-    }
-    value = attrs.get("value")
-    return Result(
-        stage=attrs["stage"],
-        name=attrs["name"],
-        number=frozen.number,
-        state=_STATES[frozen.state],
-        recipe=Recipe.from_dict(attrs["recipe"]),
-        scores={i: found["scores"] for i, found in sorted(measured.items())},
-        images={i: found["image"] for i, found in sorted(measured.items())},
-        slopes=slopes_of(frozen),
-        prompts={i: Prompt.from_dict(f["prompt"]) for i, f in measured.items() if f.get("prompt")},
-        value=Estimate(**value) if value else None,
-        reason=attrs.get("reason", ""),
-        seconds=attrs.get("seconds", {}),
-    )
-
-
-def _of_slopes(slopes: Slopes) -> tuple[str, dict[str, Any]]:
-    """Attribute of a trial, and what it holds."""
-    return f"{SLOPE}{slopes.items[0]}", {"items": list(slopes.items), "slopes": dict(slopes.by)}
 
 
 def _told(values: Mapping[str, Estimate]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import importlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import accumulate, count, islice, pairwise
@@ -482,7 +482,7 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         place = len(begun(study))
-        spent = self._plan.spent(place, n_judged(study))
+        spent = self._plan.spent(place, n_promised(study))
         # The rules take turns too, so an objective keeps its turn for a round of them.
         turn = place // N_RULES % (1 + len(self._plan.objectives))
         judged = self._judged(study, self._plan.objectives[turn - 1] if turn else None)
@@ -490,7 +490,8 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         # Slopes lead to a better merge from where they are; they know little of what is far away.
         if self._follows(study):
             return self._plan.params(self._of[turn].best(judged).point)
-        return self._plan.params(self._of[turn].propose(judged, place, spent))
+        awaited = self._awaited(study)
+        return self._plan.params(self._of[turn].propose(judged, place, spent, awaited))
 
     def sample_independent(
         self,
@@ -588,6 +589,15 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
             for trial, own in zip(trials, choices, strict=True)
         ]
 
+    def _awaited(self, study: Study) -> list[Array]:
+        """The merges that are being judged, once for each image whose scores are not known."""
+        found = []
+        for trial in begun(study):
+            if trial.state == TrialState.RUNNING and trial.params.keys() == set(self._plan.names):
+                n_awaited = len(trial.user_attrs["items"]) - len(scores_of(trial))
+                found += [self._plan.scaled(trial.params)] * n_awaited
+        return found
+
     def _is_far(self, trial: FrozenTrial) -> bool:
         """Whether a trial is a parent beside which the search has not begun.
 
@@ -644,13 +654,18 @@ class Proposer:
         self.plan = replace(plan, start=(*attrs.get(STARTS, ()), *plan.start))
         self._bayes = BayesSampler(self.plan, value, attrs.get(FOREIGN, ()))
 
-    def begin(self, about: Callable[[Params], Mapping[str, Any]] = lambda _: {}) -> FrozenTrial:
-        """The trial that was interrupted, or else a new one, running.
+    def begin(
+        self,
+        about: Callable[[Params], Mapping[str, Any]] = lambda _: {},
+        taken: Collection[int] = (),
+    ) -> FrozenTrial:
+        """A trial that was interrupted, or else a new one, running.
 
-        `about` tells further attributes of a new trial by its parameters.
+        `about` tells further attributes of a new trial by its parameters. The trials of the numbers
+        `taken` are being judged.
         """
         for trial in self.study.get_trials(deepcopy=False):
-            if trial.state == TrialState.RUNNING:
+            if trial.state == TrialState.RUNNING and trial.number not in taken:
                 if "items" in trial.user_attrs:
                     return trial
                 # Killed between the proposal and the rest: nothing was measured.
@@ -659,7 +674,7 @@ class Proposer:
         place = len(before)
         shown = sum(len(trial.user_attrs["items"]) for trial in before)
         follows = plan.optimiser == "gradient" and not self._gives_up()
-        items = plan.items(place, shown, plan.left(n_judged(self.study)), follows)
+        items = plan.items(place, shown, plan.left(n_promised(self.study)), follows)
         # An optimiser needs a score to begin with, and as it does not hear of a failure it would ask for
         # the same again.
         is_blind = not any(any(scores_of(t).values()) for t in valid(self.study))
@@ -727,7 +742,13 @@ class Proposer:
         n_finished = sum(trial.state.is_finished() for trial in trials)
         if n_finished < len(trials):
             return False  # one was interrupted
-        if self.plan.spent(n_finished, n_judged(self.study)) >= 1:
+        return self.is_promised()
+
+    def is_promised(self) -> bool:
+        """Whether it is over once the trials that have begun are judged."""
+        trials = begun(self.study)
+        n_finished = sum(trial.state.is_finished() for trial in trials)
+        if self.plan.spent(len(trials), n_promised(self.study)) >= 1:
             return True
         if self.plan.stop is None or n_finished < self.plan.n_first:
             return False
@@ -815,6 +836,13 @@ def valid(study: Study) -> list[FrozenTrial]:
 def n_judged(study: Study) -> int:
     """Images that were judged in the trials."""
     return sum(len(scores_of(trial)) for trial in begun(study))
+
+
+def n_promised(study: Study) -> int:
+    """Images that were judged in the trials, or are to be in those that have begun."""
+    trials = begun(study)
+    running = [t for t in trials if t.state == TrialState.RUNNING]
+    return n_judged(study) + sum(len(t.user_attrs["items"]) - len(scores_of(t)) for t in running)
 
 
 def scores_of(trial: FrozenTrial) -> dict[int, Mapping[str, float]]:
