@@ -6,6 +6,7 @@ import pickle
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -373,3 +374,29 @@ def test_quiet_run_says_its_verdict_alone(folder: Path, command: Command) -> Non
     assert (code, err) == (0, "")
     assert len(out.splitlines()) == 1
     assert out.startswith("The best merge")
+
+
+def test_interruption_that_python_drops_is_made_again() -> None:
+    program = """
+import os, signal, sys, time, weakref
+from bayesian_merger import cli
+
+class One:
+    pass
+
+def work(**_):
+    one = One()
+    ref = weakref.ref(one, lambda _: [os.kill(os.getpid(), signal.SIGINT), time.sleep(0.1)])
+    del one  # what is raised in such a callback is only printed
+    print("dropped", flush=True)
+    time.sleep(30)
+
+cli.commands.main = work
+cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=25, check=False
+    )
+    assert done.stdout == "dropped\n"
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr

@@ -25,7 +25,7 @@ pytest.importorskip("optuna_dashboard")
 @pytest.fixture
 def dashboard(folder: Path) -> Iterator[Dashboard]:
     start(folder)
-    found = Dashboard(folder / "run" / "study.db")
+    found = Dashboard(folder / "run")
     thread = threading.Thread(target=found.serve, daemon=True)
     thread.start()
     with closing(found):
@@ -47,7 +47,7 @@ def test_dashboard_shows_the_study_of_the_run(dashboard: Dashboard, folder: Path
         studies = {
             s["study_name"]: s for s in visitor.get("/api/studies").json()["study_summaries"]
         }
-        assert set(studies) == {"search", "judged"}
+        assert set(studies) == {"search"}
         number = studies["search"]["study_id"]
         trials = visitor.get(f"/api/studies/{number}").json()["trials"]
     with closing(open_study(folder / "run")) as study:
@@ -74,7 +74,7 @@ def test_dashboard_changes_nothing(dashboard: Dashboard, verb: str, path: str) -
     with client(dashboard) as visitor:
         visitor.get(dashboard.url)
         assert visitor.request(verb, path, json={}).status_code == 403
-        assert len(visitor.get("/api/studies").json()["study_summaries"]) == 2
+        assert len(visitor.get("/api/studies").json()["study_summaries"]) == 1
 
 
 def test_command_prints_the_address(

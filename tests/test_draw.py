@@ -10,7 +10,7 @@ from PIL import Image
 from test_cli import Command
 from test_cli import command as command
 
-from bayesian_merger import plots
+from bayesian_merger import plots, report
 from bayesian_merger.blocks import FLUX, SD3, SDXL, Architecture
 from bayesian_merger.recipes import to_toml
 
@@ -112,3 +112,36 @@ def test_drawing_replaces_no_file_unasked(tmp_path: Path, command: Command) -> N
     assert "exists; choose another name or give --overwrite" in err
     assert path.read_text() == "mine"
     assert command("draw", "--weights", "0.5", "-o", str(path), "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["RECIPE", "--beta", "0.5"], "leave --beta or it out"),
+        (["RECIPE", "--arch", "sdxl"], "leave --arch or it out"),
+        (["RECIPE", "--weights", "0.5"], "leave --weights or it out"),
+        (["--weights", "0.5", "--beta-base", "0.2"], "there is no --beta"),
+        (["--weights", "0.5", "--names", "one,two,three"], "write it as A,B"),
+        (["--weights", ",".join(["0.5"] * 26), "--base", "0.1"], "that of the base already"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    tmp_path: Path, command: Command, given: list[str], said: str
+) -> None:
+    recipe = tmp_path / "best.toml"
+    recipe.write_text(to_toml(a_recipe(), {}))
+    options = [recipe if one == "RECIPE" else one for one in given]
+    code, _, err = command("draw", *options, "-o", tmp_path / "unet.png")
+    assert code == 2
+    assert said in " ".join(err.split())
+
+
+def test_run_folder_and_best_log_are_drawn_as_the_recipe(tmp_path: Path, command: Command) -> None:
+    weights = {"alpha": {block: n / 40 for n, block in enumerate(BLOCKS)}}
+    (tmp_path / "best.toml").write_text(to_toml(a_recipe(weights), {}))
+    (tmp_path / "best.log").write_text(report.best_log(a_recipe(weights)))
+    names = ("--names", "shapes,colours")
+    for given, name in ((tmp_path, "folder"), (tmp_path / "best.log", "log")):
+        code, _, err = command("draw", given, *names, "-o", tmp_path / f"{name}.svg")
+        assert code == 0, err
+    assert (tmp_path / "folder.svg").read_bytes() == (tmp_path / "log.svg").read_bytes()

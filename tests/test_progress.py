@@ -43,7 +43,7 @@ def test_live_lines_tell_trial_images_best_baselines_and_the_last_event(tmp_path
     assert "10/40 images" in told[0]
     assert "/s" in told[0]
     assert told[1] == (
-        "best, expected 8.060 ± 0.200 · even 7.910 ± 0.200 · A 7.310 ± 0.200 · B 7.180 ± 0.200"
+        "best 8.060 ± 0.200 · even 7.910 ± 0.200 · A 7.310 ± 0.200 · B 7.180 ± 0.200"
     )
     assert told[2].startswith("last: explore trial 3 7.500 ± 0.200")
     lines.finished(a_result("trial 4", reason="out of memory"), a_leader(8.06))

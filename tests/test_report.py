@@ -355,6 +355,12 @@ def test_unfinished_page_says_so_and_reloads_itself(unfinished: Page, page: Page
     assert [tag for tag, _ in unfinished.elements].count("noscript") == 1
 
 
+def test_page_of_a_stopped_run_says_so_and_does_not_reload(tmp_path: Path) -> None:
+    page = Page(report.html(an_unfinished_outcome(tmp_path), is_alive=False))
+    assert "The run was stopped when this page was written" in page.text
+    assert not any(a.get("http-equiv") == "refresh" for a in page.all("meta"))
+
+
 def test_unfinished_page_pairs_the_baselines_pictures_with_the_search_panel(
     unfinished: Page,
 ) -> None:

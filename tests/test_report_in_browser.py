@@ -65,7 +65,7 @@ def test_two_pictures_are_compared_by_a_slider(browser: Browser, page: Path) -> 
     clip = "document.querySelector('.over img').style.clipPath"
     assert "50%" in browser.run(clip)
     browser.key("ArrowRight")
-    assert "49%" in browser.until(f"{clip}.includes('49%') && {clip}")
+    assert "48%" in browser.until(f"{clip}.includes('48%') && {clip}")
     browser.run(
         "const chosen = document.querySelector('#slider select'); chosen.selectedIndex = 0;"
         "chosen.dispatchEvent(new Event('input'))"
@@ -73,6 +73,20 @@ def test_two_pictures_are_compared_by_a_slider(browser: Browser, page: Path) -> 
     assert browser.run(sources)[0] == browser.run("document.querySelector('#picture-0-a img').src")
     browser.run("document.querySelector('#slider button').click()")
     assert browser.run("document.querySelector('#slider').open") is False
+
+
+def test_arrow_keys_go_to_other_models_and_prompts(browser: Browser, page: Path) -> None:
+    browser.goto(page.as_uri())
+    browser.run("location.hash = 'picture-0-even'; 0")
+    for key, shown in (
+        ("ArrowRight", "picture-0-best"),
+        ("ArrowDown", "picture-1-best"),
+        ("ArrowLeft", "picture-1-even"),
+        ("ArrowUp", "picture-0-even"),
+        ("ArrowUp", "picture-0-even"),
+    ):
+        browser.key(key)
+        assert browser.until(f"location.hash === '#{shown}'"), key
 
 
 def test_page_is_no_wider_than_the_screen(browser: Browser, page: Path) -> None:

@@ -89,6 +89,17 @@ def test_parquet_reads_back(folder: Path) -> None:
     assert parquet.read_table(paths[0]).to_pylist() == [dict(row) for row in found.trials]
 
 
+def test_tables_are_written_to_a_folder_given_as_text(folder: Path, tmp_path: Path) -> None:
+    start(folder)
+    results = Results.load(str(folder / "run"))
+    assert [path.name for path in results.write(str(tmp_path / "t"))] == [
+        "trials.csv",
+        "images.csv",
+    ]
+    with pytest.raises(ConfigError, match="'json' is no kind of table"):
+        results.write(str(tmp_path), "json")
+
+
 def test_parquet_without_its_package_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

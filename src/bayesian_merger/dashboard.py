@@ -12,16 +12,16 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.gate import HOST, Gate
-from bayesian_merger.study import storage_at, url_of
+from bayesian_merger.study import search_alone
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 class Dashboard:
-    """Serves the studies of a storage at `url`, until it is closed. The port 0 is any that is free."""
+    """Serves the search of a run at `url`, until it is closed. The port 0 is any that is free."""
 
-    def __init__(self, storage: Path | str, port: int = 0) -> None:
-        """Of an SQLite file, or of the storage at an URL.
+    def __init__(self, folder: Path, storage: str | None = None, port: int = 0) -> None:
+        """Of the run in a folder, or whose study lies in the storage of that URL.
 
         ConfigError if optuna-dashboard is not installed, or the storage or the port is not to be had.
         """
@@ -32,7 +32,7 @@ class Dashboard:
                 "the dashboard needs the package optuna-dashboard, which is not installed; "
                 "pip install 'bayesian-merger[dashboard]'"
             ) from error
-        opened = storage_at(url_of(storage) if isinstance(storage, Path) else storage)
+        opened = search_alone(folder / "study.db", storage, folder.absolute().name)
         try:
             self._server = _Server((HOST, port), _Quiet)
         except OSError as error:

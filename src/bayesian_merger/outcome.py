@@ -184,14 +184,19 @@ def yardstick_of(study: Study) -> Yardstick | None:
     return Yardstick.from_baselines(measure, baselines, panel)
 
 
-def write_outcome(outcome: Outcome, folder: Path, models: Sequence[Model] = ()) -> None:
-    """result.json, report.html and the best recipes so far, each written whole."""
+def write_outcome(
+    outcome: Outcome, folder: Path, models: Sequence[Model] = (), *, is_alive: bool = True
+) -> None:
+    """result.json, report.html and the best recipes so far, each written whole.
+
+    The page of a run that is not finished renews itself while the run `is_alive`.
+    """
     _write(folder / "result.json", json.dumps(report.result_json(outcome), indent=2) + "\n")
     _write_front(outcome, folder, models)
     found = outcome.best or outcome.leader
     if found is not None and models:
         write_recipe(found.recipe, folder, models)
-    _write(folder / "report.html", report.html(outcome))
+    _write(folder / "report.html", report.html(outcome, is_alive=is_alive))
 
 
 def write_figures(outcome: Outcome, run_dir: Path) -> None:

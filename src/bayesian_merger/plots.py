@@ -207,7 +207,8 @@ def parallel(outcome: Outcome, *, dark: bool = False) -> Figure:
         own = _line(shown, places)
         every += own
         label = "best" if outcome.best else "recommended so far"
-        style: dict[str, Any] = {"color": theme.best, "lw": 2.4, "ms": 4.5, "gid": "best"}
+        # In no colour of a value.
+        style: dict[str, Any] = {"color": theme.ink, "lw": 2.4, "ms": 4.5, "gid": "best"}
         axes.plot(across, own, "o-", mec=theme.paper, mew=0.7, label=label, zorder=4, **style)
     known = [weight for weight in every if not math.isnan(weight)]
     least, most = min([0.0, *known]), max([1.0, *known])
@@ -503,7 +504,8 @@ def unet(
     axes.set_axis_off()
     if title:
         style = _text(theme.ink, 12, ha="center", va="center")
-        figure.text(0.5, 1 - 0.28 / up, _drawable(title), **style)
+        shown = _shortened(title, int(9.5 * across))
+        figure.text(0.5, 1 - 0.28 / up, _drawable(shown), **style)
     # The skip connections of the U-Net: IN00 feeds OUT11, IN01 feeds OUT10, ...
     ins, _, outs = _arms(blocks) if _has_arms(blocks) else ([], [], [])
     for one, other in zip(ins, reversed(outs), strict=False):
@@ -528,7 +530,7 @@ def contact_sheet(pictures: Mapping[str, Sequence[Image]], *, dark: bool = False
     n_columns = max((len(row) for row in pictures.values()), default=0)
     is_large = any(image.width >= 200 for row in pictures.values() for image in row)
     tile, left, edge = 1.92 if is_large else 0.96, 0.8, 0.1
-    pitch = tile + 0.06
+    pitch = tile + 0.08  # whole pixels on each side
     across, up = left + n_columns * pitch + edge, len(pictures) * pitch + 2 * edge
     figure = Figure(figsize=(across, up), facecolor=theme.paper)
     for row, (name, images) in enumerate(pictures.items()):
@@ -619,7 +621,7 @@ def _draw_expected(axes: Axes, expected: Mapping[int, Estimate], theme: _Theme) 
     axes.plot(list(expected), means, color=theme.best, lw=1.6, gid="expected", zorder=5)
     last = max(expected)
     axes.plot([last, last], [low[-1], high[-1]], color=theme.best, lw=1.6, gid="error", zorder=5)
-    star: dict[str, Any] = {"ms": 16, "mec": theme.paper, "color": theme.best, "zorder": 6}
+    star: dict[str, Any] = {"ms": 13, "mec": theme.paper, "color": theme.best, "zorder": 6}
     axes.plot(last, means[-1], "*", label="recommended", gid="best", **star)
 
 

@@ -35,15 +35,18 @@ _REFRESH_S = 30
 _SHEET_SIDE, _SHEET_COLUMNS = 384, 8
 
 
-def html(outcome: Outcome) -> str:
-    """The run as one page, finished or not, that takes nothing from the network."""
+def html(outcome: Outcome, *, is_alive: bool = True) -> str:
+    """The run as one page, finished or not, that takes nothing from the network.
+
+    While an unfinished run `is_alive` the page reloads itself.
+    """
     shown = outcome.best or outcome.leader
     template = _environment().get_template("report.html")
     return template.render(
         outcome=outcome,
         certainty=certainty(outcome),
         labels=_LABELS,
-        refresh_s=None if outcome.finished else _REFRESH_S,
+        refresh_s=_REFRESH_S if is_alive and not outcome.finished else None,
         models=dict(zip("ABC", outcome.models, strict=False)),
         progress=_progress(outcome),
         gains=_gains_chart(outcome),

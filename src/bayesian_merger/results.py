@@ -125,14 +125,16 @@ class Results:
                 )
         return _filled(rows)
 
-    def write(self, folder: Path, kind: str = "csv") -> list[Path]:
+    def write(self, folder: Path | str, kind: str = "csv") -> list[Path]:
         """Write trials and images as tables of a kind, "csv" or "parquet"; the files' paths.
 
-        ConfigError if parquet is asked for without the package that writes it.
+        ConfigError for another kind, or if parquet is asked for without the package that writes it.
         """
+        if kind not in ("csv", "parquet"):
+            raise ConfigError(f"{kind!r} is no kind of table; csv and parquet are")
         found = []
         for name, rows in (("trials", self.trials), ("images", self.images)):
-            path = folder / f"{name}.{kind}"
+            path = Path(folder) / f"{name}.{kind}"
             data = _parquet(rows) if kind == "parquet" else _csv(rows)
             with whole_file(path) as file:
                 file.write(data)

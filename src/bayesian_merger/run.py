@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from bayesian_merger.data import (
 from bayesian_merger.errors import (
     CheckpointError,
     ConfigError,
+    MergerError,
     NothingChangedError,
     RunError,
     SkippedError,
@@ -49,6 +50,8 @@ from bayesian_merger.values import JUNK, Measure, Yardstick, weighted_mean
 
 _FAILURES_IN_A_ROW = 3
 _REPORT_EVERY_S = 60.0
+# A run that was stopped earlier leaves no report.
+_WORTH_A_REPORT_S = 10.0
 _TELL_EVERY = 5
 # So many equal images of merges that are apart are not the same by chance.
 _TELLING = 3
@@ -87,13 +90,21 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
         for note in setup.notes:
             observer.noted(note)
 
-        yardstick = baselines(study, setup, folder, observer)
-        _observe_brought(study, setup, yardstick)
-        _search(study, setup, yardstick, folder, observer, begun)
-        if not read_outcome(folder, study).finished:
-            _confirm(study, setup, yardstick, folder, observer)
-        elif more is None:
-            observer.noted("the run was finished; --more N extends it by N images")
+        try:
+            yardstick = baselines(study, setup, folder, observer)
+            _observe_brought(study, setup, yardstick)
+            _search(study, setup, yardstick, folder, observer, begun)
+            if not read_outcome(folder, study).finished:
+                _confirm(study, setup, yardstick, folder, observer)
+            elif more is None:
+                observer.noted("the run was finished; --more N extends it by N images")
+            if not study.slices:
+                _slice(study, setup, yardstick, folder)
+        except KeyboardInterrupt:
+            if time.monotonic() - begun > _WORTH_A_REPORT_S:
+                with suppress(MergerError, OSError):
+                    write_outcome(read_outcome(folder, study), folder, is_alive=False)
+            raise
 
         outcome = read_outcome(folder, study)
         assert outcome.best is not None
@@ -308,8 +319,6 @@ def _search(
         # Parameters that the chosen method lacks make no other merge.
         few: dict[str, Result] = {}
         found = proposer.few(2 * wanted)
-        if found:
-            study.slice(proposer.slices(found[0][1]))
         for name, params, value in found:
             recipe = setup.recipe(params)
             # Choices know merges by their names, and a longer search recommends another.
@@ -320,6 +329,17 @@ def _search(
         study.choose(recommended)
         if recommended and (expected := recommended[0].value):
             study.expect(recommended[0].recipe, expected)
+
+
+def _slice(study: Study, setup: Setup, yardstick: Yardstick, folder: Path) -> None:
+    """Store what each weight of the best merge does, where the search has tried enough to tell.
+
+    The gradient stays near its way, and says itself what each weight does.
+    """
+    best = read_outcome(folder, study).best
+    params = setup.params(best.recipe) if best else None
+    if params and setup.plan.optimiser != "gradient":
+        study.slice(searching(study, setup, yardstick).slices(params))
 
 
 def searching(study: Study, setup: Setup, yardstick: Yardstick) -> Proposer:
@@ -489,6 +509,15 @@ def check_folder(setup: Setup, folder: Path) -> None:
         if any(model.path.resolve() == best.resolve() for model in setup.merger.models):
             raise ConfigError(f"{best} is one of the models, and would be overwritten; move it")
         setup.merger.merge(setup.baseline("a")).require_space(best)
+
+
+def is_alive(folder: Path) -> bool:
+    """Whether a process works on the run in the folder now."""
+    try:
+        with locked(folder):
+            return False
+    except ConfigError:
+        return True
 
 
 @contextmanager

@@ -7,9 +7,11 @@ and a merge does not wait for what only a search needs.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
+import threading
 import time
 from importlib import import_module
 from typing import NoReturn
@@ -103,6 +105,14 @@ def main() -> NoReturn:
             stream.reconfigure(errors="replace")
     stopped: list[float] = []
 
+    def raise_again(lost: sys.UnraisableHookArgs) -> None:
+        """Interrupt anew where Python has dropped an interruption, as it came while it cleaned up."""
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            stopped.clear()
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            sys.__unraisablehook__(lost)
+
     def stop(*_: object) -> None:
         # Who presses Ctrl-C again and again does not mean to cut the cleaning up.
         if not stopped or time.monotonic() - stopped[-1] > _PATIENCE_S:
@@ -114,6 +124,7 @@ def main() -> NoReturn:
     heard = [n for n in known if n is not None and signal.getsignal(n) is not signal.SIG_IGN]
     for number in heard:
         signal.signal(number, stop)
+    sys.unraisablehook = raise_again
     try:
         commands.main(standalone_mode=False)
         sys.exit(0)

@@ -57,14 +57,34 @@ def draw_command(
 ) -> None:
     """Draw the network with each block in the colour of its weight: of RECIPE, or of --weights.
 
-    RECIPE is a best.toml or a merge of this program.
+    RECIPE is a best.toml, its run folder, a best.log or a merge of this program.
     """
     if output.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"{output}: name the output {' or '.join(_SUFFIXES)}")
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; choose another name or give --overwrite")
-    if (recipe is None) == (weights is None):
+    if recipe is None and weights is None:
         raise ConfigError("name a recipe to draw, or the weights with --weights")
+    if recipe is not None and recipe.suffix.lower() == ".log" and weights is None:
+        weights = _read(recipe)
+        recipe = None
+    if recipe is not None:
+        given = {
+            "--weights": weights,
+            "--base": base,
+            "--beta": beta,
+            "--beta-base": beta_base,
+            "--arch": None if name == "sd1" else name,
+        }
+        others = [option for option, value in given.items() if value is not None]
+        if others:
+            raise ConfigError(
+                f"{recipe} has weights of its own; leave {', '.join(others)} or it out"
+            )
+        if (recipe / "best.toml").is_file():
+            recipe = recipe / "best.toml"
+    elif beta is None and beta_base is not None:
+        raise ConfigError("--beta-base: there is no --beta that it could be the base of")
     ends = ("A", "B")
     if recipe is not None:
         told = recipes.read(recipe)
@@ -83,7 +103,7 @@ def draw_command(
         }
     if names is not None:
         first, comma, second = names.partition(",")
-        if not comma:
+        if not comma or "," in second:
             raise ConfigError(f"--names {names}: write it as A,B")
         ends = (first.strip(), second.strip())
     shown = dict(list(drawn.items())[:2])
@@ -92,12 +112,21 @@ def draw_command(
         one,
         blocks=[block for block in architecture.blocks if block in one],
         second=other[0] if other else None,
-        title=title or (", ".join(shown) if other else ""),
+        title=title or (" | ".join(shown) if other else ""),
         names=ends,
         dark=dark,
     )
     plots.save(figure, output)
     out.print(f"wrote {output}", soft_wrap=True)
+
+
+def _read(log: Path) -> str:
+    """The weights in a best.log: a base, an empty line, the other blocks'."""
+    try:
+        text = log.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{log}: cannot be read as a best.log ({error})") from error
+    return ",".join(text.split())
 
 
 def _parsed(
@@ -109,6 +138,8 @@ def _parsed(
     found = dict(
         recipes.spread(option, text, architecture, len(architecture.blocks) - ("," in text))
     )
+    if base is not None and architecture.blocks[0] in found and "," in text:
+        raise ConfigError(f"{option}: the first of its numbers is that of the base already")
     if base is not None:
         found[architecture.blocks[0]] = base
     for block, number in found.items():

@@ -128,7 +128,7 @@ class Lines:
         self._console.print(f"note: {plain(text)}", soft_wrap=True)
 
 
-_SHORT = {"best": "best, expected", "even": "even", "a": "A", "b": "B"}
+_SHORT = {"best": "best", "even": "even", "a": "A", "b": "B"}
 _STAGES = {
     "baseline": "baseline",
     "explore": "explore",

@@ -208,8 +208,14 @@ def _run(
     more: int | None = None,
     how: Asking = _USUAL_ASKING,
 ) -> None:
+    page = run_dir / "report.html"
     with _using(setup.backend), observer(manner, how, run_dir) as watching:
-        outcome = run.run(setup, run_dir, watching, more)
+        try:
+            outcome = run.run(setup, run_dir, watching, more)
+        except KeyboardInterrupt:
+            if page.is_file():
+                err.print(f"report so far: {page.absolute()}", soft_wrap=True)
+            raise
         outcomes.write_figures(outcome, run_dir)
     told_at_the_end(manner, outcome, run_dir)
 
@@ -233,7 +239,7 @@ def report_command(run_dir: Path, storage: str | None) -> None:
     """Write the report and the figures of RUN_DIR again, from its study alone."""
     with storage_errors():
         found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir, storage))
-    outcomes.write_outcome(found, run_dir)
+    outcomes.write_outcome(found, run_dir, is_alive=run.is_alive(run_dir))
     outcomes.write_figures(found, run_dir)
     summary(found, run_dir)
 

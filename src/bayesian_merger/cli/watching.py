@@ -22,7 +22,7 @@ def dashboard_command(run_dir: Path, storage: str | None, port: int, no_browser:
     """Show the study of RUN_DIR in optuna-dashboard, running or finished; it changes nothing."""
     if not outcomes.has_study(run_dir, storage):
         raise ConfigError(f"{run_dir}: not a run folder (it has no study.db)")
-    shown = Dashboard(storage or run_dir / "study.db", port)
+    shown = Dashboard(run_dir, storage, port)
     out.print(f"the dashboard is at {shown.url}", soft_wrap=True)
     err.print("Ctrl-C ends it")
     if not no_browser:

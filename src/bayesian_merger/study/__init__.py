@@ -24,6 +24,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
+from optuna.study._frozen import FrozenStudy
 from optuna.trial import TrialState
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
@@ -75,7 +76,26 @@ def _reason(error: Exception) -> str:
     return first_line(getattr(cause, "orig", None) or cause)
 
 
-def storage_at(url: str) -> RDBStorage:
+class OneSearch(RDBStorage):  # type: ignore[misc]  # Optuna imports it lazily
+    """A storage that shows of all its studies the search of one run alone."""
+
+    run = ""
+
+    def get_all_studies(self) -> list[FrozenStudy]:
+        """That of the run of this name, or of the only one there is."""
+        wanted = f"{self.run}/{_SEARCH}" if self.run else _SEARCH
+        return [one for one in super().get_all_studies() if one.study_name == wanted]
+
+
+def search_alone(file: Path, storage: str | None, run: str) -> OneSearch:
+    """The search of a run to look at, in an SQLite file, or by its name in the storage of that URL."""
+    found = storage_at(storage or url_of(file), OneSearch)
+    assert isinstance(found, OneSearch)
+    found.run = run if storage else ""
+    return found
+
+
+def storage_at(url: str, kind: type[RDBStorage] = RDBStorage) -> RDBStorage:
     """The storage at an URL that a user gave; ConfigError if it is none or does not answer."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     scheme, colon, _ = url.partition("://")
@@ -90,7 +110,7 @@ def storage_at(url: str) -> RDBStorage:
             options["pool_pre_ping"] = True
         if address.get_driver_name() in _WITH_TIMEOUT:
             options["connect_args"] = {"connect_timeout": _PATIENCE_S}
-        return _opened(_filled_in(url), options)
+        return _opened(_filled_in(url), options, kind)
     except ArgumentError as error:
         raise ConfigError(
             f"storage {shown} is no URL of an SQL database; write it as sqlite:///FILE or "
@@ -106,16 +126,16 @@ def storage_at(url: str) -> RDBStorage:
         raise ConfigError(f"storage {shown} cannot be opened: {_reason(error)}") from error
 
 
-def _opened(url: str, options: Mapping[str, Any]) -> RDBStorage:
+def _opened(url: str, options: Mapping[str, Any], kind: type[RDBStorage]) -> RDBStorage:
     for wait in (0.2, 0.5, 1.0):
         try:
-            return RDBStorage(url, engine_kwargs=dict(options))
+            return kind(url, engine_kwargs=dict(options))
         except SQLAlchemyError as error:
             # Another process makes the same tables just now.
             if not re.search("already exists|unique|duplicate", _reason(error), re.IGNORECASE):
                 raise
             time.sleep(wait)
-    return RDBStorage(url, engine_kwargs=dict(options))
+    return kind(url, engine_kwargs=dict(options))
 
 
 def is_in(url: str, name: str) -> bool:
