@@ -169,7 +169,9 @@ def searched(
                 recipe = next(found for n, found in steps if n >= mark)
             else:
                 while study.n_judged < mark:
-                    error = run.attempt(study, proposer, setup, yardstick, Path(place), Silent())
+                    _, error = run.attempt(
+                        study, proposer, setup, yardstick, Path(place), Silent()
+                    )
                     if error:
                         raise error
                 recipe = recommended(task, study, proposer, setup)

@@ -183,3 +183,12 @@ def test_slices_tell_what_is_lost_beside_the_best_merge() -> None:
     assert (means < 0.1).all()
     here = round(best.point[0] * 10)
     assert errors[0, here] < errors[0, 0]
+
+
+def test_merge_that_is_being_judged_is_not_proposed_again() -> None:
+    seen, bayes = judged(60), Bayes(D, PANEL, 0)
+    first = bayes.propose(seen, 60, 0.5)
+    again = bayes.propose(seen, 60, 0.5)
+    beside = bayes.propose(seen, 60, 0.5, [first] * 20)
+    assert again.tolist() == first.tolist()
+    assert float(np.abs(beside - first).mean()) > 0.02

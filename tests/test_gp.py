@@ -16,6 +16,7 @@ from bayesian_merger.gp import (
     Array,
     Chosen,
     Data,
+    Expecting,
     Model,
     Posterior,
     Slopes,
@@ -341,3 +342,19 @@ def test_nothing_chosen_tells_nothing() -> None:
     model.fit(data)
     posterior = model.posterior(data)
     assert posterior.mean(torch.full((1, D), 0.5, dtype=torch.float64)).tolist() == [0.0]
+
+
+def test_awaited_merges_change_no_mean_and_tell_of_what_is_near_them() -> None:
+    posterior = fitted(*scores())
+    awaited = torch.full((2, D), 0.9, dtype=torch.float64)
+    later = Expecting(posterior, awaited, 0.5)
+    x = torch.cat([awaited[:1], torch.from_numpy(np.random.default_rng(1).uniform(size=(20, D)))])
+    (mean, variance), (mean_then, variance_then) = (
+        known.mean_and_variance(x) for known in (posterior, later)
+    )
+    assert torch.equal(mean, mean_then)
+    assert bool((variance_then <= variance + 1e-9).all())
+    # Of a merge that is known by two images more: Rasmussen and Williams 2006, equation 2.24.
+    assert float(variance_then[0]) == pytest.approx(1 / (1 / float(variance[0]) + 2 / 0.5))
+    own = torch.diagonal(later.covariance(x, x))
+    assert own.numpy() == pytest.approx(variance_then.numpy(), abs=1e-9)

@@ -27,6 +27,10 @@ class RunError(MergerError):
     """The run cannot go on (a busy folder, a back end that changes nothing, failures in a row)."""
 
 
+class TakenError(RunError):
+    """Another process has taken over what this one was at."""
+
+
 class TrialError(MergerError):
     """This trial has no value. It is recorded as failed with this reason; it never becomes a number."""
 

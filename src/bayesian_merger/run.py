@@ -6,9 +6,10 @@ config -> space -> ask -> merge -> generate -> score -> tell -> report
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 from bayesian_merger import pairs
 from bayesian_merger.backends import Backend, Exclusive
 from bayesian_merger.checkpoint import remove_parts
+from bayesian_merger.crew import POLL_S, Crew, Hands
 from bayesian_merger.data import (
     Compromise,
     Estimate,
@@ -59,10 +61,17 @@ _MOST_COMPROMISES = 8
 _BLANK = f"{JUNK}blank"
 
 
-def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None) -> Outcome:
+def run(
+    setup: Setup,
+    folder: Path,
+    observer: Observer,
+    more: int | None = None,
+    hire: Callable[[], Hands] | None = None,
+) -> Outcome:
     """The whole run in `folder`, from wherever an earlier start of it ended.
 
-    `more` images are spent beyond those of a finished search; 0 takes back what was to be spent so.
+    `more` images are spent beyond those of a finished search; 0 takes back what was to be spent so. The
+    images are judged by the workers that `hire` gives, or by this process.
 
     RunError if it cannot go on, ConfigError if the folder belongs to another configuration.
     """
@@ -78,7 +87,7 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
                 stack.callback(judge_of.leave)
                 observer.asked(judge_of.attend(folder, setup.n_questions()))
         study = open_study(folder, setup.config.search.storage, create=True)
-        setup = _as_begun(setup, study)
+        setup = as_begun(setup, study)
         study.require_same(setup.identity)
         study.require_whole()
         is_finished = bool(study.about) and read_outcome(folder, study).finished
@@ -86,21 +95,26 @@ def run(setup: Setup, folder: Path, observer: Observer, more: int | None = None)
             observer.noted(note)
         setup = replace(setup, plan=_extended(setup.plan, study.target))
         study.begin(setup.identity, setup.about())
+        crew = None
+        if hire:
+            crew = Crew(study.board(), hire, observer)
+            stack.callback(crew.close)
         observer.planned(setup.n_images())
         for note in setup.notes:
             observer.noted(note)
 
         try:
-            yardstick = baselines(study, setup, folder, observer)
+            yardstick = baselines(study, setup, folder, observer, crew)
             _observe_brought(study, setup, yardstick)
-            _search(study, setup, yardstick, folder, observer, begun)
+            _search(study, setup, yardstick, folder, observer, begun, crew)
             if not read_outcome(folder, study).finished:
-                _confirm(study, setup, yardstick, folder, observer)
+                _confirm(study, setup, yardstick, folder, observer, crew)
             elif more is None:
                 observer.noted("the run was finished; --more N extends it by N images")
             if not study.slices:
                 _slice(study, setup, yardstick, folder)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, MergerError, OSError):
+            # Whatever ended it, somebody wants to see how far it came.
             if time.monotonic() - begun > _WORTH_A_REPORT_S:
                 with suppress(MergerError, OSError):
                     write_outcome(read_outcome(folder, study), folder, is_alive=False)
@@ -144,7 +158,7 @@ def _extend(study: Study, more: int | None, is_finished: bool) -> str:
     return ""
 
 
-def _as_begun(setup: Setup, study: Study) -> Setup:
+def as_begun(setup: Setup, study: Study) -> Setup:
     """With the optimiser that `auto` chose when the run began, if it can still be had."""
     begun = study.identity.get("search", {}).get("optimiser")
     is_free = setup.config.search.optimiser == "auto"
@@ -162,9 +176,11 @@ def _extended(plan: Plan, target: int) -> Plan:
     return replace(plan, images=images, n_iters=None, stop=None)
 
 
-def baselines(study: Study, setup: Setup, folder: Path, observer: Observer) -> Yardstick:
+def baselines(
+    study: Study, setup: Setup, folder: Path, observer: Observer, crew: Crew | None = None
+) -> Yardstick:
     """Judge A, the even merge and B; they set the scale of the values and anchor the search."""
-    trials = _judged_baselines("baseline", study, setup, setup.panel, folder, observer)
+    trials = _judged_baselines("baseline", study, setup, setup.panel, folder, observer, crew)
     results = [trial.result() for trial in trials]
     yardstick = _yardstick(setup, results)
     values = _values(setup, yardstick, results, setup.panel)
@@ -200,16 +216,28 @@ def _judged_baselines(
     panel: Sequence[Prompt],
     folder: Path,
     observer: Observer,
+    crew: Crew | None,
 ) -> list[Trial]:
     """A, the even merge and B, judged in a stage and not yet completed; RunError if one cannot be."""
     trials = [study.book(stage, name, setup.baseline(name)) for name in BASELINES]
-    keep = _place(setup, folder, is_compared=True)
+    keep = place_of(setup, folder, is_compared=True)
+    # One that is complete without its slopes had none to be had.
+    is_followed = {
+        trial.name: stage == "baseline"
+        and trial.name == "even"
+        and setup.follows_even
+        and not trial.is_complete
+        for trial in trials
+    }
+    if crew:
+        for trial in trials:
+            crew.offer(trial, panel, follows=is_followed[trial.name])
     for number, trial in enumerate(trials, start=1):
         observer.started(stage, trial.name, len(panel))
         try:
-            follows = stage == "baseline" and trial.name == "even" and setup.follows_even
-            # One that is complete without its slopes had none to be had.
-            if follows and not trial.is_complete:
+            if crew:
+                crew.judge(trial, panel)
+            elif is_followed[trial.name]:
                 measure = Yardstick(setup.measure)
                 judge_and_follow(trial, panel, setup, observer, keep, measure)
             else:
@@ -254,6 +282,7 @@ def _search(
     folder: Path,
     observer: Observer,
     begun: float,
+    crew: Crew | None,
 ) -> None:
     """Ask, judge, tell, until the trials are spent; a failed trial only has no value.
 
@@ -276,8 +305,7 @@ def _search(
             told = f"{n_before} images of {len(before)} trials are judged already"
             observer.noted(f"the search goes on: {told}")
 
-    while not proposer.is_over():
-        error = attempt(study, proposer, setup, yardstick, folder, observer)
+    for trial, error in _attempts(study, proposer, setup, yardstick, folder, observer, crew):
         if not isinstance(error, SkippedError):
             failures = failures + 1 if error else 0
         if isinstance(error, NothingChangedError):
@@ -291,7 +319,7 @@ def _search(
             study.expect(setup.recipe(best[0]), best[1])
             if models:
                 write_recipe(setup.recipe(best[0]), folder, models)
-        observer.finished(study.searched()[-1], study.leader)
+        observer.finished(trial.result(), study.leader)
         if study.given_up and not is_told:
             is_told = True
             observer.noted(f"{study.given_up}, so the search goes on by the scores alone")
@@ -299,7 +327,7 @@ def _search(
             reported = time.monotonic()
             try:
                 write_outcome(read_outcome(folder, study), folder, models)
-            except PermissionError as error:  # on Windows, a program that has the page open
+            except OSError as error:  # a full disk; on Windows, a program that has the page open
                 observer.noted(f"the report could not be renewed ({error})")
     if proposer.has_stopped:
         observer.noted(f"the search ends after {study.n_judged} images, as search.stop says")
@@ -360,6 +388,59 @@ def searching(study: Study, setup: Setup, yardstick: Yardstick) -> Proposer:
     return study.searching(replace(setup.plan, origin=origin), value)
 
 
+def _attempts(
+    study: Study,
+    proposer: Proposer,
+    setup: Setup,
+    yardstick: Yardstick,
+    folder: Path,
+    observer: Observer,
+    crew: Crew | None,
+) -> Iterator[tuple[Trial, TrialError | None]]:
+    """The trials of the search as they end, and the error of one that failed."""
+    if crew is None:
+        while not proposer.is_over():
+            yield attempt(study, proposer, setup, yardstick, folder, observer)
+        return
+    # Merges of few images are judged beside each other; of others the images are.
+    is_wide = setup.plan.optimiser == "bayes"
+    flight: list[Trial] = []
+    while True:
+        while (
+            crew.wants()
+            and (is_wide or not flight)
+            and (study.is_interrupted(flight) or not proposer.is_promised())
+        ):
+            trial, panel = _asked(study, proposer, setup, observer, flight)
+            crew.offer(trial, panel, follows=trial.follows)
+            flight.append(trial)
+        if not flight:
+            return
+        crew.tend()
+        ended = [trial for trial in flight if crew.is_ready(trial)]
+        for trial in ended:
+            flight.remove(trial)
+            yield trial, _told(study, trial, setup, yardstick, partial(crew.conclude, trial))
+        if not ended:
+            time.sleep(POLL_S)
+
+
+def _asked(
+    study: Study,
+    proposer: Proposer,
+    setup: Setup,
+    observer: Observer,
+    flight: Sequence[Trial] = (),
+) -> tuple[Trial, list[Prompt]]:
+    """The next trial of the search beside those in `flight`, and the images that it is judged on."""
+    start = time.monotonic()
+    trial = study.ask(proposer, setup.recipe, flight)
+    trial.spend(ask=time.monotonic() - start)
+    panel = [setup.prompt(i) for i in trial.items or ()]
+    observer.started(trial.stage, trial.name, len(panel))
+    return trial, panel
+
+
 def attempt(
     study: Study,
     proposer: Proposer,
@@ -367,20 +448,27 @@ def attempt(
     yardstick: Yardstick,
     folder: Path,
     observer: Observer,
-) -> TrialError | None:
+) -> tuple[Trial, TrialError | None]:
     """Ask, judge, tell: one trial of the search. The error of a failed one, which only has no value."""
-    start = time.monotonic()
-    trial = study.ask(proposer, setup.recipe)
-    trial.spend(ask=time.monotonic() - start)
-    panel = [setup.prompt(i) for i in trial.items or ()]
-    observer.started(trial.stage, trial.name, len(panel))
-    keep = _place(setup, folder, is_compared=False)
+    trial, panel = _asked(study, proposer, setup, observer)
+    keep = place_of(setup, folder, is_compared=False)
     others = [*study.judged("baseline"), *study.searched()]
-    try:
+
+    def judged() -> None:
         if trial.follows:
             judge_and_follow(trial, panel, setup, observer, keep, yardstick, others)
         else:
             judge(trial, panel, setup, observer, keep, others=others)
+
+    return trial, _told(study, trial, setup, yardstick, judged)
+
+
+def _told(
+    study: Study, trial: Trial, setup: Setup, yardstick: Yardstick, judged: Callable[[], None]
+) -> TrialError | None:
+    """End a trial of the search with its value once it is `judged`, or without for the error of that."""
+    try:
+        judged()
         _require_change([*study.judged("baseline"), *study.searched()], setup)
     except TrialError as error:
         trial.fail(str(error))
@@ -389,12 +477,12 @@ def attempt(
         known = [*study.judged("baseline"), *study.searched()]
         trial.complete(pairs.leads([r for r in known if r.state != "failed"])[trial.name])
         return None
-    further = [prompt for prompt in panel if prompt.index >= FRESH]
+    further = [setup.prompt(i) for i in trial.items or () if i >= FRESH]
     trial.complete(yardstick.trial(trial.result(), setup.panel, further))
     return None
 
 
-def _place(setup: Setup, folder: Path, *, is_compared: bool) -> Path | None:
+def place_of(setup: Setup, folder: Path, *, is_compared: bool) -> Path | None:
     """The folder, if pictures are kept: those of the comparison of A, B, even and best, or others."""
     wanted = setup.config.output.save_images
     # A picture may be compared with any that was made before.
@@ -412,7 +500,12 @@ def _at(objective: Objective, baseline: Result, setup: Setup, yardstick: Yardsti
 
 
 def _confirm(
-    study: Study, setup: Setup, yardstick: Yardstick, folder: Path, observer: Observer
+    study: Study,
+    setup: Setup,
+    yardstick: Yardstick,
+    folder: Path,
+    observer: Observer,
+    crew: Crew | None,
 ) -> None:
     """Choose the best of the few best on fresh seeds, then measure it against the baselines on others.
 
@@ -423,14 +516,19 @@ def _confirm(
     if not few:
         raise RunError("no trial was completed, so there is no merge to confirm")
 
-    def attempt(stage: Stage, one: Result, panel: Sequence[Prompt]) -> Trial | None:
+    def booked(stage: Stage, one: Result) -> Trial:
         # With pairs even a parent is compared with itself, to be compared with the others.
-        trial = study.book(stage, one.name, one.recipe, BASELINES if setup.comparer else ())
-        keep = _place(setup, folder, is_compared=stage == "heldout")
-        observer.started(stage, one.name, len(panel))
+        return study.book(stage, one.name, one.recipe, BASELINES if setup.comparer else ())
+
+    def attempt(stage: Stage, trial: Trial, panel: Sequence[Prompt]) -> Trial | None:
+        keep = place_of(setup, folder, is_compared=stage == "heldout")
+        observer.started(stage, trial.name, len(panel))
         try:
-            others = [other for other in study.judged(stage) if other.name != one.name]
-            judge(trial, panel, setup, observer, keep, others=others)
+            others = [other for other in study.judged(stage) if other.name != trial.name]
+            if crew:
+                crew.judge(trial, panel)
+            else:
+                judge(trial, panel, setup, observer, keep, others=others)
             _require_change([*others, trial.result()], setup)
         except TrialError as error:
             trial.fail(str(error))
@@ -447,15 +545,18 @@ def _confirm(
 
     # Choices tell of one what they tell of all, hence last.
     panel = setup.select_panel
-    several = few if len(few) > 1 else []
-    complete([t for one in several if (t := attempt("select", one, panel))], panel)
+    several = [booked("select", one) for one in few] if len(few) > 1 else []
+    if crew:
+        for trial in several:
+            crew.offer(trial, panel)
+    complete([t for trial in several if (t := attempt("select", trial, panel))], panel)
     panel = setup.heldout_panel
-    waiting = _judged_baselines("heldout", study, setup, panel, folder, observer)
+    waiting = _judged_baselines("heldout", study, setup, panel, folder, observer, crew)
     if not setup.comparer:
         complete(waiting, panel)
         waiting = []
     for one in ranking(study, few) or []:
-        if best := attempt("heldout", one, panel):
+        if best := attempt("heldout", booked("heldout", one), panel):
             complete([*waiting, best], panel)
             return
     raise RunError(f"none of the {len(few)} best merges can be judged on fresh seeds")
@@ -503,7 +604,7 @@ def check_folder(setup: Setup, folder: Path) -> None:
     storage = setup.config.search.storage
     if has_study(folder, storage):
         study = open_study(folder, storage)
-        study.require_same(_as_begun(setup, study).identity)
+        study.require_same(as_begun(setup, study).identity)
     best = folder / "best.safetensors"
     if setup.config.output.save_best:
         if any(model.path.resolve() == best.resolve() for model in setup.merger.models):

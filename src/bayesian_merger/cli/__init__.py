@@ -186,9 +186,11 @@ class _Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        # What a run starts itself is not for people.
+        found = "working" if cmd_name == "work" else COMMANDS.get(cmd_name, ("",))[0]
+        if not found:
             return None
-        module = import_module(f"{__name__}.{COMMANDS[cmd_name][0]}")
+        module = import_module(f"{__name__}.{found}")
         command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from bayesian_merger.backends import Backend
 from bayesian_merger.cli.asking import Asking, asking_options
 from bayesian_merger.cli.progress import Manner, observer, summary, told_at_the_end
 from bayesian_merger.cli.screen import err, out, plain
+from bayesian_merger.cli.working import hiring
+from bayesian_merger.crew import Hands
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.report import duration
 from bayesian_merger.scorers import Attended
@@ -68,14 +70,18 @@ def _manner_options(command: Any) -> Any:
     )(command)
 
 
-def _load(
-    path: Path,
+def _load(path: Path, overrides: Sequence[str], **counts: int | None) -> configuration.Config:
+    return configuration.load(path, _all_overrides(overrides, **counts))
+
+
+def _all_overrides(
     overrides: Sequence[str],
     images: int | None,
     init_points: int | None,
     n_iters: int | None,
     batch_size: int | None,
-) -> configuration.Config:
+) -> list[str]:
+    """The overrides, and those for which there are options."""
     named = {
         "search.images": images,
         "search.init_points": init_points,
@@ -83,7 +89,7 @@ def _load(
         "panel.batch_size": batch_size,
     }
     given = [f"{key}={value}" for key, value in named.items() if value is not None]
-    return configuration.load(path, [*overrides, *given])
+    return [*overrides, *given]
 
 
 @click.command()
@@ -178,6 +184,11 @@ def check_command(
     help="Images to spend beyond those of a finished run; said again, it goes on with them. With 0 "
     "no more than the configuration says.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    help="Processes that make images side by side (default: one for each GPU).",
+)
 @_manner_options
 @asking_options
 @_run_options
@@ -186,6 +197,7 @@ def run_command(
     run_dir: Path | None,
     manner: Manner | None,
     more: int | None,
+    workers: int | None,
     port: int,
     no_browser: bool,
     terminal: bool,
@@ -198,7 +210,9 @@ def run_command(
     if more is not None and not outcomes.has_study(folder, config.search.storage):
         raise ConfigError(f"{folder}: there is no run to extend")
     how = Asking(port, not no_browser, terminal)
-    _run(_prepared(config, config_file), folder, manner or "lines", more, how)
+    setup = _prepared(config, config_file)
+    hire = hiring(workers, config_file, _all_overrides(overrides, **counts), setup, folder)
+    _run(setup, folder, manner or "lines", more, how, hire)
 
 
 def _run(
@@ -207,11 +221,12 @@ def _run(
     manner: Manner,
     more: int | None = None,
     how: Asking = _USUAL_ASKING,
+    hire: Callable[[], Hands] | None = None,
 ) -> None:
     page = run_dir / "report.html"
     with _using(setup.backend), observer(manner, how, run_dir) as watching:
         try:
-            outcome = run.run(setup, run_dir, watching, more)
+            outcome = run.run(setup, run_dir, watching, more, hire)
         except KeyboardInterrupt:
             if page.is_file():
                 err.print(f"report so far: {page.absolute()}", soft_wrap=True)

@@ -16,12 +16,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.study._frozen import FrozenStudy
@@ -30,7 +31,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from bayesian_merger.data import Compromise, Estimate, Recipe, Result, Slice
-from bayesian_merger.errors import ConfigError, RunError, first_line
+from bayesian_merger.errors import ConfigError, RunError, TakenError, first_line
 from bayesian_merger.study.board import Board
 from bayesian_merger.study.proposals import (
     FOREIGN,
@@ -61,7 +62,7 @@ def storage_errors() -> Iterator[None]:
     try:
         yield
     except UpdateFinishedTrialError as error:
-        raise RunError(
+        raise TakenError(
             "another process works on this study; stop it, and the same command goes on"
         ) from error
     except (StorageInternalError, SQLAlchemyError) as error:
@@ -228,12 +229,17 @@ class Study:
             )
 
     def board(self) -> Board:
-        """Where this run offers its images to workers."""
+        """Where this run offers its images to workers; of an SQLite file a lock lies beside it."""
         part = f"{self._name}/{_WORK}" if self._name else _WORK
         study = optuna.create_study(
             storage=self._storage, study_name=part, direction="maximize", load_if_exists=True
         )
-        return Board(self._storage, study)
+        file = self._storage.engine.url.database
+        is_file = self._storage.engine.dialect.name == "sqlite" and file
+        turning: AbstractContextManager[object] = nullcontext()
+        if is_file:
+            turning = FileLock(f"{file}.turning")
+        return Board(self._storage, study, turning)
 
     def close(self) -> None:
         """Let go of the storage's file."""
@@ -338,6 +344,14 @@ class Study:
             {trial.number for trial in taken},
         )
         return Trial(self._search, frozen)
+
+    def is_interrupted(self, taken: Collection[Trial] = ()) -> bool:
+        """Whether a trial of the search has begun and is judged by nobody, none of those `taken`."""
+        numbers = {trial.number for trial in taken}
+        return any(
+            not trial.state.is_finished() and trial.number not in numbers
+            for trial in begun(self._search)
+        )
 
     def expect(self, recipe: Recipe, value: Estimate) -> None:
         """Store what is recommended as it stands now, and what value is expected of it."""

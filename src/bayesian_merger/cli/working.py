@@ -1,0 +1,89 @@
+"""The workers of a run: how many, where, and `work`, which is one of them."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import click
+import torch
+
+from bayesian_merger import config, worker
+from bayesian_merger.crew import Pool, places
+from bayesian_merger.errors import ConfigError
+from bayesian_merger.scorers import Attended
+from bayesian_merger.setup import Setup, prepare
+
+
+def hiring(
+    wanted: int | None, path: Path, overrides: Sequence[str], setup: Setup, run_dir: Path
+) -> Callable[[], Pool] | None:
+    """What starts the workers of a run of the configuration at `path`; None if this process judges.
+
+    None `wanted` is one for each GPU that is to be seen. ConfigError if there cannot be so many.
+    """
+    device = setup.config.backend.options.get("device", "auto")
+    gpus = _gpus() if device in ("auto", "cuda") else []
+    fault = _fault(setup)
+    n = wanted or (1 if fault else max(1, len(gpus)))
+    if n == 1:
+        return None
+    if fault:
+        raise ConfigError(f"{n} workers: {fault}; leave --workers out")
+    if gpus and n > len(gpus):
+        raise ConfigError(
+            f"{n} workers: there are {len(gpus)} GPUs to be seen, and a worker needs one for itself"
+        )
+    told = json.dumps(
+        {
+            "config": str(path.absolute()),
+            "overrides": list(overrides),
+            "title": setup.title,
+            "run_dir": str(run_dir.absolute()),
+        }
+    )
+    command = [sys.executable, "-m", "bayesian_merger", "work"]
+    where = places(n, gpus, os.cpu_count() or 1)
+    return lambda: Pool(command, told.encode(), where, run_dir / "workers")
+
+
+def _fault(setup: Setup) -> str:
+    """Why a run cannot have several workers, or nothing."""
+    asking = [name for name, one in setup.scorers.items() if isinstance(one, Attended)]
+    if asking:
+        return f"scorer {asking[0]} asks a person, who is one"
+    if getattr(setup.backend, "is_remote", False):
+        return "the images are made by a server; name several servers in backend.url"
+    return ""
+
+
+def _gpus() -> list[str]:
+    """Those that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return named.split(",")[:n] if named else [str(i) for i in range(n)]
+
+
+@click.command(hidden=True)
+@click.argument("name")
+def work_command(name: str) -> None:
+    """Judge what the run offers that has started this worker, and leave when it ends."""
+    told = json.loads(sys.stdin.readline())
+    threading.Thread(target=_leave_with_the_run, daemon=True).start()
+    path = Path(told["config"])
+    ready = prepare(config.load(path, told["overrides"]), path.parent, told["title"])
+    with closing(ready.backend):
+        worker.work(ready, Path(told["run_dir"]), name)
+
+
+def _leave_with_the_run() -> None:
+    """Interrupt this process when nobody is there any more who could tell it anything."""
+    while sys.stdin.readline():
+        pass
+    _thread.interrupt_main()

@@ -1,0 +1,277 @@
+"""Many workers: what they are offered, what is gathered from them, and what happens when one is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from bayesian_merger.data import Prompt
+from bayesian_merger.errors import RunError, TrialError
+from bayesian_merger.study import Trial
+from bayesian_merger.study.board import Board, Task
+
+POLL_S = 0.05
+"""How often it is looked whether workers have found something."""
+# After so long without a sign of life a worker is lost; it gives one every few seconds.
+PATIENCE_S = 60.0
+# A trial on which so many workers were lost is at fault itself.
+_MOST_LOST = 3
+# So many workers in a row may end before any has judged an image.
+_MOST_VAIN = 3
+_LEAVE_S = 20.0
+
+
+class Listener(Protocol):
+    """Is told how the work goes on."""
+
+    def judged(self, images: int, made: bool) -> None: ...
+
+    def noted(self, text: str) -> None: ...
+
+
+class Hands(Protocol):
+    """The workers that a run has started itself."""
+
+    @property
+    def n(self) -> int:
+        """How many there are."""
+        ...
+
+    def lost(self) -> Mapping[str, str]:
+        """Those that have ended since it was asked last, and the last thing that they said."""
+        ...
+
+    def close(self) -> None:
+        """Let them go."""
+        ...
+
+
+@dataclass
+class _Offer:
+    """Images of a trial that were offered in a task, and when its worker last gave a sign of life."""
+
+    trial: Trial
+    items: Sequence[int]
+    follows: bool
+    sign: int = -1
+    seen: float = field(default_factory=time.monotonic)
+    is_waiting: bool = True
+
+
+class Crew:
+    """Has trials judged by the workers at a board."""
+
+    def __init__(
+        self,
+        board: Board,
+        hire: Callable[[], Hands],
+        listener: Listener,
+    ) -> None:
+        """The workers are hired when there is something to do."""
+        self._board, self._hire, self._listener = board, hire, listener
+        self._hands: Hands | None = None
+        self._offers: dict[int, _Offer] = {}
+        self._known: set[str] = set()
+        self._faults: dict[str, str] = {}
+        self._lost: Counter[str] = Counter()
+        self._n_vain = 0
+
+    def close(self) -> None:
+        """Let the workers go."""
+        if self._hands:
+            self._hands.close()
+
+    def wants(self) -> bool:
+        """Whether a worker may find nothing to do."""
+        n_waiting = sum(offer.is_waiting for offer in self._offers.values())
+        # The more workers, the more of them end at once.
+        return n_waiting < max(1, len(self._offers) // 8)
+
+    def offer(self, trial: Trial, panel: Sequence[Prompt], *, follows: bool = False) -> None:
+        """Offer what of the panel a trial lacks, once; what an earlier start has found is taken over."""
+        if trial.key in self._known or trial.is_complete:
+            return
+        self._known.add(trial.key)
+        for task in self._board.of(trial.key):
+            # Whoever had it does not work for this process.
+            task.withdraw("the run was begun anew")
+            trial.gather(task)
+        done = trial.followed if follows else trial.scores.keys()
+        items = [prompt.index for prompt in panel if prompt.index not in done]
+        self._listener.judged(len(panel) - len(items), made=False)
+        if items and not self._hands:
+            self._hands = self._hire()
+        size = max(1, -(-len(items) // (self._hands.n if self._hands else 1)))
+        for some in (items[i : i + size] for i in range(0, len(items), size)):
+            self._post(trial, some, follows)
+
+    def is_ready(self, trial: Trial) -> bool:
+        """Whether nothing that was offered of a trial is still to be judged."""
+        return all(offer.trial is not trial for offer in self._offers.values())
+
+    def conclude(self, trial: Trial) -> None:
+        """TrialError if a trial that is ready could not be judged."""
+        if reason := self._faults.get(trial.key):
+            raise TrialError(reason)
+
+    def judge(self, trial: Trial, panel: Sequence[Prompt], *, follows: bool = False) -> None:
+        """Have a trial judged on the panel; TrialError if it could not be."""
+        self.offer(trial, panel, follows=follows)
+        while not self.is_ready(trial):
+            self.tend()
+            time.sleep(POLL_S)
+        self.conclude(trial)
+
+    def tend(self) -> None:
+        """Gather what the workers have found, and offer again what those have had that are lost."""
+        lost = self._hands.lost() if self._hands else {}
+        for number, task in list(self._board.some(self._offers)):
+            offer = self._offers[number]
+            fresh = offer.trial.gather(task)
+            if fresh:
+                self._n_vain = 0
+                self._listener.judged(len(fresh), made=True)
+            offer.is_waiting = task.is_waiting
+            if task.sign != offer.sign or task.is_waiting:
+                offer.sign, offer.seen = task.sign, time.monotonic()
+            if task.is_over:
+                self._end(number, task)
+            elif task.worker in lost:
+                self._take_away(number, task, lost[task.worker])
+            elif time.monotonic() - offer.seen > PATIENCE_S:
+                self._take_away(number, task, f"no sign of life for {PATIENCE_S:.0f} s")
+        for name, said in lost.items():
+            self._n_vain += 1
+            self._listener.noted(f"worker {name} has ended and is replaced: {said}")
+            if self._hands and self._n_vain > _MOST_VAIN * self._hands.n:
+                raise RunError(f"workers end as soon as they begin, the last with: {said}")
+
+    def _post(self, trial: Trial, items: Sequence[int], follows: bool) -> None:
+        number = self._board.post(trial, items, follows=follows)
+        self._offers[number] = _Offer(trial, items, follows)
+
+    def _take_away(self, number: int, task: Task, reason: str) -> None:
+        """End a task whose worker is lost; it may have ended it just now."""
+        if task.withdraw(reason):
+            self._again(number, reason)
+
+    def _end(self, number: int, task: Task) -> None:
+        """What follows from a task that is over."""
+        if task.ended:
+            self._again(number, task.ended)
+            return
+        offer = self._offers.pop(number)
+        result = task.result()
+        offer.trial.spend(**result.seconds)
+        for text in task.notes:
+            self._listener.noted(text)
+        if result.state == "failed":
+            self._faults.setdefault(offer.trial.key, result.reason)
+
+    def _again(self, number: int, reason: str) -> None:
+        """Offer what is left of a task that was not done, unless it is the trial's own fault."""
+        offer = self._offers.pop(number)
+        key = offer.trial.key
+        self._lost[key] += 1
+        done = offer.trial.followed if offer.follows else offer.trial.scores.keys()
+        left = [item for item in offer.items if item not in done]
+        if self._lost[key] >= _MOST_LOST and left:
+            self._faults.setdefault(key, f"{self._lost[key]} workers were lost on it: {reason}")
+        elif left:
+            self._post(offer.trial, left, offer.follows)
+
+
+class Pool:
+    """Workers of this machine: a process each, which ends when this one does."""
+
+    def __init__(
+        self, command: Sequence[str], told: bytes, places: Sequence[Mapping[str, str]], logs: Path
+    ) -> None:
+        """Of `command`, which is `told` what to do at its standard input and then waits for its end.
+
+        A worker for each of `places`, which are added to its environment; what they say goes to `logs`.
+        """
+        self._command, self._told, self._places, self._logs = list(command), told, places, logs
+        logs.mkdir(parents=True, exist_ok=True)
+        self._at: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
+        self._number = 0
+        try:
+            for place in range(len(places)):
+                self._start(place)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def n(self) -> int:
+        """How many there are."""
+        return len(self._places)
+
+    @property
+    def processes(self) -> list[int]:
+        """Their process numbers."""
+        return [process.pid for _, process in self._at.values()]
+
+    def lost(self) -> Mapping[str, str]:
+        """Those that have ended, which are replaced, and the last thing that they said."""
+        found = {}
+        for place, (name, process) in list(self._at.items()):
+            if process.poll() is not None:
+                found[name] = self._last_words(name) or f"exit code {process.returncode}"
+                self._start(place)
+        return found
+
+    def close(self) -> None:
+        """Have them end, which they do when the image is made that they are at."""
+        for _, process in self._at.values():
+            if process.stdin:
+                with suppress(OSError):
+                    process.stdin.close()
+        end = time.monotonic() + _LEAVE_S
+        for _, process in self._at.values():
+            try:
+                process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _start(self, place: int) -> None:
+        self._number += 1
+        name = f"{os.getpid()}-{self._number}"
+        with (self._logs / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*self._command, name],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._places[place]},
+                # A Ctrl-C is for this process, which lets them go.
+                start_new_session=sys.platform != "win32",
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        self._at[place] = (name, process)
+        assert process.stdin
+        with suppress(OSError):  # it has ended already, which is seen soon
+            process.stdin.write(self._told + b"\n")
+            process.stdin.flush()
+
+    def _last_words(self, name: str) -> str:
+        with suppress(OSError):
+            lines = (self._logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
+            return lines[-1][:300] if lines else ""
+        return ""
+
+
+def places(n: int, devices: Collection[str], n_cores: int) -> list[dict[str, str]]:
+    """What each of `n` workers has of this machine: a GPU for itself, or its share of the cores."""
+    if devices:
+        return [{"CUDA_VISIBLE_DEVICES": device} for device in list(devices)[:n]]
+    return [{"OMP_NUM_THREADS": str(max(1, n_cores // n))} for _ in range(n)]

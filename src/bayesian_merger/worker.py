@@ -1,0 +1,127 @@
+"""A worker: takes images from the board of a run and judges them, until it is told to leave."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from bayesian_merger.data import Prompt, Result
+from bayesian_merger.errors import RunError, TakenError, TrialError, first_line
+from bayesian_merger.judging import judge, judge_and_follow
+from bayesian_merger.outcome import open_study, yardstick_of
+from bayesian_merger.run import as_begun, place_of
+from bayesian_merger.setup import Setup
+from bayesian_merger.study import Stage, Study, storage_errors
+from bayesian_merger.study.board import Task
+from bayesian_merger.values import Yardstick
+
+# How often it looks for work, and gives a sign of life while it has some.
+_POLL_S, _BEAT_S = 0.05, 3.0
+
+
+def work(setup: Setup, folder: Path, name: str, look: Callable[[], None] = lambda: None) -> None:
+    """Judge what the board of the run in `folder` offers, until `look`, asked now and then, raises.
+
+    ConfigError if the run has another setup, RunError if nothing can be judged or recorded any more.
+    """
+    with storage_errors():
+        study = open_study(folder, setup.config.search.storage)
+        setup = as_begun(setup, study)
+        study.require_same(setup.identity)
+        board = study.board()
+    while True:
+        look()
+        with storage_errors():
+            task = board.take(name)
+        if task is None:
+            time.sleep(_POLL_S)
+        else:
+            _do(task, setup, study, folder)
+
+
+def _do(task: Task, setup: Setup, study: Study, folder: Path) -> None:
+    """Judge one task, and record what became of it."""
+    notes = _Notes()
+    try:
+        with storage_errors(), _beating(task):
+            try:
+                _judge(task, setup, study, folder, notes)
+            except TrialError as error:
+                task.note(notes.texts)
+                task.fail(str(error))
+            except (RunError, OSError, KeyboardInterrupt) as error:
+                task.give_back(first_line(error) or "it was told to leave")
+                raise
+            else:
+                task.note(notes.texts)
+                task.done()
+    except TakenError:
+        pass  # others have it: this process was silent for too long
+
+
+def _judge(task: Task, setup: Setup, study: Study, folder: Path, notes: _Notes) -> None:
+    panels: dict[Stage, Sequence[Prompt]] = {
+        "baseline": setup.panel,
+        "select": setup.select_panel,
+        "heldout": setup.heldout_panel,
+    }
+    items = task.items or []
+    for stage, whole in panels.items():
+        if stage == task.stage:
+            panel = [prompt for prompt in whole if prompt.index in items]
+            others = study.judged(stage)
+            break
+    else:
+        panel = [setup.prompt(i) for i in items]
+        others = [*study.judged("baseline"), *study.searched()]
+    keep = place_of(setup, folder, is_compared=task.stage in ("baseline", "heldout"))
+    others = [other for other in others if other.name != task.name]
+    if task.follows:
+        measure = yardstick_of(study) or Yardstick(setup.measure)
+        judge_and_follow(task, panel, setup, notes, keep, measure, others)
+    else:
+        judge(task, panel, setup, notes, keep, others=others)
+
+
+class _Notes:
+    """Keeps what the user should know of a task."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def planned(self, images: int) -> None: ...
+
+    def started(self, stage: str, name: str, images: int) -> None: ...
+
+    def judged(self, images: int, made: bool) -> None: ...
+
+    def finished(self, result: Result, leader: Result | None) -> None: ...
+
+    def noted(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@contextmanager
+def _beating(task: Task) -> Iterator[None]:
+    """Give signs of life meanwhile."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(_BEAT_S):
+            try:
+                with storage_errors():
+                    task.beat()
+            except RunError:
+                # What is judged cannot be recorded either, which is found out there.
+                return
+
+    pulse = threading.Thread(target=beat, daemon=True)
+    pulse.start()
+    try:
+        yield
+    finally:
+        over.set()
+        pulse.join()

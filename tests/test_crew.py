@@ -1,0 +1,333 @@
+"""Runs whose images are judged by workers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outcomes import a_recipe
+from test_cli import Command
+from test_cli import command as command
+from test_run import Silent, start
+from test_run import folder as folder
+
+import bayesian_merger
+from bayesian_merger import config as configuration
+from bayesian_merger import crew, run, setup, worker
+from bayesian_merger.data import Outcome
+from bayesian_merger.errors import ConfigError, RunError, TakenError
+from bayesian_merger.outcome import open_study
+from bayesian_merger.study import storage_errors
+from bayesian_merger.study.board import Task
+
+
+class Threads:
+    """Workers that are threads of this process, each with a setup of its own."""
+
+    def __init__(self, folder: Path, overrides: tuple[str, ...], n: int) -> None:
+        self.n = n
+        self._over = threading.Event()
+        self._threads = []
+        for number in range(n):
+            config = configuration.load(folder / "config.toml", overrides)
+            ready = setup.prepare(config, folder, "toy")
+            thread = threading.Thread(
+                target=self._work, args=(ready, folder / "run", f"w{number}"), daemon=True
+            )
+            thread.start()
+            self._threads.append(thread)
+
+    def _work(self, ready: setup.Setup, run_dir: Path, name: str) -> None:
+        with contextlib.suppress(LeftError):
+            worker.work(ready, run_dir, name, self._look)
+
+    def _look(self) -> None:
+        if self._over.is_set():
+            raise LeftError
+
+    def lost(self) -> Mapping[str, str]:
+        return {}
+
+    def close(self) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(30)
+
+
+class LeftError(Exception):
+    """A worker was told to leave."""
+
+
+def start_with(
+    folder: Path, *overrides: str, n: int = 2, hire: Callable[[], Any] | None = None
+) -> Outcome:
+    config = configuration.load(folder / "config.toml", overrides)
+    ready = setup.prepare(config, folder, "toy")
+    hire = hire or (lambda: Threads(folder, overrides, n))
+    return run.run(ready, folder / "run", Silent(), hire=hire)
+
+
+def tasks(folder: Path) -> list[Task]:
+    study = open_study(folder / "run")
+    try:
+        return [task for _, task in study.board().some(range(100_000))]
+    finally:
+        study.close()
+
+
+def test_run_with_workers_has_all_images_and_each_score_once(folder: Path) -> None:
+    outcome = start_with(folder)
+    assert outcome.finished
+    alone = start(folder, into="alone")
+    # The same design, panels and counts; only the proposals know of other results.
+    assert outcome.images == alone.images
+    for one, other in zip(outcome.results, alone.results, strict=True):
+        assert (one.name, one.stage, one.scores.keys()) == (
+            other.name,
+            other.stage,
+            other.scores.keys(),
+        )
+        if one.stage != "exploit":
+            assert one.scores == other.scores
+            assert one.images == other.images
+    judged = Counter((task.of, index) for task in tasks(folder) for index in task.scores)
+    assert set(judged.values()) == {1}
+    assert len(judged) == outcome.images
+    assert {task.worker for task in tasks(folder)} == {"w0", "w1"}
+
+
+def test_images_of_one_merge_are_spread_over_the_workers(folder: Path) -> None:
+    start_with(folder, n=3)
+    baseline = [task for task in tasks(folder) if task.stage == "baseline" and task.name == "a"]
+    assert sorted(i for task in baseline for i in task.items or ()) == list(range(6))
+    assert [len(task.items or ()) for task in baseline] == [2, 2, 2]
+
+
+def test_optimiser_that_hears_of_means_proposes_as_without_workers(folder: Path) -> None:
+    outcome = start_with(folder, "search.optimiser=tpe", n=3)
+    alone = start(folder, "search.optimiser=tpe", into="alone")
+    assert [r.recipe.weights for r in outcome.results] == [r.recipe.weights for r in alone.results]
+    assert [r.value for r in outcome.results] == [r.value for r in alone.results]
+
+
+def test_failed_trials_have_their_reason_and_no_value(folder: Path) -> None:
+    outcome = start_with(folder, "backend.fault=weak", "search.init_points=6", "search.n_iters=6")
+    failed = [r for r in outcome.results if r.state == "failed"]
+    assert failed
+    assert all("out of memory" in r.reason and r.value is None for r in failed)
+    assert outcome.finished
+
+
+def test_search_by_the_gradient_has_its_slopes_from_the_workers(folder: Path) -> None:
+    overrides = ("backend.name=painter", "scorers={nearness={}}", "search.optimiser=gradient")
+    outcome = start_with(folder, *overrides, "search.images=40", "search.n_iters=4", n=2)
+    assert outcome.finished
+    followed = [r for r in outcome.results if r.stage != "baseline"]
+    assert all(r.slopes for r in followed)
+    assert {i for r in followed for s in r.slopes for i in s.items} == {
+        i for r in followed for i in r.scores
+    }
+
+
+class Late:
+    """Workers that come when another has taken the first task, and is never heard of again."""
+
+    n = 2
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._threads: Threads | None = None
+        self.stolen: Task | None = None
+
+    def lost(self) -> Mapping[str, str]:
+        if not self._threads:
+            self.stolen = open_study(self._folder / "run").board().take("asleep")
+            self._threads = Threads(self._folder, (), 2)
+        return {}
+
+    def close(self) -> None:
+        if self._threads:
+            self._threads.close()
+
+
+def test_what_a_silent_worker_had_is_judged_by_another_and_counts_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew, "PATIENCE_S", 1.5)
+    monkeypatch.setattr(worker, "_BEAT_S", 0.1)
+    late = Late(folder)
+    outcome = start_with(folder, hire=lambda: late)
+    assert outcome.finished
+    assert outcome.images == 10 * 6 + 2 * 4 + 4 * 8
+    stolen = late.stolen
+    assert stolen
+    again = [task for task in tasks(folder) if task.of == stolen.of]
+    assert [task.ended for task in again if task.worker == "asleep"] == ["no sign of life for 2 s"]
+    # It wakes up, and what it had is its own no more.
+    with pytest.raises(TakenError), storage_errors():
+        stolen.record(0, {"likeness": 1.0}, "digest")
+    with pytest.raises(TakenError), storage_errors():
+        stolen.done()
+    judged = Counter((task.of, index) for task in tasks(folder) for index in task.scores)
+    assert set(judged.values()) == {1}
+
+
+class Doomed(Threads):
+    """Workers that end as soon as they have a task."""
+
+    def _work(self, ready: setup.Setup, run_dir: Path, name: str) -> None:
+        board = open_study(run_dir).board()
+        while not self._over.is_set():
+            if task := board.take(name):
+                task.give_back("the driver went away")
+            time.sleep(0.01)
+
+
+def test_trial_on_which_every_worker_is_lost_is_at_fault_itself(folder: Path) -> None:
+    with pytest.raises(RunError, match="3 workers were lost on it: the driver went away"):
+        start_with(folder, hire=lambda: Doomed(folder, (), 1))
+
+
+def test_run_that_was_killed_goes_on_with_what_its_workers_had_found(folder: Path) -> None:
+    class Killed(Silent):
+        n_judged = 0
+
+        def judged(self, images: int, made: bool) -> None:
+            self.n_judged += images
+            if self.n_judged > 30:
+                raise KeyboardInterrupt
+
+    config = configuration.load(folder / "config.toml", ())
+    ready = setup.prepare(config, folder, "toy")
+    with pytest.raises(KeyboardInterrupt):
+        run.run(ready, folder / "run", Killed(), hire=lambda: Threads(folder, (), 2))
+    outcome = start_with(folder)
+    assert outcome.finished
+    assert outcome.images == 10 * 6 + 2 * 4 + 4 * 8
+    alone = start(folder, into="alone")
+    for one, other in zip(outcome.results, alone.results, strict=True):
+        if one.stage != "exploit":
+            assert one.scores == other.scores
+
+
+def test_task_is_taken_by_one_of_many(folder: Path) -> None:
+    (folder / "run").mkdir()
+    study = open_study(folder / "run", create=True)
+    trial = study.book("baseline", "a", a_recipe())
+    board = study.board()
+    numbers = [board.post(trial, [i]) for i in range(20)]
+    taken: list[str] = []
+
+    def take_all(name: str) -> None:
+        own = open_study(folder / "run").board()
+        while task := own.take(name):
+            taken.append(task.key)
+            task.done()
+
+    threads = [threading.Thread(target=take_all, args=(f"w{k}",)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == len(set(taken)) == len(numbers)
+
+
+def test_workers_of_another_configuration_are_refused(folder: Path) -> None:
+    start(folder)
+    config = configuration.load(folder / "config.toml", ["panel.batch_size=4"])
+    other = setup.prepare(config, folder, "toy")
+    with pytest.raises(ConfigError, match="belongs to another configuration"):
+        worker.work(other, folder / "run", "w0")
+
+
+def run_of(folder: Path, *more: object) -> subprocess.Popen[bytes]:
+    """A run in a process of its own, with two workers in theirs."""
+    source = Path(bayesian_merger.__file__).parents[1]
+    command = [sys.executable, "-m", "bayesian_merger", "run", "config.toml", "--run-dir", "run"]
+    return subprocess.Popen(
+        [*command, "--workers", "2", *map(str, more)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{Path(__file__).parent}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """The process numbers of the workers of a run."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(number) for number in children]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_killed_worker_is_replaced_and_nothing_is_lost(folder: Path) -> None:
+    process = run_of(folder, "--set", "backend.delay_s=0.05")
+    killed = 0
+    while process.poll() is None and killed < 2:
+        held = [task for task in running(folder) if task.scores]
+        children = workers_of(process)
+        if held and children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(children[-1], signal.SIGKILL)
+                killed += 1
+            time.sleep(2)
+        time.sleep(0.05)
+    out = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 0, out
+    assert "has ended and is replaced: exit code -9" in out
+    found = json.loads((folder / "run" / "result.json").read_text())
+    assert found["finished"]
+    assert found["images"] == 10 * 6 + 2 * 4 + 4 * 8
+    judged = Counter((task.of, index) for task in tasks(folder) for index in task.scores)
+    assert set(judged.values()) == {1}
+
+
+def running(folder: Path) -> list[Task]:
+    if not (folder / "run" / "study.db").is_file():
+        return []
+    return [task for task in tasks(folder) if task.worker and not task.is_over]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_leave_when_the_run_is_killed(folder: Path) -> None:
+    process = run_of(folder, "--set", "backend.delay_s=0.2")
+    while not running(folder):
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = workers_of(process)
+    assert len(children) == 2
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{number}").exists() for number in children):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    # What they were at is free again at once.
+    outcome = start_with(folder, "backend.delay_s=0.2")
+    assert outcome.finished
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (("--workers", "2", "--set", "scorers={manual={}}"), "asks a person, who is one"),
+        (("--workers", "0"), "0 is not in the range"),
+    ],
+)
+def test_workers_that_cannot_be_are_told(
+    folder: Path, command: Command, fault: tuple[str, ...], said: str
+) -> None:
+    code, _, err = command("run", folder / "config.toml", *fault)
+    assert code == 2
+    assert said in " ".join(err.split())
