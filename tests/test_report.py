@@ -221,6 +221,38 @@ def test_large_pictures_are_embedded_as_jpegs_of_at_most_1024_pixels(tmp_path: P
 
 
 @pytest.mark.parametrize("content", [None, b"not an image"], ids=["no file", "no image"])
+def test_pictures_of_which_a_model_has_none_make_a_sheet(tmp_path: Path) -> None:
+    outcome = an_outcome(tmp_path)
+    for name in ("a", "b", "even", "best"):
+        some = {key: own for key, own in outcome.pictures.items() if key != name}
+        assert len(report.sheet(replace(outcome, pictures=some))) == 3
+    assert report.sheet(replace(outcome, pictures={})) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("postgresql+psycopg://host/db?user=me&password=hunter2", "postgresql+psycopg://host/…"),
+        ("postgresql://me:pa/ss@h/db", "postgresql://h/…"),
+        ("postgresql://me:p@ss@h/db", "postgresql://h/…"),
+        ("http://127.0.0.1:7860", "http://127.0.0.1:7860"),
+        ("sqlite:////home/alice/x.db", "sqlite:///…"),
+        ("python /home/alice/score.py --fast", "python …/score.py --fast"),
+        ("C:\\Users\\alice\\m.safetensors: cannot be read", "…/m.safetensors: cannot be read"),
+        ("payloads/*.toml", "payloads/*.toml"),
+        ("scorer a/b gave 1/2", "scorer a/b gave 1/2"),
+    ],
+)
+def test_page_tells_no_folders_users_and_passwords(tmp_path: Path, value: str, shown: str) -> None:
+    trial = a_result("trial 21", reason=f"the back end: {value}")
+    outcome = an_outcome(tmp_path, config={"search": {"storage": value}})
+    page = Page(report.html(replace(outcome, results=(*outcome.results, trial))))
+    assert f"search.storage {shown}" in page.text
+    assert f"the back end: {shown}" in page.text
+    for secret in ("hunter2", "alice", "p@ss", "pa/ss"):
+        assert secret not in page.text
+
+
 def test_lost_picture_is_reported_and_does_not_stop_the_report(
     tmp_path: Path, content: bytes | None
 ) -> None:

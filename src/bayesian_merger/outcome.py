@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from bayesian_merger.study import Stage, Study, is_in, storage_at
 from bayesian_merger.study import create as create_study
 from bayesian_merger.values import JUNK, Measure, Yardstick
 
+_FIGURE = re.compile(r"(convergence|path|slices|parallel|front|unet(-\w+)?|pictures)\.(png|svg)")
 # In a run folder whose study lies elsewhere: what tells it from other folders of its name.
 _ELSEWHERE = "study.id"
 
@@ -206,8 +208,9 @@ def write_figures(outcome: Outcome, run_dir: Path) -> None:
     if pictures := report.sheet(outcome):
         drawn["pictures"] = plots.contact_sheet(pictures)
     paths = {folder / f"{name}{suffix}": name for name in drawn for suffix in (".png", ".svg")}
-    for left in (*folder.glob("*.png"), *folder.glob("*.svg")):
-        if left not in paths:
+    for left in folder.glob("*"):
+        # Only what this has made.
+        if left not in paths and _FIGURE.fullmatch(left.name):
             left.unlink()
     for path, name in paths.items():
         plots.save(drawn[name], path)
@@ -217,7 +220,7 @@ def _write_front(outcome: Outcome, folder: Path, models: Sequence[Model]) -> Non
     """The recipes of the compromises; those of an earlier front go."""
     recipes = {folder / "front" / f"{n}.toml": one for n, one in enumerate(outcome.front, start=1)}
     for left in (folder / "front").glob("*.toml"):
-        if left not in recipes:
+        if left not in recipes and left.stem.isdecimal():
             left.unlink(missing_ok=True)
     for path, one in recipes.items() if models else ():
         with whole_file(path) as file:

@@ -85,6 +85,7 @@ _LEGEND = ("exploration", "exploitation", "recommended", "failed", "stopped")
 _BOX, _PITCH, _STAGGER, _GAP, _MIDDLE = (1.3, 0.34), 0.4, 0.26, 0.12, 1.4
 _BOX_OF_TWO = 1.9
 _MOST_ROWS = 20
+_MOST_LABELS = 45
 # By less than this a weight is outside [0, 1] by rounding alone.
 _ROUNDING = 1e-9
 
@@ -168,80 +169,91 @@ def convergence(outcome: Outcome, *, dark: bool = False) -> Figure:
 def parallel(outcome: Outcome, *, dark: bool = False) -> Figure:
     """Each trial that has a value as a line over the weights of its blocks, coloured by the value.
 
-    The worse, the fainter; the thick line is the best merge, or the one that leads. The colours end at
-    the 5th and the 95th percentile of the values, so that a lucky trial does not take all of them.
+    Of a method with several weights each has axes of its own. The worse, the fainter; the thick line is
+    the best merge, or the one that leads. The colours end at the 5th and the 95th percentile of the
+    values, so that a lucky trial does not take all of them.
     """
     theme = _DARK if dark else _LIGHT
-    figure = Figure(figsize=(8.4, 4.4), facecolor=theme.paper)
-    axes = figure.add_axes((0.07, 0.185, 0.82, 0.78), facecolor=theme.paper)
     shown = outcome.best or outcome.leader
     trials = sorted(
         ((r, r.value.mean) for r in outcome.results if r.stage != "baseline" and r.value),
         key=lambda trial: trial[1],
     )
     places = _searched([r for r, _ in trials] or ([shown] if shown else []), outcome.blocks)
-    lines = [_line(result, places) for result, _ in trials]
-    low, high = theme.shades
+    weights = list(dict.fromkeys(weight for weight, _ in places)) or ["alpha"]
+    # In inches: axes of one height below each other, with room for the blocks' names.
+    high, pitch, above, below = 3.3, 4.2, 0.4, 0.7
+    up = above + pitch * (len(weights) - 1) + high + below
+    figure = Figure(figsize=(8.4, up), facecolor=theme.paper)
+    low, most = theme.shades
     shades = ListedColormap(
-        [colormaps["viridis"](low + (high - low) * k / 255) for k in range(256)]
+        [colormaps["viridis"](low + (most - low) * k / 255) for k in range(256)]
     )
     values = [value for _, value in trials]
     ends = np.percentile(values, [5, 95]) if values else np.array([0.0, 1.0])
     scale = ScalarMappable(Normalize(*ends), shades)
-    across = np.arange(len(places))
-    # Of hundreds of lines the best tenth is to be seen.
-    alphas = (
-        0.06 + 0.74 * np.linspace(0, 1, len(lines)) ** min(4, 1 + len(lines) / 50)
-        if len(lines) > 1
-        else [0.8] * len(lines)
-    )
-    colours = scale.to_rgba(np.array(values)) if values else np.empty((0, 4))
-    colours[:, 3] = alphas
-    axes.add_collection(
-        LineCollection(
-            [np.column_stack([across, line]) for line in lines], colors=colours, lw=1, gid="trials"
+    for number, weight in enumerate(weights):
+        bottom = up - above - high - pitch * number
+        axes = figure.add_axes((0.07, bottom / up, 0.82, high / up), facecolor=theme.paper)
+        own = [place for place in places if place[0] == weight]
+        _draw_parallel(
+            axes, own, [r for r, _ in trials], shown, scale.to_rgba(np.array(values)), theme
         )
-    )
-    every = [weight for line in lines for weight in line]
-    if shown:
-        own = _line(shown, places)
-        every += own
-        label = "best" if outcome.best else "recommended so far"
-        # In no colour of a value.
-        style: dict[str, Any] = {"color": theme.ink, "lw": 2.4, "ms": 4.5, "gid": "best"}
-        axes.plot(across, own, "o-", mec=theme.paper, mew=0.7, label=label, zorder=4, **style)
-    known = [weight for weight in every if not math.isnan(weight)]
-    least, most = min([0.0, *known]), max([1.0, *known])
-    margin = 0.03 * (most - least)
-    axes.set_ylim(least - margin, most + margin)
-    axes.set_xlim(-0.5, max(len(places), 1) - 0.5)
-    labels = [_drawable(_shortened(_label(f"{block}_{weight}"), 16)) for weight, block in places]
-    axes.set_xticks(across, labels, rotation=90)
-    axes.set_ylabel("weight", **_text(theme.ink, 10))
-    axes.tick_params(colors=theme.soft, labelsize=8.5, length=0, labelfontfamily=_FONT)
-    axes.grid(axis="x", color=theme.line, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    if not lines:
-        style = _text(theme.soft, 11, ha="center", transform=axes.transAxes)
-        axes.text(0.5, 0.5, "no trial is complete yet", **style)
+        axes.set_ylabel("weight" if weight == "alpha" else weight, **_text(theme.ink, 10))
+    first = figure.axes[0]
+    if not trials:
+        style = _text(theme.soft, 11, ha="center", transform=first.transAxes)
+        first.text(0.5, 0.5, "no trial is complete yet", **style)
         return figure
-    bar = figure.add_axes((0.915, 0.185, 0.016, 0.7), gid="key")
+    if shown:
+        label = "best" if outcome.best else "recommended so far"
+        text = _text(theme.ink, 9.5, ha="right", va="bottom", transform=first.transAxes)
+        first.text(1.0, 1.02, f"thick line: {label}", **text)
+    bar = figure.add_axes((0.915, 1 - (above + high) / up, 0.016, (high - 0.35) / up), gid="key")
     drawn = figure.colorbar(scale, cax=bar)
     drawn.outline.set(edgecolor=theme.soft, linewidth=0.7)
     bar.tick_params(colors=theme.soft, labelsize=8.5, length=3, labelfontfamily=_FONT)
     bar.yaxis.set_major_locator(MaxNLocator(4))
     bar.set_title("value", loc="left", pad=6, **_text(theme.ink, 9.5))
-    if shown:
-        axes.legend(
-            loc="lower right",
-            bbox_to_anchor=(1.0, -0.26),
-            frameon=False,
-            borderpad=0,
-            labelcolor=theme.ink,
-            prop={"family": _FONT, "size": 9},
-        )
     return figure
+
+
+def _draw_parallel(
+    axes: Axes,
+    places: Sequence[tuple[str, str]],
+    trials: Sequence[Result],
+    shown: Result | None,
+    colours: Any,
+    theme: _Theme,
+) -> None:
+    """The trials, the worst first, as lines over places in the network; the `shown` one thick."""
+    lines = [_line(result, places) for result in trials]
+    across = np.arange(len(places))
+    # Of hundreds of lines the best tenth is to be seen.
+    power = min(4.0, 1 + len(lines) / 50)
+    if lines:
+        colours[:, 3] = 0.06 + 0.74 * np.linspace(0, 1, len(lines)) ** power
+        colours[-1, 3] = 0.8
+        columns = [np.column_stack([across, line]) for line in lines]
+        axes.add_collection(LineCollection(columns, colors=colours, lw=1, gid="trials"))
+    best = _line(shown, places) if shown else []
+    # In no colour of a value.
+    style: dict[str, Any] = {"color": theme.ink, "lw": 2.4, "ms": 4.5, "gid": "best"}
+    if best:
+        axes.plot(across, best, "o-", mec=theme.paper, mew=0.7, zorder=4, **style)
+    known = [weight for line in (*lines, best) for weight in line if not math.isnan(weight)]
+    least, most = min([0.0, *known]), max([1.0, *known])
+    margin = 0.03 * (most - least)
+    axes.set_ylim(least - margin, most + margin)
+    axes.set_xlim(-0.5, max(len(places), 1) - 0.5)
+    # As many names as can be read beside each other.
+    every = max(1, math.ceil(len(places) / _MOST_LABELS))
+    names = [_drawable(_shortened(block, 16)) for _, block in places]
+    axes.set_xticks(across[::every], names[::every], rotation=90)
+    axes.tick_params(colors=theme.soft, labelsize=8.5, length=0, labelfontfamily=_FONT)
+    axes.grid(axis="x", color=theme.line, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
 
 
 def _searched(results: Sequence[Result], blocks: Sequence[str]) -> list[tuple[str, str]]:
@@ -393,7 +405,8 @@ def path(
         axes.set_axisbelow(True)
     side.tick_params(axis="y", labelleft=False, length=0)
     bar = figure.add_axes((0.3, 0.3 / up, 0.2, 0.12 / up), gid="key")
-    ends = ("A", "B") if (low, most) == (0.0, 1.0) else ("", "")
+    is_known = (low, most) == (0.0, 1.0) and any(outcome.ends(trials[0].recipe))
+    ends = ("A", "B") if is_known else ("", "")
     _draw_key(figure, drawn, bar, ends, theme)
     way.grid(visible=False)
     way.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -31,6 +31,8 @@ _AS_IS_BYTES = 64 * 1024
 _MAX_SIDE = 1024
 _MAX_PIXELS = 24e6
 _REFRESH_S = 30
+# What Pillow raises for a picture that is none.
+_UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)
 # Of a picture on the contact sheet.
 _SHEET_SIDE, _SHEET_COLUMNS = 384, 8
 
@@ -63,7 +65,12 @@ def html(outcome: Outcome, *, is_alive: bool = True) -> str:
         lines_text=one_line(shown.recipe) if shown else "",
         preset_text=preset(shown.recipe, outcome.title) if shown else "",
         recipe_text=to_toml(shown.recipe, {}).strip() if shown else "",
-        lost=[r for r in outcome.results if r.state in ("failed", "stopped")],
+        lost=[
+            (r.name, r.state, _public(r.reason or "not given"))
+            for r in outcome.results
+            if r.state in ("failed", "stopped")
+        ],
+        given_up=outcome.given_up and _public(outcome.given_up),
         seconds=_phases(outcome.seconds),
         settings=list(_settings(outcome.config)),
     )
@@ -231,11 +238,12 @@ def _picture(name: str, path: Path | None, side: int) -> _Picture | None:
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
+            image.load()
             if len(data) < _AS_IS_BYTES and image.format in ("PNG", "JPEG", "WEBP"):
                 return _Picture(name, _uri(data, image.format.lower()), *image.size)
             small = ImageOps.exif_transpose(image).convert("RGB")
             small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    except (OSError, Image.DecompressionBombError):
+    except _UNREADABLE:
         # A report without one picture is worth more than none.
         return None
     buffer = io.BytesIO()
@@ -252,7 +260,7 @@ def sheet(outcome: Outcome) -> dict[str, list[Image.Image]]:
         row = {}
         for name, paths in kept.items():
             with (
-                suppress(OSError, Image.DecompressionBombError),
+                suppress(*_UNREADABLE),
                 Image.open(paths[prompt.index]) as file,
             ):
                 row[_LABELS[name]] = file.convert("RGB")
@@ -260,7 +268,7 @@ def sheet(outcome: Outcome) -> dict[str, list[Image.Image]]:
         if len(row) == len(kept):
             for label, image in row.items():
                 found[label].append(image)
-            if len(found[_LABELS["a"]]) == _SHEET_COLUMNS:
+            if len(next(iter(found.values()))) == _SHEET_COLUMNS:
                 break
     return found if any(found.values()) else {}
 
@@ -455,7 +463,20 @@ def _public(value: Any) -> str:
     text = str(value)
     if PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute():
         return f"…/{PureWindowsPath(text).name}"
-    return re.sub(r"://[^/@\s]+@", "://", text)
+    # Of an address what comes before its host, and after it, may be secret.
+    text = re.sub(r"(\w+)://\S*", _host, text)
+    return re.sub(
+        r"(?<![\w…./\\])(?:[A-Za-z]:)?[/\\](?:[^\s/\\]+[/\\])+([^\s/\\]*)", r"…/\1", text
+    )
+
+
+def _host(address: re.Match[str]) -> str:
+    """Scheme and host of an address, as far as it has one."""
+    whole = address[0]
+    # The last "@" ends a password that may hold any sign, but for those in a query.
+    rest = whole.partition("://")[2].partition("?")[0].rpartition("@")[2]
+    host = rest.partition("/")[0]
+    return f"{address[1]}://{host}{'/…' if len(rest) > len(host) else ''}"
 
 
 def _plain(found: Estimate | Interval | None) -> dict[str, float | None] | None:
@@ -472,6 +493,8 @@ def _number(x: float) -> str:
 def _estimate(found: Estimate) -> str:
     """Mean and standard error, which has the decimals of the mean unless it were 0 by that."""
     mean = _number(found.mean)
+    if found.n == 1:
+        return f"{mean}, error unknown"  # of a single image
     se = f"{found.se:.{len(mean.partition('.')[2])}f}"
     return f"{mean} ± {se if float(se) or not found.se else _number(found.se)}"
 

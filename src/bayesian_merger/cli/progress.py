@@ -41,6 +41,8 @@ class Lines:
             TextColumn("{task.fields[speed]}"),
             TextColumn("left"),
             TimeRemainingColumn(compact=True),
+            # Some make an image a minute.
+            speed_estimate_period=3600.0,
         )
         self._task = self._bar.add_task("baselines", total=None, speed="")
         # What is known of "best", "even", "a" and "b", and the last event.
@@ -93,7 +95,8 @@ class Lines:
         if made:
             self._made += images
             speed = self._made / max(1e-9, time.monotonic() - self._begun)
-            self._bar.update(self._task, advance=images, speed=f"{speed:.1f}/s")
+            told = f"{speed:.1f}/s" if speed >= 0.95 else f"{1 / speed:.1f} s each"
+            self._bar.update(self._task, advance=images, speed=told)
         else:
             # Not work of this process, so it must not count for the time left.
             total = self._bar.tasks[0].total
