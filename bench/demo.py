@@ -26,6 +26,7 @@ import bayesian_merger
 from bayesian_merger import config as configuration
 from bayesian_merger import judging, plots, run
 from bayesian_merger.data import Interval, Outcome, Prompt, Recipe, Result
+from bayesian_merger.judging import Silence
 from bayesian_merger.outcome import mean
 from bayesian_merger.setup import Setup, prepare
 from bayesian_merger.study import Study
@@ -34,16 +35,6 @@ from bayesian_merger.values import Measure, Yardstick
 DEMO = Path(bayesian_merger.__file__).parent / "demo"
 EVEN = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 ONE_SCORER = Yardstick(Measure({"demo": 1.0}))
-
-
-class Silent:
-    """An observer that says nothing."""
-
-    def planned(self, images: int) -> None: ...
-    def started(self, stage: str, name: str, images: int) -> None: ...
-    def judged(self, images: int, made: bool) -> None: ...
-    def finished(self, result: Result, leader: Result | None) -> None: ...
-    def noted(self, text: str) -> None: ...
 
 
 def setup_of(seed: int, *overrides: str) -> Setup:
@@ -56,7 +47,7 @@ def judged(
     study: Study, setup: Setup, panel: tuple[Prompt, ...], name: str, recipe: Recipe
 ) -> Result:
     trial = study.book("heldout", name, recipe)
-    judging.judge(trial, panel, setup, Silent(), None)
+    judging.judge(trial, panel, setup, Silence(), None)
     if not trial.is_complete:
         trial.complete(ONE_SCORER.estimate(trial.result(), panel))
     return trial.result()
@@ -117,7 +108,7 @@ def main() -> None:
         for seed in range(options.seeds):
             chosen = [f"search.optimiser={options.optimiser}", f"search.images={options.budget}"]
             setup = setup_of(seed, *chosen)
-            outcome = run.run(setup, options.folder / str(seed), Silent())
+            outcome = run.run(setup, options.folder / str(seed), Silence())
             seconds = sum(outcome.seconds.values())
             assert outcome.best is not None
             if seed == 0 and options.picture:

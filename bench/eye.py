@@ -23,13 +23,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from demo import DEMO, ONE_SCORER, Silent, judged
+from demo import DEMO, ONE_SCORER, judged
 from PIL import Image
 
 from bayesian_merger import config as configuration
 from bayesian_merger import run
 from bayesian_merger.data import Prompt, Sample
 from bayesian_merger.desk import Answer, Desk
+from bayesian_merger.judging import Silence
 from bayesian_merger.scorers import scorer
 from bayesian_merger.setup import Setup, prepare
 from bayesian_merger.study import Study
@@ -38,7 +39,7 @@ from bayesian_merger.study import Study
 ERROR, TELLING = 0.5, 0.35
 
 
-class Person(Silent):
+class Person(Silence):
     """An observer in whose place a taste answers what is asked."""
 
     def __init__(self, seed: int) -> None:

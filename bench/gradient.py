@@ -30,12 +30,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from demo import DEMO, Silent, judged
+from demo import DEMO, judged
 
 from bayesian_merger import config as configuration
 from bayesian_merger import run
 from bayesian_merger.backends import Differentiable
 from bayesian_merger.data import Prompt, Recipe
+from bayesian_merger.judging import Silence
 from bayesian_merger.outcome import mean
 from bayesian_merger.scorers import DifferentiableScorer
 from bayesian_merger.setup import Setup, prepare
@@ -157,7 +158,7 @@ def searched(
     with tempfile.TemporaryDirectory() as place:
         study = Study(Path(place) / "study.db")
         judging = 0.0
-        yardstick = run.baselines(study, setup, Path(place), Silent())
+        yardstick = run.baselines(study, setup, Path(place), Silence())
         proposer = run.searching(study, setup, yardstick)
         if even is None:
             even = fresh_score(fresh, study, setup.baseline("even"))
@@ -170,7 +171,7 @@ def searched(
             else:
                 while study.n_judged < mark:
                     _, error = run.attempt(
-                        study, proposer, setup, yardstick, Path(place), Silent()
+                        study, proposer, setup, yardstick, Path(place), Silence()
                     )
                     if error:
                         raise error

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from bayesian_merger import config, outcome, run, setup
 from bayesian_merger.backends import backend
-from bayesian_merger.data import Prompt, Recipe, Result, Sample
+from bayesian_merger.data import Prompt, Recipe, Sample
+from bayesian_merger.judging import Silence
 from bayesian_merger.scorers import scorer
 
 UNET = "model.diffusion_model"
@@ -133,7 +134,7 @@ def main() -> None:
     with closing(study):
         found = outcome.read_outcome(folder, study)
         start = time.monotonic()
-        outcome.write_outcome(found, folder)
+        outcome.write_page(found, folder)
         page_s = time.monotonic() - start
         outcome.write_figures(found, folder)
         figures_s = time.monotonic() - start - page_s
@@ -159,7 +160,7 @@ def searched(place: Path) -> Path:
     path.write_text(CONFIG.format(plugin=repr(str(Path(__file__).resolve()))))
     start = time.monotonic()
     made = setup.prepare(config.load(path, []), place, "A run of two hundred trials")
-    run.run(made, place / "run", Silent())
+    run.run(made, place / "run", Silence())
     print(f"a run of two hundred trials in {time.monotonic() - start:.0f} s")
     return place / "run"
 
@@ -184,20 +185,6 @@ def opened(page: Path, width: int, theme: str, out: Path) -> str:
             found = one.axe(Path(axe))
             told.append(f"axe-core: {'; '.join(found) or 'nothing'}")
     return ", ".join(told)
-
-
-class Silent:
-    """Says nothing of a run."""
-
-    def planned(self, images: int) -> None: ...
-
-    def started(self, stage: str, name: str, images: int) -> None: ...
-
-    def judged(self, images: int, made: bool) -> None: ...
-
-    def finished(self, result: Result, leader: Result | None) -> None: ...
-
-    def noted(self, text: str) -> None: ...
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ def test_name_tells_image_payload_and_score(tmp_path: Path) -> None:
     assert album.saved(tmp_path) == {3: path}
 
 
-def test_several_scores_are_not_in_the_name(tmp_path: Path) -> None:
-    assert album.save(sample(), tmp_path, {"one": 1.0, "two": 2.0}).name == (
-        "003-portraits_of_cats.png"
-    )
+def test_name_tells_each_of_several_scores(tmp_path: Path) -> None:
+    path = album.save(sample(), tmp_path, {"one": 1.0, "two": -2.5})
+    assert path.name == "003-portraits_of_cats-1.000--2.500.png"
+    assert album.find(tmp_path, 3) == path
 
 
 @pytest.mark.parametrize(

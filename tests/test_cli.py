@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from test_run import folder as folder
 from test_run import start
 
-from bayesian_merger import cli
+from bayesian_merger import cli, recipes
 from bayesian_merger.cli import progress, screen
 from bayesian_merger.cli.asking import Asking
 from bayesian_merger.data import Recipe, Result
@@ -238,9 +238,22 @@ def test_run_takes_the_names_of_the_original(folder: Path, command: Command) -> 
         ),
     ):
         assert (run_dir / name).is_file()
+    (run_dir / "best.toml").unlink()
     code, out, _ = command("report", run_dir)
     assert code == 0
     assert str(run_dir / "report.html") in out.replace("\n", "")
+    assert recipes.read(run_dir / "best.toml").method == "weighted_sum"
+
+
+def test_figure_that_cannot_be_written_takes_nothing_from_the_verdict(
+    folder: Path, command: Command
+) -> None:
+    (folder / "runs" / "config" / "figures").mkdir(parents=True)
+    (folder / "runs" / "config" / "figures" / "unet.png").mkdir()  # no file can take its place
+    code, out, err = command("run", folder / "config.toml", "--n-iters", 0)
+    assert code == 0
+    assert "over the even merge" in out
+    assert "a figure could not be written" in err
 
 
 def test_fork_begins_a_run_that_goes_on_by_the_same_settings(

@@ -199,6 +199,26 @@ def test_trial_on_which_every_worker_is_lost_is_at_fault_itself(folder: Path) ->
         start_with(folder, hire=lambda: Doomed(folder, (), 1))
 
 
+def test_what_ends_a_run_ends_it_with_workers_too_and_fails_no_trial(folder: Path) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "images").write_text("no folder, so no picture can be kept")
+    with pytest.raises(RunError, match=r"a worker has stopped: .*images"):
+        start_with(folder, n=1, hire=lambda: Leaving(folder, (), 1))
+    study = open_study(folder / "run")
+    assert {result.state for result in study.judged("baseline")} == {"running"}
+    study.close()
+    (folder / "run" / "images").unlink()
+    assert start_with(folder).finished
+
+
+class Leaving(Threads):
+    """Workers that end as processes do, by an error that only their log tells."""
+
+    def _work(self, ready: setup.Setup, run_dir: Path, name: str) -> None:
+        with contextlib.suppress(OSError):
+            super()._work(ready, run_dir, name)
+
+
 def test_run_that_was_killed_goes_on_with_what_its_workers_had_found(folder: Path) -> None:
     class Killed(Silent):
         n_judged = 0

@@ -77,6 +77,17 @@ def test_dashboard_changes_nothing(dashboard: Dashboard, verb: str, path: str) -
         assert len(visitor.get("/api/studies").json()["study_summaries"]) == 1
 
 
+def test_dashboard_shows_no_other_study_by_its_number(dashboard: Dashboard, folder: Path) -> None:
+    with client(dashboard) as visitor:
+        visitor.get(dashboard.url)
+        summaries = visitor.get("/api/studies").json()["study_summaries"]
+        own = summaries[0]["study_id"]
+        for number in {1, 2, 3} - {own}:
+            for path in (f"/csv/{number}", f"/api/studies/{number}"):
+                assert visitor.get(path).status_code == 403
+        assert visitor.get(f"/csv/{own}").status_code == 200
+
+
 def test_command_prints_the_address(
     folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,9 @@ def test_figure_that_is_no_more_goes(folder: Path) -> None:
     stale = folder / "run" / "figures" / "front.svg"
     stale.parent.mkdir()
     stale.write_text("<svg/>")
+    own = stale.parent / "mine.png"  # that of the user
+    own.write_bytes(b"")
     outcomes.write_figures(outcome, folder / "run")
     assert not stale.exists()
+    assert own.exists()
     assert (stale.parent / "convergence.svg").is_file()

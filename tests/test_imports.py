@@ -18,10 +18,11 @@ from bayesian_merger.cli import COMMANDS, commands
 PACKAGE = Path(bayesian_merger.__file__).parent
 PLUGINS = ("methods", "backends", "scorers")
 LAYERS = (
-    ("data", "errors", "choices", "gate", "guard", "toml", "demo"),
+    ("data", "errors", "choices", "guard", "toml", "demo"),
     (
         "checkpoint",
         "devices",
+        "gate",
         "gp",
         "infotext",
         "junk",

@@ -189,6 +189,32 @@ def test_path_of_weights_beyond_the_models_has_their_range(tmp_path: Path) -> No
     assert np.asarray(image.get_array())[0, 0] == -0.5
 
 
+def test_path_names_the_models_only_where_a_weight_leads_from_one_to_the_other(
+    tmp_path: Path,
+) -> None:
+    results = tuple(r.but(recipe=replace(r.recipe, method="add_difference")) for r in followed())
+    slopes = {"IN00_alpha": Estimate(1.0, 0.5, 4)}
+    *_, key = plots.path(an_outcome(tmp_path, results=results), slopes, "the even merge").axes
+    assert [text.get_text() for text in key.texts] == ["", ""]
+
+
+def test_parallel_has_axes_for_each_weight_of_a_method(tmp_path: Path) -> None:
+    results = [
+        a_result(
+            f"trial {n}",
+            value=7.0 + n,
+            weights={w: dict.fromkeys(BLOCKS, n / 4) for w in ("alpha", "beta")},
+        )
+        for n in range(4)
+    ]
+    outcome = an_unfinished_outcome(tmp_path, results=tuple(results), leader=results[-1])
+    first, second, _ = plots.parallel(outcome).axes
+    assert (first.get_ylabel(), second.get_ylabel()) == ("weight", "beta")
+    for axes in (first, second):
+        assert [label.get_text() for label in axes.get_xticklabels()] == list(BLOCKS)
+    assert first.get_position().y0 > second.get_position().y1
+
+
 def test_unet_draws_each_block_once_with_its_weight() -> None:
     weights = {block: n / 100 for n, block in enumerate(BLOCKS)}
     figure = plots.unet(weights, blocks=BLOCKS)

@@ -52,6 +52,25 @@ def test_live_lines_tell_trial_images_best_baselines_and_the_last_event(tmp_path
     assert "last: the search goes on" in shown(lines)
 
 
+def test_slow_images_have_a_time_left_and_seconds_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rich.progress.monotonic", lambda: now[0], raising=False)
+    lines = lines_on(io.StringIO(), tmp_path, is_terminal=True)
+    lines._bar.get_time = lambda: now[0]
+    lines.planned(100)
+    lines.started("explore", "trial 1", 1)
+    for _ in range(5):
+        now[0] += 60.0
+        lines.judged(1, made=True)
+    told = shown(lines).splitlines()[0]
+    assert "60.0 s each" in told
+    assert "left --:--" not in told
+    assert "left 1:3" in told  # 95 images of a minute
+
+
 def test_long_event_does_not_take_a_second_line(tmp_path: Path) -> None:
     lines = lines_on(io.StringIO(), tmp_path, is_terminal=True)
     lines.noted("a reason that is told at length " * 20)

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from outcomes import (
     BLOCKS,
@@ -24,6 +25,7 @@ from outcomes import (
 from PIL import Image
 
 from bayesian_merger import pairs, report
+from bayesian_merger.blocks import FLUX
 from bayesian_merger.data import (
     Compromise,
     Estimate,
@@ -564,6 +566,58 @@ def test_page_tells_what_each_of_several_scorers_thought(tmp_path: Path) -> None
     assert scores["best"]["taste"] == {"mean": 7.0, "se": 0.25, "n": 8}
     alone = {name: {"taste": own["taste"]} for name, own in of_it.items()}
     assert "By each scorer" not in report.html(an_outcome(tmp_path, by_scorer=alone))
+
+
+def test_noise_does_not_make_the_page_too_heavy(tmp_path: Path) -> None:
+    path = tmp_path / "noise.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    paths = {name: dict.fromkeys(range(24), path) for name in ("a", "b", "even", "best")}
+    panel = tuple(Prompt(i, "things", "noise", i, width=1024, height=1024) for i in range(24))
+    assert len(report.html(an_outcome(tmp_path, heldout_panel=panel, pictures=paths))) < 15e6
+
+
+@pytest.mark.parametrize(
+    ("scorers", "value", "told"),
+    [
+        (["a"], {}, ""),
+        (["a"], {"normalise": "rank"}, "is the score, taken as the share"),
+        (["a", "b"], {}, "is the mean of the scores of an image, each normalised by mean"),
+        (
+            ["a", "b"],
+            {"combine": "minimum", "normalise": "none"},
+            "the smallest of the scores of an image.",
+        ),
+        (
+            ["a", "b"],
+            {"combine": "geometric"},
+            "the geometric mean of the scores of an image, each taken",
+        ),
+    ],
+)
+def test_page_says_what_a_value_is(
+    tmp_path: Path, scorers: list[str], value: dict[str, str], told: str
+) -> None:
+    config = {"scorers": {name: {"weight": 1.0} for name in scorers}, "value": value}
+    text = Page(report.html(an_outcome(tmp_path, config=config))).text
+    assert told in text
+    assert ("A value is" in text) is bool(told)
+
+
+def test_page_of_another_network_names_its_own_blocks(tmp_path: Path) -> None:
+    weights = {"alpha": dict.fromkeys(FLUX.blocks, 0.5)}
+    best = a_result("trial 1", value=8.0, weights=weights)
+    best = best.but(recipe=replace(best.recipe, architecture="flux"))
+    html = report.html(an_outcome(tmp_path, blocks=FLUX.blocks, best=best))
+    assert f"{FLUX.blocks[0]}, then the blocks from {FLUX.blocks[1]} on" in html
+    assert "from IN00 on" not in html
+    assert "supermerger" not in html
+
+
+def test_single_image_is_shown_without_an_error(tmp_path: Path) -> None:
+    heldout = {"a": Estimate(7.1, 0.0, 1), "best": Estimate(8.0, 0.1, 4)}
+    page = Page(report.html(an_outcome(tmp_path, heldout=heldout)))
+    assert "A 7.100 unknown 1" in page.text
 
 
 def test_pictures_are_the_smaller_the_more_there_are(tmp_path: Path) -> None:

@@ -122,6 +122,9 @@ def test_page_of_a_run_that_goes_on_reloads_itself_unless_somebody_looks_closely
     browser.run("document.querySelector('.slides').click(); window.old = true; 0")
     with pytest.raises(TimeoutError):
         browser.until("window.old === undefined", 3)
-    browser.run("document.querySelector('#slider button').click()")
-    assert browser.until("window.old === undefined")
+    browser.run("document.querySelector('#slider button').click(); document.activeElement.blur()")
+    assert browser.until("window.old === undefined && document.readyState === 'complete'")
+    browser.run("document.querySelector('.open').focus(); window.old = true; 0")
+    with pytest.raises(TimeoutError):
+        browser.until("window.old === undefined", 3)
     assert browser.messages == []

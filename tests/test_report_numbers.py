@@ -50,7 +50,7 @@ def about(path: Path, key: str) -> Any:
 
 def mean_and_se(scores: list[float]) -> tuple[str, str]:
     return (
-        f"{statistics.mean(scores):.3f}",
+        f"{statistics.mean(scores):.3f}".replace("-", "−"),
         f"{statistics.stdev(scores) / math.sqrt(len(scores)):.3f}",
     )
 
@@ -101,7 +101,9 @@ def test_every_number_of_the_page_is_that_of_the_study(folder: Path) -> None:
     told = sorted(
         [
             f"{name} chosen" if name == best else name,
-            "{} ± {}".format(*(f"{expected[name][k]:.3f}" for k in ("mean", "se"))),
+            "{} ± {}".format(
+                *(f"{expected[name][k]:.3f}".replace("-", "−") for k in ("mean", "se"))
+            ),
             "{} ± {}".format(*mean_and_se(own)),
         ]
         for name, own in fresh.items()

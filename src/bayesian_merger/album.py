@@ -56,13 +56,12 @@ def read(run: Path, result: Result, index: int) -> Image | None:
 def save(sample: Sample, folder: Path, scores: Mapping[str, float], recipe: str = "") -> Path:
     """Write an image as a PNG that tells its prompt and the digest of its `recipe`, as webuis do it.
 
-    Its name tells the image, the payload, and the score if there is one alone.
+    Its name tells the image, the payload and the scores.
     """
     prompt = sample.prompt
     payload = re.sub(r"[^\w.+-]+", "_", prompt.payload)[:_LONGEST].strip(".")
     told = [f"{prompt.index:03}", *([payload] if payload else [])]
-    if len(scores) == 1:
-        told.append(f"{next(iter(scores.values())):.3f}")
+    told += [f"{score:.3f}" for score in scores.values()]
     path = folder / f"{'-'.join(told)}.png"
     before = find(folder, prompt.index)
     with whole_file(path) as file:

@@ -69,12 +69,7 @@ class _Offer:
 class Crew:
     """Has trials judged by the workers at a board."""
 
-    def __init__(
-        self,
-        board: Board,
-        hire: Callable[[], Hands],
-        listener: Listener,
-    ) -> None:
+    def __init__(self, board: Board, hire: Callable[[], Hands], listener: Listener) -> None:
         """The workers are hired when there is something to do."""
         self._board, self._hire, self._listener = board, hire, listener
         self._hands: Hands | None = None
@@ -131,7 +126,10 @@ class Crew:
         self.conclude(trial)
 
     def tend(self) -> None:
-        """Gather what the workers have found, and offer again what those have had that are lost."""
+        """Gather what the workers have found, and offer again what those have had that are lost.
+
+        RunError if a worker has met what ends a run, or if workers end before they judge anything.
+        """
         lost = self._hands.lost() if self._hands else {}
         for number, task in list(self._board.some(self._offers)):
             offer = self._offers[number]
@@ -165,6 +163,8 @@ class Crew:
 
     def _end(self, number: int, task: Task) -> None:
         """What follows from a task that is over."""
+        if task.fatal:
+            raise RunError(f"a worker has stopped: {task.fatal}")
         if task.ended:
             self._again(number, task.ended)
             return
@@ -214,11 +214,6 @@ class Pool:
     def n(self) -> int:
         """How many there are."""
         return len(self._places)
-
-    @property
-    def processes(self) -> list[int]:
-        """Their process numbers."""
-        return [process.pid for _, process in self._at.values()]
 
     def lost(self) -> Mapping[str, str]:
         """Those that have ended, which are replaced, and the last thing that they said."""

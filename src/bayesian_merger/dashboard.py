@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import socketserver
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from bayesian_merger.errors import ConfigError
-from bayesian_merger.gate import HOST, Gate
+from bayesian_merger.gate import Gate, listening
 from bayesian_merger.study import search_alone
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -33,15 +34,10 @@ class Dashboard:
                 "pip install 'bayesian-merger[dashboard]'"
             ) from error
         opened = search_alone(folder / "study.db", storage, folder.absolute().name)
-        try:
-            self._server = _Server((HOST, port), _Quiet)
-        except OSError as error:
-            raise ConfigError(
-                f"port {port} of this machine cannot be had ({error.strerror}); name another, or 0 for "
-                f"any"
-            ) from error
+        self._server = listening(lambda place: _Server(place, _Quiet), port)
         self._gate = Gate(self._server.server_port)
         self._pages: Application = pages.wsgi(opened)
+        self._own = str(opened.number)
         self._server.set_app(self._answer)
         self.url = self._gate.url
 
@@ -68,6 +64,10 @@ class Dashboard:
         if asked["REQUEST_METHOD"] not in ("GET", "HEAD"):
             # It could rename or delete the run.
             return plain("403 Forbidden", "this dashboard only shows the study")
+        wanted = re.match(r"/(?:api/studies|csv)/(\d+)", asked.get("PATH_INFO", ""))
+        if wanted and wanted[1] != self._own:
+            # It knows those that it does not list, of other runs in a storage that they share.
+            return plain("403 Forbidden", "this dashboard shows one study")
         return self._pages(asked, begin)
 
 

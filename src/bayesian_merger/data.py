@@ -355,6 +355,11 @@ class Outcome:
     preferences: Mapping[str, Preference] = field(default_factory=dict)
 
     @property
+    def tried(self) -> tuple[tuple[Result, Estimate], ...]:
+        """The search's trials that have a value, in order, with it."""
+        return tuple((r, r.value) for r in self.results if r.stage != "baseline" and r.value)
+
+    @property
     def followed(self) -> tuple[Result, ...]:
         """The search's trials whose slopes were measured, in order."""
         return tuple(

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import hmac
 import secrets
+from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
+from typing import TypeVar
+
+from bayesian_merger.errors import ConfigError
 
 HOST = "127.0.0.1"
+_Server = TypeVar("_Server")
+
+
+def listening(server: Callable[[tuple[str, int]], _Server], port: int) -> _Server:
+    """The server at a port of this machine alone, 0 for any that is free; ConfigError if it is taken."""
+    try:
+        return server((HOST, port))
+    except OSError as error:
+        raise ConfigError(
+            f"port {port} of this machine cannot be had ({error.strerror}); name another, or 0 for any"
+        ) from error
 
 
 class Gate:

@@ -77,6 +77,20 @@ class Host(Observer, Protocol):
         ...
 
 
+class Silence:
+    """An observer that says nothing."""
+
+    def planned(self, images: int) -> None: ...
+
+    def started(self, stage: str, name: str, images: int) -> None: ...
+
+    def judged(self, images: int, made: bool) -> None: ...
+
+    def finished(self, result: Result, leader: Result | None) -> None: ...
+
+    def noted(self, text: str) -> None: ...
+
+
 class _Piece(NamedTuple):
     """Images that were made at once, and their slopes by each parameter, if these are wanted.
 

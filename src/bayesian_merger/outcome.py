@@ -186,18 +186,18 @@ def yardstick_of(study: Study) -> Yardstick | None:
     return Yardstick.from_baselines(measure, baselines, panel)
 
 
-def write_outcome(
-    outcome: Outcome, folder: Path, models: Sequence[Model] = (), *, is_alive: bool = True
-) -> None:
-    """result.json, report.html and the best recipes so far, each written whole.
-
-    The page of a run that is not finished renews itself while the run `is_alive`.
-    """
+def write_outcome(outcome: Outcome, folder: Path, models: Sequence[Model] = ()) -> None:
+    """result.json and the best recipes so far, each written whole."""
     _write(folder / "result.json", json.dumps(report.result_json(outcome), indent=2) + "\n")
     _write_front(outcome, folder, models)
     found = outcome.best or outcome.leader
-    if found is not None and models:
+    # Without the models' places a recipe that is lost is better than none.
+    if found is not None and (models or not (folder / "best.toml").is_file()):
         write_recipe(found.recipe, folder, models)
+
+
+def write_page(outcome: Outcome, folder: Path, *, is_alive: bool = True) -> None:
+    """report.html, written whole; of an unfinished run it renews itself while that `is_alive`."""
     _write(folder / "report.html", report.html(outcome, is_alive=is_alive))
 
 
@@ -217,12 +217,14 @@ def write_figures(outcome: Outcome, run_dir: Path) -> None:
 
 
 def _write_front(outcome: Outcome, folder: Path, models: Sequence[Model]) -> None:
-    """The recipes of the compromises; those of an earlier front go."""
+    """The recipes of the compromises; those of an earlier front go, without models none is replaced."""
     recipes = {folder / "front" / f"{n}.toml": one for n, one in enumerate(outcome.front, start=1)}
     for left in (folder / "front").glob("*.toml"):
         if left not in recipes and left.stem.isdecimal():
             left.unlink(missing_ok=True)
-    for path, one in recipes.items() if models else ():
+    for path, one in recipes.items():
+        if not models and path.is_file():
+            continue
         with whole_file(path) as file:
             file.write(to_toml(one.recipe, {m.sha256: m.path for m in models}).encode())
 

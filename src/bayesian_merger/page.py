@@ -15,8 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from bayesian_merger.desk import Desk
-from bayesian_merger.errors import ConfigError
-from bayesian_merger.gate import HOST, Gate
+from bayesian_merger.gate import Gate, listening
 
 _FILE = Path(__file__).parent / "templates" / "rate.html"
 _MOST_BODY = 10_000
@@ -29,13 +28,7 @@ class Page:
 
     def __init__(self, desk: Desk, port: int = 0) -> None:
         """ConfigError if the port is taken."""
-        try:
-            self._server = _Server((HOST, port), _Handler)
-        except OSError as error:
-            raise ConfigError(
-                f"port {port} of this machine cannot be had ({error.strerror}); name another, or 0 for "
-                f"any"
-            ) from error
+        self._server = listening(lambda place: _Server(place, _Handler), port)
         self._server.desk, self._server.gate = desk, Gate(self._server.server_port)
         self.url = self._server.gate.url
         self._thread = threading.Thread(

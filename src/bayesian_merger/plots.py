@@ -176,8 +176,7 @@ def parallel(outcome: Outcome, *, dark: bool = False) -> Figure:
     theme = _DARK if dark else _LIGHT
     shown = outcome.best or outcome.leader
     trials = sorted(
-        ((r, r.value.mean) for r in outcome.results if r.stage != "baseline" and r.value),
-        key=lambda trial: trial[1],
+        ((result, value.mean) for result, value in outcome.tried), key=lambda trial: trial[1]
     )
     places = _searched([r for r, _ in trials] or ([shown] if shown else []), outcome.blocks)
     weights = list(dict.fromkeys(weight for weight, _ in places)) or ["alpha"]

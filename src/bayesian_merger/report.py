@@ -20,7 +20,7 @@ from bayesian_merger import pairs, plots
 from bayesian_merger.blocks import ARCHITECTURES, SD1
 from bayesian_merger.data import RIVALS, Estimate, Interval, Outcome, Prompt, Recipe
 from bayesian_merger.recipes import to_toml
-from bayesian_merger.values import mean_slopes
+from bayesian_merger.values import Measure, mean_slopes
 
 _LABELS = {"a": "A", "b": "B", "even": "even", "best": "best"}
 _GAINS = {"over_a": "over A", "over_b": "over B", "over_even": "over even"}
@@ -30,6 +30,7 @@ _AS_IS_BYTES = 64 * 1024
 # A picture's side; of many together they are smaller, so that the page stays below 15 MB.
 _MAX_SIDE = 1024
 _MAX_PIXELS = 24e6
+_MAX_BYTES = 13e6
 _REFRESH_S = 30
 # What Pillow raises for a picture that is none.
 _UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)
@@ -58,8 +59,9 @@ def html(outcome: Outcome, *, is_alive: bool = True) -> str:
         n_panel=len(_shown_panel(outcome)),
         figures={name: _drawn(*figure) for name, figure in figures(outcome).items()},
         path_start=first_slopes(outcome)[0],
-        n_tried=sum(r.stage != "baseline" and r.value is not None for r in outcome.results),
+        n_tried=len(outcome.tried),
         scorers=_by_scorer(outcome),
+        meaning=_meaning(outcome),
         shown=shown,
         weights_text=best_log(shown.recipe).strip() if shown else "",
         lines_text=one_line(shown.recipe) if shown else "",
@@ -104,8 +106,7 @@ def figures(outcome: Outcome) -> dict[str, tuple[Callable[..., Any], str]]:
         found["path"] = (draw, _path_alt(outcome, start))
     if outcome.slices:
         found["slices"] = (partial(plots.slices, outcome), _slices_alt(outcome))
-    n_tried = sum(r.stage != "baseline" and r.value is not None for r in outcome.results)
-    if n_tried > 1:
+    if (n_tried := len(outcome.tried)) > 1:
         alt = (
             f"The weights of {n_tried} trials as lines over the blocks, coloured by their values."
         )
@@ -225,10 +226,17 @@ def _pairs(outcome: Outcome) -> list[_Pair]:
     prompts = found[:_MAX_ROWS]
     n_pictures = sum(p.index in paths for p in prompts for paths in kept.values())
     side = min(_MAX_SIDE, math.isqrt(int(_MAX_PIXELS / max(1, n_pictures))))
-    return [
-        _Pair(p, {name: _picture(name, paths.get(p.index), side) for name, paths in kept.items()})
-        for p in prompts
-    ]
+    while True:
+        rows = [
+            _Pair(
+                p, {name: _picture(name, paths.get(p.index), side) for name, paths in kept.items()}
+            )
+            for p in prompts
+        ]
+        size = sum(len(one.uri) for row in rows for one in row.pictures.values() if one)
+        if size <= _MAX_BYTES:
+            return rows
+        side = int(0.9 * side * math.sqrt(_MAX_BYTES / size))  # noise is not made smaller by JPEG
 
 
 def _picture(name: str, path: Path | None, side: int) -> _Picture | None:
@@ -309,13 +317,12 @@ def _path_alt(outcome: Outcome, start: str) -> str:
 
 def _convergence_alt(outcome: Outcome) -> str:
     """What the convergence figure shows, in words."""
-    complete = [r for r in outcome.results if r.stage != "baseline" and r.value]
     lines = [
         f"{_LABELS.get(r.name, r.name)} {_number(r.value.mean)}"
         for r in outcome.results
         if r.stage == "baseline" and r.value
     ]
-    text = f"Chart of the values of {len(complete)} trials"
+    text = f"Chart of the values of {len(outcome.tried)} trials"
     if outcome.leader and outcome.leader.value:
         text += f"; {_number(outcome.leader.value.mean)} is expected of the recommended merge"
     return f"{text}; for comparison {', '.join(lines)}." if lines else f"{text}."
@@ -348,6 +355,31 @@ def _unets(outcome: Outcome, recipe: Recipe) -> dict[str, tuple[Callable[..., An
         told = f"The network coloured by {name}: {alt}."
         drawings[f"unet-{name}" if title else "unet"] = (draw, told)
     return drawings
+
+
+def _meaning(outcome: Outcome) -> str:
+    """What a value is, where it is not simply the score of one scorer."""
+    weights = {
+        name: section.get("weight", 1.0)
+        for name, section in outcome.config.get("scorers", {}).items()
+    }
+    own = outcome.config.get("value", {})
+    measure = Measure(weights, own.get("normalise"), own.get("combine", "mean"))
+    norm = {
+        "none": "",
+        "zscore": "normalised by mean and spread over the baselines' images",
+        "rank": "taken as the share of the baselines' images that it beats",
+    }[measure.norm]
+    if outcome.by_pairs or not weights or (len(weights) == 1 and not norm):
+        return ""
+    if len(weights) == 1:
+        return f"A value is the score, {norm}."
+    how = {
+        "mean": "mean" if len(set(weights.values())) == 1 else "mean, by their weights,",
+        "geometric": "geometric mean",
+        "minimum": "smallest",
+    }[measure.combine]
+    return f"A value is the {how} of the scores of an image{f', each {norm}' if norm else ''}."
 
 
 def _by_scorer(outcome: Outcome) -> dict[str, Any]:
@@ -487,7 +519,9 @@ def _plain(found: Estimate | Interval | None) -> dict[str, float | None] | None:
 
 
 def _number(x: float) -> str:
-    return f"{x:.4g}" if abs(x) >= 1000 or 0 < abs(x) < 0.01 else f"{x:.3f}"
+    """With three decimals or four digits, and a true minus."""
+    text = f"{x:.4g}" if abs(x) >= 1000 or 0 < abs(x) < 0.01 else f"{x:.3f}"
+    return text.replace("-", "−")
 
 
 def _estimate(found: Estimate) -> str:

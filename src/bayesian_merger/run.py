@@ -42,6 +42,7 @@ from bayesian_merger.outcome import (
     ranking,
     read_outcome,
     write_outcome,
+    write_page,
     write_recipe,
 )
 from bayesian_merger.scorers import Attended
@@ -52,6 +53,8 @@ from bayesian_merger.values import JUNK, Measure, Yardstick, weighted_mean
 
 _FAILURES_IN_A_ROW = 3
 _REPORT_EVERY_S = 60.0
+# So many times as long as the report took there is none.
+_SHARE = 20
 # A run that was stopped earlier leaves no report.
 _WORTH_A_REPORT_S = 10.0
 _TELL_EVERY = 5
@@ -116,13 +119,15 @@ def run(
         except (KeyboardInterrupt, MergerError, OSError):
             # Whatever ended it, somebody wants to see how far it came.
             if time.monotonic() - begun > _WORTH_A_REPORT_S:
-                with suppress(MergerError, OSError):
-                    write_outcome(read_outcome(folder, study), folder, is_alive=False)
+                with suppress(MergerError), _noted(observer):  # the one that counts is raised
+                    write_page(read_outcome(folder, study), folder, is_alive=False)
             raise
 
         outcome = read_outcome(folder, study)
         assert outcome.best is not None
         write_outcome(outcome, folder, setup.merger.references())
+        with _noted(observer):
+            write_page(outcome, folder)
         if setup.config.output.save_best:
             try:
                 # On the CPU, as `bayesian-merger merge` does it, so that both write the same bytes.
@@ -133,6 +138,15 @@ def run(
                     f"{error}; the report and best.toml are written, and the same command tries again"
                 ) from error
         return outcome
+
+
+@contextmanager
+def _noted(observer: Observer) -> Iterator[None]:
+    """What people read cannot be written just now: that is noted, and no reason to end the run."""
+    try:
+        yield
+    except OSError as error:  # a full disk; on Windows, a program that has the page open
+        observer.noted(f"the report could not be written ({error})")
 
 
 def _take(engine: Backend) -> None:
@@ -286,11 +300,12 @@ def _search(
 ) -> None:
     """Ask, judge, tell, until the trials are spent; a failed trial only has no value.
 
-    The report is written every minute from when this start of the run has `begun`.
+    The report is written every minute, or less often if that takes long, from when this start of the
+    run has `begun`.
     """
     failures = 0
     is_told = False
-    reported = begun
+    due = begun + _REPORT_EVERY_S
     # What an earlier, shorter run of this folder has confirmed is not replaced by a mere leader.
     is_confirmed = any(r.name not in BASELINES for r in study.judged("heldout"))
     models = () if is_confirmed else setup.merger.references()
@@ -323,12 +338,13 @@ def _search(
         if study.given_up and not is_told:
             is_told = True
             observer.noted(f"{study.given_up}, so the search goes on by the scores alone")
-        if time.monotonic() - reported > _REPORT_EVERY_S:
-            reported = time.monotonic()
-            try:
-                write_outcome(read_outcome(folder, study), folder, models)
-            except OSError as error:  # a full disk; on Windows, a program that has the page open
-                observer.noted(f"the report could not be renewed ({error})")
+        if time.monotonic() > due:
+            start = time.monotonic()
+            with _noted(observer):
+                outcome = read_outcome(folder, study)
+                write_outcome(outcome, folder, models)
+                write_page(outcome, folder)
+            due = time.monotonic() + max(_REPORT_EVERY_S, _SHARE * (time.monotonic() - start))
     if proposer.has_stopped:
         observer.noted(f"the search ends after {study.n_judged} images, as search.stop says")
     front = proposer.front(_MOST_COMPROMISES) if setup.plan.objectives else []

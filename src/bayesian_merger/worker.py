@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from bayesian_merger.data import Prompt, Result
+from bayesian_merger.data import Prompt
 from bayesian_merger.errors import RunError, TakenError, TrialError, first_line
-from bayesian_merger.judging import judge, judge_and_follow
+from bayesian_merger.judging import Silence, judge, judge_and_follow
 from bayesian_merger.outcome import open_study, yardstick_of
 from bayesian_merger.run import as_begun, place_of
 from bayesian_merger.setup import Setup
@@ -52,8 +52,11 @@ def _do(task: Task, setup: Setup, study: Study, folder: Path) -> None:
             except TrialError as error:
                 task.note(notes.texts)
                 task.fail(str(error))
-            except (RunError, OSError, KeyboardInterrupt) as error:
-                task.give_back(first_line(error) or "it was told to leave")
+            except (RunError, OSError) as error:
+                task.stop_run(first_line(error))
+                raise
+            except KeyboardInterrupt:
+                task.give_back("its worker was told to leave")
                 raise
             else:
                 task.note(notes.texts)
@@ -86,19 +89,11 @@ def _judge(task: Task, setup: Setup, study: Study, folder: Path, notes: _Notes) 
         judge(task, panel, setup, notes, keep, others=others)
 
 
-class _Notes:
+class _Notes(Silence):
     """Keeps what the user should know of a task."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-
-    def planned(self, images: int) -> None: ...
-
-    def started(self, stage: str, name: str, images: int) -> None: ...
-
-    def judged(self, images: int, made: bool) -> None: ...
-
-    def finished(self, result: Result, leader: Result | None) -> None: ...
 
     def noted(self, text: str) -> None:
         self.texts.append(text)

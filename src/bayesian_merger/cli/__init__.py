@@ -109,7 +109,7 @@ def main() -> NoReturn:
         """Interrupt anew where Python has dropped an interruption, as it came while it cleaned up."""
         if isinstance(lost.exc_value, KeyboardInterrupt):
             stopped.clear()
-            threading.Timer(0.05, _interrupt).start()
+            threading.Timer(0.05, interrupt).start()
         else:
             sys.__unraisablehook__(lost)
 
@@ -155,7 +155,7 @@ def main() -> NoReturn:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _interrupt() -> None:
+def interrupt() -> None:
     """Interrupt the main thread, also where it waits, if that can be."""
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +19,7 @@ from bayesian_merger.cli.asking import Asking, Shown
 from bayesian_merger.cli.screen import err, out, plain
 from bayesian_merger.data import RIVALS, Estimate, Outcome, Result
 from bayesian_merger.desk import Desk
+from bayesian_merger.judging import Silence
 from bayesian_merger.report import duration, result_json
 
 Manner = Literal["lines", "quiet", "json"]
@@ -150,7 +152,9 @@ def summary(outcome: Outcome, run_dir: Path) -> None:
             told = pairs.sentence(outcome.preferences[key])
             out.print(f"  over {RIVALS[key]:<15} {told}", soft_wrap=True)
             continue
-        interval = f"95 % interval {gain.low:+.3f} to {gain.high:+.3f}"
+        interval = "error unknown"  # of a single image
+        if math.isfinite(gain.low):
+            interval = f"95 % interval {gain.low:+.3f} to {gain.high:+.3f}"
         out.print(f"  over {RIVALS[key]:<15} {gain.mean:+.3f}  ({interval})")
     out.print(f"{outcome.images} images in {duration(sum(outcome.seconds.values()))}")
     out.print(f"report: {(run_dir / 'report.html').absolute()}", soft_wrap=True)
@@ -158,7 +162,7 @@ def summary(outcome: Outcome, run_dir: Path) -> None:
         out.print(f"recipe: {(run_dir / 'best.toml').absolute()}", soft_wrap=True)
 
 
-class Quiet:
+class Quiet(Silence):
     """Says nothing of a run but what it asks of a person."""
 
     def __init__(self, how: Asking, run_dir: Path) -> None:
@@ -175,16 +179,6 @@ class Quiet:
     def asked(self, desk: Desk) -> None:
         # Beside what a program may read.
         self._shown.append(Shown(desk, self._how, err, self._run_dir))
-
-    def planned(self, images: int) -> None: ...
-
-    def started(self, stage: str, name: str, images: int) -> None: ...
-
-    def judged(self, images: int, made: bool) -> None: ...
-
-    def finished(self, result: Result, leader: Result | None) -> None: ...
-
-    def noted(self, text: str) -> None: ...
 
 
 class Events(Quiet):

@@ -20,6 +20,7 @@ from bayesian_merger.cli.progress import Manner, observer, summary, told_at_the_
 from bayesian_merger.cli.screen import err, out, plain
 from bayesian_merger.cli.working import hiring
 from bayesian_merger.crew import Hands
+from bayesian_merger.data import Outcome
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.report import duration
 from bayesian_merger.scorers import Attended
@@ -231,8 +232,16 @@ def _run(
             if page.is_file():
                 err.print(f"report so far: {page.absolute()}", soft_wrap=True)
             raise
-        outcomes.write_figures(outcome, run_dir)
     told_at_the_end(manner, outcome, run_dir)
+    _draw(outcome, run_dir)
+
+
+def _draw(outcome: Outcome, run_dir: Path) -> None:
+    """Write the figures; what cannot be written takes nothing from the outcome."""
+    try:
+        outcomes.write_figures(outcome, run_dir)
+    except OSError as error:  # on Windows, a program that has one open
+        err.print(f"note: a figure could not be written ({plain(str(error))})", soft_wrap=True)
 
 
 @contextmanager
@@ -254,9 +263,10 @@ def report_command(run_dir: Path, storage: str | None) -> None:
     """Write the report and the figures of RUN_DIR again, from its study alone."""
     with storage_errors():
         found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir, storage))
-    outcomes.write_outcome(found, run_dir, is_alive=run.is_alive(run_dir))
-    outcomes.write_figures(found, run_dir)
+    outcomes.write_outcome(found, run_dir)
+    outcomes.write_page(found, run_dir, is_alive=run.is_alive(run_dir))
     summary(found, run_dir)
+    _draw(found, run_dir)
 
 
 @click.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ import click
 import torch
 
 from bayesian_merger import config, worker
+from bayesian_merger.cli import interrupt
 from bayesian_merger.crew import Pool, places
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.scorers import Attended
@@ -86,4 +86,4 @@ def _leave_with_the_run() -> None:
     """Interrupt this process when nobody is there any more who could tell it anything."""
     while sys.stdin.readline():
         pass
-    _thread.interrupt_main()
+    interrupt()

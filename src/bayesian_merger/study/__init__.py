@@ -82,6 +82,12 @@ class OneSearch(RDBStorage):  # type: ignore[misc]  # Optuna imports it lazily
 
     run = ""
 
+    @property
+    def number(self) -> int:
+        """That of the search in the storage."""
+        (own,) = self.get_all_studies()
+        return int(own._study_id)
+
     def get_all_studies(self) -> list[FrozenStudy]:
         """That of the run of this name, or of the only one there is."""
         wanted = f"{self.run}/{_SEARCH}" if self.run else _SEARCH

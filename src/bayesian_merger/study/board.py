@@ -17,7 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from bayesian_merger.study.proposals import FOLLOWS
 from bayesian_merger.study.trial import Trial
 
-_OF, _WORKER, _BEAT, _ENDED, _NOTES = "of", "worker", "beat", "ended", "notes"
+_OF, _WORKER, _BEAT, _NOTES = "of", "worker", "beat", "notes"
+_ENDED, _FATAL = "ended", "fatal"
 
 
 class Task(Trial):
@@ -33,6 +34,8 @@ class Task(Trial):
         self.sign: int = attrs.get(_BEAT, 0)
         # Why it ended without all of its images, if not for the trial's own fault.
         self.ended: str = attrs.get(_ENDED, "")
+        # What a worker met that ends the run as a whole.
+        self.fatal: str = attrs.get(_FATAL, "")
         # What the user should know of it.
         self.notes: list[str] = attrs.get(_NOTES, [])
         self.is_waiting = frozen.state == TrialState.WAITING
@@ -64,6 +67,11 @@ class Task(Trial):
     def give_back(self, reason: str) -> None:
         """End it for a reason that is not the trial's fault."""
         self._trial.set_user_attr(_ENDED, reason)
+        self._board.turn(self._trial._trial_id, TrialState.FAIL)
+
+    def stop_run(self, reason: str) -> None:
+        """End it for a reason for which the run cannot go on."""
+        self._trial.set_user_attr(_FATAL, reason)
         self._board.turn(self._trial._trial_id, TrialState.FAIL)
 
     def withdraw(self, reason: str) -> bool:
