@@ -394,6 +394,9 @@ def test_interruption_that_python_drops_is_made_again() -> None:
 import os, signal, sys, time, weakref
 from bayesian_merger import cli
 
+# Where the tests run in the background it is not heard.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 class One:
     pass
 

@@ -26,7 +26,8 @@ PATIENCE_S = 60.0
 _MOST_LOST = 3
 # So many workers in a row may end before any has judged an image.
 _MOST_VAIN = 3
-_LEAVE_S = 20.0
+LEAVE_S = 20.0
+"""How long a worker may take to leave when its run is over."""
 
 
 class Listener(Protocol):
@@ -230,7 +231,7 @@ class Pool:
             if process.stdin:
                 with suppress(OSError):
                     process.stdin.close()
-        end = time.monotonic() + _LEAVE_S
+        end = time.monotonic() + LEAVE_S
         for _, process in self._at.values():
             try:
                 process.wait(max(0.1, end - time.monotonic()))

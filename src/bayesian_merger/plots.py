@@ -22,9 +22,10 @@ from matplotlib.colors import ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Affine2D, Transform
 
 from bayesian_merger.checkpoint import whole_file
-from bayesian_merger.data import Estimate, Outcome, Result
+from bayesian_merger.data import Estimate, Outcome, Result, Slice
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -413,33 +414,15 @@ def path(
 
 
 def slices(outcome: Outcome, *, n: int = 12, dark: bool = False) -> Figure:
-    """What the value does as one weight leaves that of the recommended merge, with its standard error.
+    """What the value does as one weight leaves that of the best merge, with its standard error.
 
-    Of the `n` weights by which most would be lost, in the order of the network. A point marks the merge.
+    Of the `n` weights by which most would be lost, in the order of the network, all on one scale. A
+    point marks the merge.
     """
     theme = _DARK if dark else _LIGHT
     order = list(outcome.slices)
     telling = sorted(order, key=lambda name: -outcome.slices[name].loss.mean)[:n]
     shown = {name: outcome.slices[name] for name in order if name in telling}
-    n_columns = min(4, len(shown))
-    n_rows = math.ceil(len(shown) / n_columns)
-    # In inches, as a layout that is computed takes longer than all the rest.
-    up, row, bottom = 0.55 + 1.45 * n_rows, 1.45, 0.6
-    figure = Figure(figsize=(8.4, up), facecolor=theme.paper)
-    grid = figure.subplots(
-        n_rows,
-        n_columns,
-        sharey=True,
-        squeeze=False,
-        gridspec_kw={
-            "left": 0.1,
-            "right": 0.985,
-            "bottom": bottom / up,
-            "top": 1 - 0.3 / up,
-            "wspace": 0.12,
-            "hspace": 0.55 / (row - 0.55),
-        },
-    )
     ends = [
         gain.mean + sign * gain.se
         for one in shown.values()
@@ -448,30 +431,62 @@ def slices(outcome: Outcome, *, n: int = 12, dark: bool = False) -> Figure:
     ]
     low, high = min(ends), max(ends)
     margin = 0.06 * (high - low) or 1.0
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, (name, one) in zip(grid.flat, shown.items(), strict=False):
-        axes.set_axis_on()
-        axes.set_facecolor(theme.paper)
-        means = [gain.mean for gain in one.gains]
-        below = [gain.mean - gain.se for gain in one.gains]
-        above = [gain.mean + gain.se for gain in one.gains]
-        axes.axhline(0, color=theme.line, lw=1, zorder=0)
-        axes.fill_between(one.places, below, above, color=theme.best, alpha=0.18, lw=0, gid="band")
-        axes.plot(one.places, means, color=theme.best, lw=1.6, gid=name)
-        axes.plot([one.at], [0], "o", ms=5, color=theme.best, mec=theme.paper, gid=f"{name} at")
-        axes.set_ylim(low - margin, high + margin)
-        axes.set_title(_drawable(_label(name)), loc="left", pad=3, **_text(theme.ink, 9.5))
-        axes.tick_params(colors=theme.soft, labelsize=8, length=2, labelfontfamily=_FONT)
-        ends_of_range = (one.places[0], one.places[-1])
-        axes.set_xticks([ends_of_range[0], sum(ends_of_range) / 2, ends_of_range[1]])
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_major_locator(MaxNLocator(3))
-        axes.spines[:].set_visible(False)
-        axes.spines["bottom"].set(visible=True, color=theme.line)
-    figure.supxlabel("weight", y=0.08 / up, **_text(theme.ink, 10))
-    figure.supylabel("change of the value", x=0.008, **_text(theme.ink, 10))
+    low, high = low - margin, high + margin
+    n_columns = min(4, len(shown))
+    n_rows = math.ceil(len(shown) / n_columns)
+    # In inches. One pair of axes for all of them, as each takes longer to make than all its lines.
+    across, left, pitch, room = 8.4, 0.9, 1.45, 0.3
+    wide, tall = (across - left - 0.1) / n_columns - 0.2, 0.85
+    up = pitch * n_rows + 0.25
+    figure = Figure(figsize=(across, up), facecolor=theme.paper)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, across), ylim=(0, up))
+    axes.set_axis_off()
+    heights = [x for x in MaxNLocator(3).tick_values(low, high) if low <= x <= high]
+    decimals = max(0, 1 - math.floor(math.log10(high - low)))
+    for number, (name, one) in enumerate(shown.items()):
+        row, column = divmod(number, n_columns)
+        corner = (left + column * (wide + 0.2), up - row * pitch - room - tall)
+        first, last = one.places[0], one.places[-1]
+        placed = (
+            Affine2D()
+            .translate(-first, -low)
+            .scale(wide / (last - first), tall / (high - low))
+            .translate(*corner)
+            + axes.transData
+        )
+        _draw_slice(axes, name, one, placed, theme)
+        axes.plot([first, last], [low, low], color=theme.line, lw=1, transform=placed)
+        small: dict[str, Any] = {"textcoords": "offset points", "xycoords": placed}
+        for x in (first, (first + last) / 2, last):
+            style = _text(theme.soft, 8, ha="center", va="top", xytext=(0, -3), **small)
+            axes.annotate(f"{x:g}", (x, low), **style)
+        for y in heights if column == 0 else ():
+            style = _text(theme.soft, 8, ha="right", va="center", xytext=(-5, 0), **small)
+            text = f"{y:.{decimals}f}".replace("-", "−")
+            axes.annotate(text, (first, y), **style)
+        title = _text(theme.ink, 9.5, va="bottom")
+        axes.text(
+            corner[0], corner[1] + tall + 0.04, _drawable(_label(name)), gid="title", **title
+        )
+    axes.text(left + (across - left) / 2, 0.08, "weight", **_text(theme.ink, 10, ha="center"))
+    side = _text(theme.ink, 10, ha="left", va="center", rotation=90)
+    axes.text(0.08, (up + 0.3) / 2, "change of the value", **side)
     return figure
+
+
+def _draw_slice(axes: Axes, name: str, one: Slice, placed: Transform, theme: _Theme) -> None:
+    """The line of one weight with its band and the point of the merge, `placed` on the figure."""
+    means = [gain.mean for gain in one.gains]
+    below = [gain.mean - gain.se for gain in one.gains]
+    above = [gain.mean + gain.se for gain in one.gains]
+    style: dict[str, Any] = {"transform": placed}
+    axes.plot([one.places[0], one.places[-1]], [0, 0], color=theme.line, lw=1, zorder=0, **style)
+    axes.fill_between(
+        one.places, below, above, color=theme.best, alpha=0.18, lw=0, gid=f"{name} band", **style
+    )
+    axes.plot(one.places, means, color=theme.best, lw=1.6, gid=name, **style)
+    point: dict[str, Any] = {"ms": 5, "color": theme.best, "mec": theme.paper}
+    axes.plot([one.at], [0], "o", gid=f"{name} at", **point, **style)
 
 
 def _place(parameter: str) -> tuple[str, str]:

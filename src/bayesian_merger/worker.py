@@ -22,8 +22,8 @@ from bayesian_merger.values import Yardstick
 _POLL_S, _BEAT_S = 0.05, 3.0
 
 
-def work(setup: Setup, folder: Path, name: str, look: Callable[[], None] = lambda: None) -> None:
-    """Judge what the board of the run in `folder` offers, until `look`, asked now and then, raises.
+def work(setup: Setup, folder: Path, name: str, is_over: Callable[[], bool]) -> None:
+    """Judge what the board of the run in `folder` offers, until it `is_over`, asked after each image.
 
     ConfigError if the run has another setup, RunError if nothing can be judged or recorded any more.
     """
@@ -32,19 +32,18 @@ def work(setup: Setup, folder: Path, name: str, look: Callable[[], None] = lambd
         setup = as_begun(setup, study)
         study.require_same(setup.identity)
         board = study.board()
-    while True:
-        look()
+    while not is_over():
         with storage_errors():
             task = board.take(name)
         if task is None:
             time.sleep(_POLL_S)
         else:
-            _do(task, setup, study, folder)
+            _do(task, setup, study, folder, is_over)
 
 
-def _do(task: Task, setup: Setup, study: Study, folder: Path) -> None:
-    """Judge one task, and record what became of it."""
-    notes = _Notes()
+def _do(task: Task, setup: Setup, study: Study, folder: Path, is_over: Callable[[], bool]) -> None:
+    """Judge one task, or as much of it as there is time for, and record what became of it."""
+    notes = _Notes(is_over)
     try:
         with storage_errors(), _beating(task):
             try:
@@ -55,9 +54,10 @@ def _do(task: Task, setup: Setup, study: Study, folder: Path) -> None:
             except (RunError, OSError) as error:
                 task.stop_run(first_line(error))
                 raise
-            except KeyboardInterrupt:
+            except (_LeaveError, KeyboardInterrupt) as error:
                 task.give_back("its worker was told to leave")
-                raise
+                if isinstance(error, KeyboardInterrupt):
+                    raise
             else:
                 task.note(notes.texts)
                 task.done()
@@ -89,11 +89,20 @@ def _judge(task: Task, setup: Setup, study: Study, folder: Path, notes: _Notes) 
         judge(task, panel, setup, notes, keep, others=others)
 
 
-class _Notes(Silence):
-    """Keeps what the user should know of a task."""
+class _LeaveError(Exception):
+    """The run is over, or has gone."""
 
-    def __init__(self) -> None:
+
+class _Notes(Silence):
+    """Keeps what the user should know of a task; after an image it may be time to leave."""
+
+    def __init__(self, is_over: Callable[[], bool]) -> None:
         self.texts: list[str] = []
+        self._is_over = is_over
+
+    def judged(self, images: int, made: bool) -> None:
+        if self._is_over():
+            raise _LeaveError
 
     def noted(self, text: str) -> None:
         self.texts.append(text)

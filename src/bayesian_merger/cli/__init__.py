@@ -109,7 +109,7 @@ def main() -> NoReturn:
         """Interrupt anew where Python has dropped an interruption, as it came while it cleaned up."""
         if isinstance(lost.exc_value, KeyboardInterrupt):
             stopped.clear()
-            threading.Timer(0.05, interrupt).start()
+            threading.Timer(0.05, _interrupt, heard[:1]).start()
         else:
             sys.__unraisablehook__(lost)
 
@@ -155,12 +155,12 @@ def main() -> NoReturn:
             signal.signal(number, signal.SIG_IGN)
 
 
-def interrupt() -> None:
-    """Interrupt the main thread, also where it waits, if that can be."""
+def _interrupt(number: signal.Signals) -> None:
+    """Interrupt the main thread by a signal that it hears, also where it waits, if that can be."""
     if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
     else:
-        _thread.interrupt_main()
+        _thread.interrupt_main(number)
 
 
 def _complain(error: object, code: int) -> NoReturn:

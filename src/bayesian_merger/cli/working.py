@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,8 +15,7 @@ import click
 import torch
 
 from bayesian_merger import config, worker
-from bayesian_merger.cli import interrupt
-from bayesian_merger.crew import Pool, places
+from bayesian_merger.crew import LEAVE_S, Pool, places
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.scorers import Attended
 from bayesian_merger.setup import Setup, prepare
@@ -75,15 +75,22 @@ def _gpus() -> list[str]:
 def work_command(name: str) -> None:
     """Judge what the run offers that has started this worker, and leave when it ends."""
     told = json.loads(sys.stdin.readline())
-    threading.Thread(target=_leave_with_the_run, daemon=True).start()
+    is_over = threading.Event()
+    threading.Thread(target=_listen, args=(is_over,), daemon=True).start()
     path = Path(told["config"])
     ready = prepare(config.load(path, told["overrides"]), path.parent, told["title"])
     with closing(ready.backend):
-        worker.work(ready, Path(told["run_dir"]), name)
+        worker.work(ready, Path(told["run_dir"]), name, is_over.is_set)
 
 
-def _leave_with_the_run() -> None:
-    """Interrupt this process when nobody is there any more who could tell it anything."""
+def _listen(is_over: threading.Event) -> None:
+    """Set the event when nobody is there any more who could tell this process anything.
+
+    By no signal: one that was started in the background may not hear any. If it does not leave then, it
+    hangs, and holds a GPU for nobody.
+    """
     while sys.stdin.readline():
         pass
-    interrupt()
+    is_over.set()
+    time.sleep(LEAVE_S)
+    os._exit(1)
