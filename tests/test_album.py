@@ -88,7 +88,7 @@ def test_picture_that_was_changed_is_not_read(tmp_path: Path) -> None:
 def test_pictures_are_kept_as_the_configuration_says(
     folder: Path, wanted: str, kept: set[str]
 ) -> None:
-    outcome = start(folder, f"output.save_images={wanted}")
+    outcome = start(folder, f"output.save_images={wanted}", report=True)
     found = {path.parent.parent.name for path in (folder / "run").glob("images/*/*/*.png")}
     assert found == kept
     assert outcome.finished

@@ -66,7 +66,7 @@ def start_with(
     config = configuration.load(folder / "config.toml", overrides)
     ready = setup.prepare(config, folder, "toy")
     hire = hire or (lambda: Threads(folder, overrides, n))
-    return run.run(ready, folder / "run", Silent(), hire=hire)
+    return run.run(ready, folder / "run", Silent(), hire=hire, report=False)
 
 
 def tasks(folder: Path) -> list[Task]:
@@ -224,7 +224,7 @@ def test_run_that_was_killed_goes_on_with_what_its_workers_had_found(folder: Pat
     config = configuration.load(folder / "config.toml", ())
     ready = setup.prepare(config, folder, "toy")
     with pytest.raises(KeyboardInterrupt):
-        run.run(ready, folder / "run", Killed(), hire=lambda: Threads(folder, (), 2))
+        run.run(ready, folder / "run", Killed(), hire=lambda: Threads(folder, (), 2), report=False)
     outcome = start_with(folder)
     assert outcome.finished
     assert outcome.images == 10 * 6 + 2 * 4 + 4 * 8

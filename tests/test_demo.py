@@ -24,7 +24,8 @@ SHORT = (
     "--n-iters=1",
     "--set=heldout.candidates=1",
     "--set=heldout.select_images=6",
-    "--set=heldout.images=24",
+    "--set=heldout.images=12",
+    "--set=panel.batch_size=2",
 )
 
 

@@ -59,7 +59,7 @@ def prepared(folder: Path, *overrides: str) -> Setup:
 
 
 def of_two_scorers(folder: Path, *overrides: str, into: str = "run") -> Outcome:
-    return run.run(prepared(folder, *overrides), folder / into, Silent())
+    return run.run(prepared(folder, *overrides), folder / into, Silent(), report=False)
 
 
 def test_front_of_the_scorers_is_reported_with_recipes_and_a_figure(folder: Path) -> None:
@@ -76,6 +76,7 @@ def test_front_of_the_scorers_is_reported_with_recipes_and_a_figure(folder: Path
         np.mean([scores["light"] for scores in even.scores.values()])
     )
     made = folder / "run"
+    outcomes.write_page(outcome, made)
     outcomes.write_figures(outcome, made)
     assert (made / "figures" / "front.png").is_file()
     assert len(list((made / "front").glob("*.toml"))) == len(outcome.front)
@@ -99,7 +100,7 @@ def test_front_can_be_asked_of_a_finished_run_without_an_image(folder: Path) -> 
 def test_front_of_a_longer_run_by_other_objectives_replaces_the_old_one(folder: Path) -> None:
     of_two_scorers(folder, "search.objectives=scorers")
     ready = prepared(folder, "search.objectives=payloads")
-    outcome = run.run(ready, folder / "run", Silent(), more=12)
+    outcome = run.run(ready, folder / "run", Silent(), more=12, report=False)
     assert {name for one in outcome.front for name in one.values} == {"portrait", "landscape"}
     assert outcome.front_baselines["a"].keys() == {"portrait", "landscape"}
     recipes_left = {path.stem for path in (folder / "run" / "front").glob("*.toml")}
@@ -124,7 +125,7 @@ def test_search_for_several_objectives_looks_elsewhere_and_can_be_stopped(folder
         of_two_scorers(folder, *cut, into="cut")
     ready = prepared(folder, *cut)
     ready.backend._at = -1  # type: ignore[attr-defined]
-    assert tried(run.run(ready, folder / "cut", Silent())) == tried(whole)
+    assert tried(run.run(ready, folder / "cut", Silent(), report=False)) == tried(whole)
 
 
 def test_front_of_the_payloads_has_a_value_for_each(folder: Path) -> None:

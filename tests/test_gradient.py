@@ -52,7 +52,7 @@ def ready(folder: Path, *overrides: str) -> Setup:
 
 
 def start(folder: Path, *overrides: str, into: str = "run") -> Outcome:
-    return run.run(ready(folder, *overrides), folder / into, Silent())
+    return run.run(ready(folder, *overrides), folder / into, Silent(), report=False)
 
 
 def distance(result: Result) -> float:
@@ -226,10 +226,10 @@ def test_run_without_a_gradient_goes_on_where_it_was_cut_off(folder: Path) -> No
         start(folder, *options)
     again = ready(folder, *options)
     again.backend._at = 0  # type: ignore[attr-defined]
-    resumed = run.run(again, folder / "run", Silent())
+    resumed = run.run(again, folder / "run", Silent(), report=False)
     assert resumed.finished
     assert measured(resumed) == measured(start(folder, "backend.fault=rigid", into="whole"))
-    assert measured(run.run(again, folder / "run", Silent())) == measured(resumed)
+    assert measured(run.run(again, folder / "run", Silent(), report=False)) == measured(resumed)
 
 
 @pytest.mark.parametrize("slope", [math.inf, math.nan, 1e200])
@@ -244,7 +244,7 @@ def test_slopes_that_are_no_numbers_count_as_none(
     painter = type(chosen.backend)
     followed = painter.follow  # type: ignore[attr-defined]
     monkeypatch.setattr(painter, "follow", follow)
-    outcome = run.run(chosen, folder / "run", observer)
+    outcome = run.run(chosen, folder / "run", observer, report=False)
     assert outcome.finished
     told = [[piece.by for piece in r.slopes] for r in outcome.results if r.slopes]
     assert told == [[{}, {}]] * 3  # the even merge and two more, which are followed no further
@@ -263,7 +263,7 @@ def test_slopes_of_other_images_count_where_one_image_has_none(
     painter = type(chosen.backend)
     followed = painter.follow  # type: ignore[attr-defined]
     monkeypatch.setattr(painter, "follow", follow)
-    outcome = run.run(chosen, folder / "run", observer)
+    outcome = run.run(chosen, folder / "run", observer, report=False)
     assert outcome.given_up is None
     told = [[bool(piece.by) for piece in r.slopes] for r in outcome.results if r.slopes]
     assert all(not first and all(rest) for first, *rest in told)
@@ -294,7 +294,7 @@ def test_interrupted_run_ends_as_if_nothing_had_happened(folder: Path, at: int) 
         start(folder, *options, into="cut")
     again = ready(folder, *options)
     again.backend._at = -1  # type: ignore[attr-defined]
-    resumed = run.run(again, folder / "cut", Silent())
+    resumed = run.run(again, folder / "cut", Silent(), report=False)
     whole = start(folder, into="whole")
     assert measured(resumed) == measured(whole)
     assert resumed.heldout == whole.heldout
@@ -303,7 +303,9 @@ def test_interrupted_run_ends_as_if_nothing_had_happened(folder: Path, at: int) 
 @pytest.mark.parametrize("fault", ["flat", "rigid"])
 def test_search_goes_on_by_the_scores_where_merges_tell_no_slope(folder: Path, fault: str) -> None:
     observer = Silent()
-    outcome = run.run(ready(folder, f"backend.fault={fault}"), folder / "run", observer)
+    outcome = run.run(
+        ready(folder, f"backend.fault={fault}"), folder / "run", observer, report=False
+    )
     assert outcome.finished
     assert not any(piece.by for result in outcome.results for piece in result.slopes)
     trials = [r for r in outcome.results if r.stage != "baseline"]
@@ -327,7 +329,7 @@ def test_fork_of_a_search_by_the_gradient_begins_with_its_best_merges(folder: Pa
 def test_gradient_that_misleads_is_given_up_and_the_search_goes_on_by_scores(folder: Path) -> None:
     observer = Silent()
     options = ("backend.fault=contrary", "search.images=54", "search.seed=1")
-    outcome = run.run(ready(folder, *options), folder / "run", observer)
+    outcome = run.run(ready(folder, *options), folder / "run", observer, report=False)
     trials = [r for r in outcome.results if r.stage != "baseline"]
     followed = [bool(trial.slopes) for trial in trials]
     assert followed == sorted(followed, reverse=True)
@@ -425,10 +427,10 @@ def test_merge_whose_first_images_tell_no_gradient_is_followed_no_further(
     options = ("backend.fault=stop", f"backend.at={at}") if at else ()
     if at:
         with pytest.raises(KeyboardInterrupt):
-            run.run(steep(*options), folder / "run", Silent())
+            run.run(steep(*options), folder / "run", Silent(), report=False)
     chosen = steep(*options)
     chosen.backend._at = -1  # type: ignore[attr-defined]
-    outcome = run.run(chosen, folder / "run", Silent())
+    outcome = run.run(chosen, folder / "run", Silent(), report=False)
     told = [[bool(piece.by) for piece in r.slopes] for r in outcome.results if r.slopes]
     assert told == [[True] * 6, [False] * 2, [False] * 2]
     assert "too steep" in str(outcome.given_up)

@@ -29,7 +29,7 @@ def begin(folder: Path, *overrides: str) -> setup.Setup:
 
 def finish(ready: setup.Setup, folder: Path) -> tuple[Outcome, Silent]:
     observer = Silent()
-    return run.run(ready, folder / "run", observer), observer
+    return run.run(ready, folder / "run", observer, report=False), observer
 
 
 class Failing:
@@ -346,7 +346,7 @@ def test_device_that_cannot_be_used_is_told_in_one_line(folder: Path, device: st
 def test_run_folder_that_cannot_be_made_is_bad_input(folder: Path) -> None:
     ready = begin(folder)
     with pytest.raises(ConfigError, match="cannot be made a run folder"):
-        run.run(ready, folder / "config.toml" / "run", Silent())
+        run.run(ready, folder / "config.toml" / "run", Silent(), report=False)
 
 
 def test_range_that_the_method_does_not_take_is_a_mistake(folder: Path) -> None:

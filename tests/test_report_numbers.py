@@ -77,7 +77,7 @@ def rows(html: str, section: str) -> list[list[str]]:
 
 
 def test_every_number_of_the_page_is_that_of_the_study(folder: Path) -> None:
-    start(folder)
+    start(folder, report=True)
     html = (folder / "run" / "report.html").read_text(encoding="utf-8")
     trials = list(stored(folder / "run" / "study.db"))
     heldout = {t["name"]: t for t in trials if t.get("stage") == "heldout"}

@@ -97,10 +97,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, *overrides: str, into: str = "run") -> Outcome:
+def start(folder: Path, *overrides: str, into: str = "run", report: bool = False) -> Outcome:
     config = configuration.load(folder / "config.toml", overrides)
     ready = setup.prepare(config, folder, "toy")
-    return run.run(ready, folder / into, Silent())
+    return run.run(ready, folder / into, Silent(), report=report)
 
 
 def measured(outcome: Outcome) -> list[tuple[str, Mapping[int, Mapping[str, float]], object]]:
@@ -138,7 +138,9 @@ def test_same_seed_gives_the_same_result_twice_and_another_seed_another(folder: 
     assert measured(start(folder, "search.seed=1", into="three")) != measured(first)
 
 
-@pytest.mark.parametrize("at", [1, 7, 19, 40, 59, 61, 75])
+@pytest.mark.parametrize(
+    "at", [7, 40, 61, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 19, 59, 75))]
+)
 def test_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
     folder: Path, at: int
 ) -> None:
@@ -150,11 +152,11 @@ def test_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
     config = configuration.load(folder / "config.toml", ["backend.fault=stop", "backend.at=0"])
     ready = setup.prepare(config, folder, "toy")
     with pytest.raises(ConfigError, match=r"backend\.at was .*, is 0"):
-        run.run(ready, folder / "cut", observer)
+        run.run(ready, folder / "cut", observer, report=False)
     config = configuration.load(folder / "config.toml", ["backend.fault=stop", f"backend.at={at}"])
     ready = setup.prepare(config, folder, "toy")
     ready.backend._at = -1  # type: ignore[attr-defined]
-    resumed = run.run(ready, folder / "cut", observer)
+    resumed = run.run(ready, folder / "cut", observer, report=False)
     assert measured(resumed) == measured(whole)
     assert resumed.images == whole.images
     # At most the batch that was being made is made again; nothing else is.
@@ -168,7 +170,7 @@ def test_finished_run_makes_no_further_image(folder: Path) -> None:
     start(folder)
     observer = Silent()
     config = configuration.load(folder / "config.toml")
-    run.run(setup.prepare(config, folder, "toy"), folder / "run", observer)
+    run.run(setup.prepare(config, folder, "toy"), folder / "run", observer, report=False)
     assert observer.made == 0
 
 
@@ -183,15 +185,17 @@ def test_more_images_extend_a_finished_run_and_are_gone_on_with(folder: Path) ->
     before = start(folder)
     config = configuration.load(folder / "config.toml", ["backend.fault=stop"])
     with pytest.raises(ConfigError):  # another configuration promises nothing
-        run.run(setup.prepare(config, folder, "toy"), folder / "run", Silent(), more=500)
+        run.run(
+            setup.prepare(config, folder, "toy"), folder / "run", Silent(), more=500, report=False
+        )
     ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
     object.__setattr__(ready.backend, "_fault", "stop")
     object.__setattr__(ready.backend, "_at", 9)
     with pytest.raises(KeyboardInterrupt):
-        run.run(ready, folder / "run", Silent(), more=18)
+        run.run(ready, folder / "run", Silent(), more=18, report=False)
     for more in (18, None):  # the same command ends it, and a plain one adds nothing
         ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
-        after = run.run(ready, folder / "run", Silent(), more)
+        after = run.run(ready, folder / "run", Silent(), more, report=False)
         assert [r.scores for r in after.results[:10]] == [r.scores for r in before.results]
         assert len(after.results) == 13
 
@@ -202,9 +206,9 @@ def test_images_that_were_to_be_spent_further_can_be_taken_back(folder: Path) ->
     object.__setattr__(ready.backend, "_fault", "stop")
     object.__setattr__(ready.backend, "_at", 15)
     with pytest.raises(KeyboardInterrupt):
-        run.run(ready, folder / "run", Silent(), more=90_000)
+        run.run(ready, folder / "run", Silent(), more=90_000, report=False)
     ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
-    after = run.run(ready, folder / "run", Silent(), more=0)
+    after = run.run(ready, folder / "run", Silent(), more=0, report=False)
     assert after.finished
     assert 10 < len(after.results) < 20
 
@@ -323,7 +327,7 @@ def test_confirmed_best_stays_until_an_extension_has_confirmed_its_own(folder: P
     ready = setup.prepare(config, folder, "toy")
     ready.backend._at = 150  # type: ignore[attr-defined]
     with pytest.raises(KeyboardInterrupt):
-        run.run(ready, folder / "run", Silent())
+        run.run(ready, folder / "run", Silent(), report=False)
     outcome = outcomes.read_outcome(folder / "run", outcomes.open_study(folder / "run"))
     assert before.best
     assert outcome.leader
@@ -541,7 +545,7 @@ def test_clock_that_jumps_changes_nothing(folder: Path, monkeypatch: pytest.Monk
 
 def test_study_may_lie_in_a_storage_that_several_runs_share(folder: Path) -> None:
     storage = f"search.storage=sqlite:///{folder / 'all.db'}"
-    one = start(folder, storage, "search.n_iters=1", into="one")
+    one = start(folder, storage, "search.n_iters=1", into="one", report=True)
     other = start(folder, storage, "search.n_iters=1", "search.seed=5", into="other")
     assert measured(one) != measured(other)
     assert start(folder, storage, "search.n_iters=1", into="one").images == one.images
@@ -590,7 +594,7 @@ def test_blocks_in_which_the_models_are_the_same_leave_the_search(folder: Path) 
     ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
     assert len(ready.plan.bounds) == 23
     observer = Silent()
-    outcome = run.run(ready, folder / "run", observer)
+    outcome = run.run(ready, folder / "run", observer, report=False)
     assert (
         "the models are the same in IN03, M00, base, which the search leaves out" in observer.lines
     )
@@ -772,7 +776,7 @@ def seen(folder: Path, *overrides: str, into: str) -> tuple[Outcome, list[str]]:
     """The run, and what its observer was told."""
     ready = setup.prepare(configuration.load(folder / "config.toml", overrides), folder, "toy")
     observer = Silent()
-    return run.run(ready, folder / into, observer), observer.lines
+    return run.run(ready, folder / into, observer, report=False), observer.lines
 
 
 @pytest.mark.parametrize("optimiser", ["bayes", "tpe"])

@@ -40,7 +40,7 @@ def fork(folder: Path, *overrides: str, into: str = "new") -> warm.Brought:
 def go_on(folder: Path, *overrides: str, into: str = "new") -> tuple[Outcome, int]:
     """The new run to its end, and how many images it made itself."""
     observer = Silent()
-    outcome = run.run(begin(folder, *overrides), folder / into, observer)
+    outcome = run.run(begin(folder, *overrides), folder / into, observer, report=False)
     return outcome, observer.made
 
 
@@ -94,7 +94,7 @@ def test_what_is_known_is_not_explored_again(folder: Path) -> None:
     ready = setup.prepare(loaded.model_copy(update={"search": search}), folder, "toy")
     assert ready.plan.n_first == 20
     warm.fork(folder / "run", ready, folder / "free")
-    results = run.run(ready, folder / "free", Silent()).results
+    results = run.run(ready, folder / "free", Silent(), report=False).results
     assert [r.stage for r in results].count("explore") == 20 - 7
 
 

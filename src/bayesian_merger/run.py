@@ -5,6 +5,7 @@ config -> space -> ask -> merge -> generate -> score -> tell -> report
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -70,11 +71,14 @@ def run(
     observer: Observer,
     more: int | None = None,
     hire: Callable[[], Hands] | None = None,
+    *,
+    report: bool = True,
 ) -> Outcome:
     """The whole run in `folder`, from wherever an earlier start of it ended.
 
     `more` images are spent beyond those of a finished search; 0 takes back what was to be spent so. The
-    images are judged by the workers that `hire` gives, or by this process.
+    images are judged by the workers that `hire` gives, or by this process. Without `report` there is no
+    report.html.
 
     RunError if it cannot go on, ConfigError if the folder belongs to another configuration.
     """
@@ -109,7 +113,8 @@ def run(
         try:
             yardstick = baselines(study, setup, folder, observer, crew)
             _observe_brought(study, setup, yardstick)
-            _search(study, setup, yardstick, folder, observer, begun, crew)
+            due = begun + _REPORT_EVERY_S if report else math.inf
+            _search(study, setup, yardstick, folder, observer, due, crew)
             if not read_outcome(folder, study).finished:
                 _confirm(study, setup, yardstick, folder, observer, crew)
             elif more is None:
@@ -118,7 +123,7 @@ def run(
                 _slice(study, setup, yardstick, folder)
         except (KeyboardInterrupt, MergerError, OSError):
             # Whatever ended it, somebody wants to see how far it came.
-            if time.monotonic() - begun > _WORTH_A_REPORT_S:
+            if report and time.monotonic() - begun > _WORTH_A_REPORT_S:
                 with suppress(MergerError), _noted(observer):  # the one that counts is raised
                     write_page(read_outcome(folder, study), folder, is_alive=False)
             raise
@@ -126,8 +131,9 @@ def run(
         outcome = read_outcome(folder, study)
         assert outcome.best is not None
         write_outcome(outcome, folder, setup.merger.references())
-        with _noted(observer):
-            write_page(outcome, folder)
+        if report:
+            with _noted(observer):
+                write_page(outcome, folder)
         if setup.config.output.save_best:
             try:
                 # On the CPU, as `bayesian-merger merge` does it, so that both write the same bytes.
@@ -295,17 +301,16 @@ def _search(
     yardstick: Yardstick,
     folder: Path,
     observer: Observer,
-    begun: float,
+    due: float,
     crew: Crew | None,
 ) -> None:
     """Ask, judge, tell, until the trials are spent; a failed trial only has no value.
 
-    The report is written every minute, or less often if that takes long, from when this start of the
-    run has `begun`.
+    The report is written when it is `due`, and from then on every minute, or less often if that takes
+    long.
     """
     failures = 0
     is_told = False
-    due = begun + _REPORT_EVERY_S
     # What an earlier, shorter run of this folder has confirmed is not replaced by a mere leader.
     is_confirmed = any(r.name not in BASELINES for r in study.judged("heldout"))
     models = () if is_confirmed else setup.merger.references()

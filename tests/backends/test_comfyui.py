@@ -75,7 +75,7 @@ def ready(folder: Path, url: str, *overrides: str) -> Setup:
 def start(folder: Path, url: str, *overrides: str, into: str = "run") -> Outcome:
     chosen = ready(folder, url, *overrides)
     try:
-        return run.run(chosen, folder / into, Silent())
+        return run.run(chosen, folder / into, Silent(), report=False)
     finally:
         chosen.backend.close()
 

@@ -152,6 +152,7 @@ def test_image_with_its_gradient_fits_into_a_small_gpu(
     assert 0.9 * limit * GB < whole < limit * GB
 
 
+@pytest.mark.slow
 def test_image_of_sdxl_with_its_gradient_fits_into_a_gpu_of_16_gb(xl: Diffusers) -> None:
     held = sum(tensor.nbytes for tensor in weights(xl))
     assert 7.0 * GB < held < 7.2 * GB
@@ -161,6 +162,7 @@ def test_image_of_sdxl_with_its_gradient_fits_into_a_gpu_of_16_gb(xl: Diffusers)
     assert most(xl, 1024) == pytest.approx(_SPARE_GRAPH * 1024**2, rel=0.05)
 
 
+@pytest.mark.slow
 def test_arithmetic_of_an_image_of_sdxl_where_parts_are_made_again(xl: Diffusers) -> None:
     xl._make_parts_again()
     step, decode = works(xl, 1024)

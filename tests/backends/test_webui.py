@@ -93,7 +93,7 @@ def ready(folder: Path, fake: FakeWebUI, *overrides: str) -> Setup:
 def start(folder: Path, fake: FakeWebUI, *overrides: str, into: str = "run") -> Outcome:
     chosen = ready(folder, fake, *overrides)
     try:
-        return run.run(chosen, folder / into, Silent())
+        return run.run(chosen, folder / into, Silent(), report=False)
     finally:
         chosen.backend.close()
 
@@ -1615,7 +1615,7 @@ def test_real_server_behind_a_bad_proxy_is_searched_as_without_it(folder: Path) 
         try:
             chosen = setup.prepare(configuration.load(folder / "config.toml", own), folder, "toy")
             with closing(chosen.backend):
-                return run.run(chosen, folder / into, Silent()), proxy
+                return run.run(chosen, folder / into, Silent(), report=False), proxy
         finally:
             proxy.stop()
 

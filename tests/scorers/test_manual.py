@@ -100,7 +100,7 @@ def start(folder: Path, observer: Silent, *more: str, into: str = "run") -> Outc
     # Of a table in a table an override cannot say that a key is gone.
     config = config.model_copy(update={"scorers": {"manual": config.scorers["manual"]}})
     ready = setup.prepare(config, folder, "toy")
-    return run.run(ready, folder / into, observer)
+    return run.run(ready, folder / into, observer, report=False)
 
 
 def test_run_finds_what_a_person_likes(folder: Path) -> None:
@@ -147,6 +147,7 @@ def test_skipped_pictures_have_no_score(folder: Path) -> None:
     assert all("manual" in s for r in stored.results for s in r.scores.values())
     # They are shown beside the others all the same.
     assert {len(pictures) for pictures in outcome.pictures.values()} == {8}
+    outcomes.write_page(outcome, folder / "run")
     report = (folder / "run" / "report.html").read_text()
     assert "picture missing" not in report.replace('class="missing"', "")
     assert outcome.finished
@@ -211,7 +212,7 @@ def choices_of(outcome: Outcome) -> dict[tuple[str, int], dict[str, float]]:
 
 
 def test_run_finds_what_a_person_prefers_of_two(folder: Path) -> None:
-    more = ("search.n_iters=60", "search.init_points=20", "heldout.images=12")
+    more = ("search.n_iters=25", "search.init_points=15", "heldout.images=12")
     outcome = start(folder, Person(taste=likeness), PAIRS, *more)
     assert outcome.finished
     assert outcome.preferences["over_even"].won >= 10
@@ -254,6 +255,7 @@ def test_best_merge_is_compared_with_a_b_and_even_on_held_out_seeds(folder: Path
     assert {t.won + t.lost + t.alike for t in told.values()} == {4}
     # 4 images of the panel twice, 2 by 5 trials, 2 of the other candidate, 4 by 3 rivals.
     assert person.n_answered == 8 + 10 + 2 + 12
+    outcomes.write_page(outcome, folder / "run")
     page = (folder / "run" / "report.html").read_text()
     assert f"{told['over_a'].won} won, {told['over_a'].lost} lost, 0 alike" in page
     plain = json.loads((folder / "run" / "result.json").read_text())
@@ -445,7 +447,9 @@ def test_run_by_pairs_that_is_extended_ranks_old_and_new_candidates_on_one_scale
     config = configuration.load(folder / "config.toml", (*OPTIONS, PAIRS))
     config = config.model_copy(update={"scorers": {"manual": config.scorers["manual"]}})
     again = Person(taste=likeness)
-    outcome = run.run(setup.prepare(config, folder, "toy"), folder / "run", again, more=16)
+    outcome = run.run(
+        setup.prepare(config, folder, "toy"), folder / "run", again, more=16, report=False
+    )
     assert outcome.finished
     judged = outcomes.open_study(folder / "run").judged("select")
     assert len({result.name for result in judged}) == len(judged)
