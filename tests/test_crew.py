@@ -28,8 +28,8 @@ from bayesian_merger import crew, run, setup, worker
 from bayesian_merger.data import Outcome
 from bayesian_merger.errors import ConfigError, RunError, TakenError
 from bayesian_merger.outcome import open_study
-from bayesian_merger.study import storage_errors
 from bayesian_merger.study.board import Task
+from bayesian_merger.study.storage import storage_errors
 
 
 class Threads:

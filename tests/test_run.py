@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from bayesian_merger import config as configuration
 from bayesian_merger import outcome as outcomes
-from bayesian_merger import recipes, run, setup, study
+from bayesian_merger import recipes, run, setup
 from bayesian_merger.blocks import SD1
 from bayesian_merger.data import Outcome, Result
 from bayesian_merger.errors import ConfigError, RunError
+from bayesian_merger.study.storage import url_of
 
 PLUGINS = f'plugins=["{Path(toy_plugin.__file__).as_posix()}", "fragile.py"]'
 FRAGILE = """
@@ -262,7 +263,7 @@ def test_optimiser_is_told_only_baselines_that_the_search_could_have_proposed(
     def known(vae: str) -> set[str]:
         into = f"{vae}-{other}"
         start(folder, f"merge.vae={vae}", "search.n_iters=0", into=into)
-        url = study.url_of(folder / into / "study.db")
+        url = url_of(folder / into / "study.db")
         trials = optuna.load_study(study_name="search", storage=url).trials
         return {t.user_attrs.get("observed") for t in trials} - {None}
 

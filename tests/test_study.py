@@ -6,16 +6,19 @@ import sys
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
+import psutil
 import pytest
 
 from bayesian_merger.blocks import SD1
 from bayesian_merger.data import Estimate, Model, Recipe, Result
 from bayesian_merger.errors import ConfigError, RunError
-from bayesian_merger.study import Study, Trial, create, is_in, storage_at, url_of
+from bayesian_merger.study import Study, Trial, create
 from bayesian_merger.study.proposals import Plan, Proposer
+from bayesian_merger.study.storage import is_in, require_local, storage_at, url_of
 
 MODELS = (Model("a.safetensors", "aa"), Model("b.safetensors", "bb"))
 
@@ -234,7 +237,10 @@ def test_storage_in_a_folder_that_is_not_there_is_told_before_anything_is_made()
 
 def test_storage_that_several_processes_make_at_once_is_one(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'all.db'}"
-    code = f"from bayesian_merger.study import *; Study(storage_at({url!r}), sys.argv[1])"
+    code = (
+        "from bayesian_merger.study import Study; from bayesian_merger.study.storage import storage_at;"
+        f"Study(storage_at({url!r}), sys.argv[1])"
+    )
     names = ["one", "two", "three", "four"]
     started = [subprocess.Popen([sys.executable, "-c", f"import sys; {code}", n]) for n in names]
     assert [process.wait(120) for process in started] == [0] * len(names)
@@ -254,3 +260,36 @@ def test_file_that_is_no_study_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"study\.db is no study; move it away") as caught:
         Study(path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "is_refused"),
+    [
+        ("ext4", "rw", False),
+        ("NTFS", "rw,fixed", False),
+        ("9p", "rw", False),  # drives of Windows under WSL
+        ("nfs4", "rw", True),
+        ("cifs", "rw", True),
+        ("fuse.sshfs", "rw", True),
+        ("NTFS", "rw,remote", True),
+    ],
+)
+def test_file_of_another_machine_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, options: str, is_refused: bool
+) -> None:
+    disks = [
+        SimpleNamespace(mountpoint=str(place), fstype=fstype, opts=opts)
+        for place, fstype, opts in (
+            (tmp_path.anchor, "nfs", "rw"),
+            (tmp_path / "mount", "ext4", "rw"),  # hidden by what is mounted over it
+            (tmp_path / "mount", kind, options),
+            (tmp_path / "mount2", "nfs", "rw"),
+        )
+    ]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: disks)
+    file = tmp_path / "mount" / "a" / "study.db"
+    if is_refused:
+        with pytest.raises(ConfigError, match=rf"study\.db would lie .* \({kind} at .*mount\)"):
+            require_local(file)
+    else:
+        require_local(file)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from bayesian_merger.data import Prompt
 from bayesian_merger.errors import RunError, TrialError
 from bayesian_merger.study import Trial
 from bayesian_merger.study.board import Board, Task
+from bayesian_merger.study.seats import Watch
 
 POLL_S = 0.05
 """How often it is looked whether workers have found something."""
@@ -24,8 +27,8 @@ POLL_S = 0.05
 PATIENCE_S = 60.0
 # A trial on which so many workers were lost is at fault itself.
 _MOST_LOST = 3
-# So many workers in a row may end before any has judged an image.
-_MOST_VAIN = 3
+MOST_VAIN = 3
+"""So many times all workers may end before one has judged an image."""
 LEAVE_S = 20.0
 """How long a worker may take to leave when its run is over."""
 
@@ -55,24 +58,46 @@ class Hands(Protocol):
         ...
 
 
+class Others(Protocol):
+    """The processes that work on the run beside this one."""
+
+    def n_workers(self) -> int:
+        """How many workers they have."""
+        ...
+
+    def require(self) -> None:
+        """TakenError if one of them leads the run."""
+        ...
+
+
+class Alone:
+    """No others."""
+
+    def n_workers(self) -> int:
+        return 0
+
+    def require(self) -> None: ...
+
+
 @dataclass
 class _Offer:
-    """Images of a trial that were offered in a task, and when its worker last gave a sign of life."""
+    """Images of a trial that were offered in a task, and for how long its worker has been silent."""
 
     trial: Trial
     items: Sequence[int]
     follows: bool
-    sign: int = -1
-    seen: float = field(default_factory=time.monotonic)
+    watch: Watch = field(default_factory=Watch)
     is_waiting: bool = True
 
 
 class Crew:
     """Has trials judged by the workers at a board."""
 
-    def __init__(self, board: Board, hire: Callable[[], Hands], listener: Listener) -> None:
-        """The workers are hired when there is something to do."""
-        self._board, self._hire, self._listener = board, hire, listener
+    def __init__(
+        self, board: Board, hire: Callable[[], Hands], listener: Listener, others: Others
+    ) -> None:
+        """The workers are hired when there is something to do, beside those of the `others`."""
+        self._board, self._hire, self._listener, self._others = board, hire, listener, others
         self._hands: Hands | None = None
         self._offers: dict[int, _Offer] = {}
         self._known: set[str] = set()
@@ -105,7 +130,8 @@ class Crew:
         self._listener.judged(len(panel) - len(items), made=False)
         if items and not self._hands:
             self._hands = self._hire()
-        size = max(1, -(-len(items) // (self._hands.n if self._hands else 1)))
+        n_workers = (self._hands.n if self._hands else 0) + self._others.n_workers()
+        size = max(1, -(-len(items) // max(1, n_workers)))
         for some in (items[i : i + size] for i in range(0, len(items), size)):
             self._post(trial, some, follows)
 
@@ -129,8 +155,10 @@ class Crew:
     def tend(self) -> None:
         """Gather what the workers have found, and offer again what those have had that are lost.
 
-        RunError if a worker has met what ends a run, or if workers end before they judge anything.
+        RunError if a worker has met what ends a run, or if workers end before they judge anything;
+        TakenError if another process leads the run by now.
         """
+        self._others.require()
         lost = self._hands.lost() if self._hands else {}
         for number, task in list(self._board.some(self._offers)):
             offer = self._offers[number]
@@ -139,18 +167,17 @@ class Crew:
                 self._n_vain = 0
                 self._listener.judged(len(fresh), made=True)
             offer.is_waiting = task.is_waiting
-            if task.sign != offer.sign or task.is_waiting:
-                offer.sign, offer.seen = task.sign, time.monotonic()
+            silent_s = offer.watch.silence((task.is_waiting, task.sign))
             if task.is_over:
                 self._end(number, task)
             elif task.worker in lost:
                 self._take_away(number, task, lost[task.worker])
-            elif time.monotonic() - offer.seen > PATIENCE_S:
+            elif silent_s > PATIENCE_S and not task.is_waiting:
                 self._take_away(number, task, f"no sign of life for {PATIENCE_S:.0f} s")
         for name, said in lost.items():
             self._n_vain += 1
             self._listener.noted(f"worker {name} has ended and is replaced: {said}")
-            if self._hands and self._n_vain > _MOST_VAIN * self._hands.n:
+            if self._hands and self._n_vain > MOST_VAIN * self._hands.n:
                 raise RunError(f"workers end as soon as they begin, the last with: {said}")
 
     def _post(self, trial: Trial, items: Sequence[int], follows: bool) -> None:
@@ -241,7 +268,8 @@ class Pool:
 
     def _start(self, place: int) -> None:
         self._number += 1
-        name = f"{os.getpid()}-{self._number}"
+        # Machines of containers may be called alike, and so may their processes.
+        name = f"{socket.gethostname()[:40]}-{os.getpid()}-{self._number}-{secrets.token_hex(2)}"
         with (self._logs / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [*self._command, name],

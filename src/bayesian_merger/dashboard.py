@@ -13,7 +13,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.gate import Gate, listening
-from bayesian_merger.study import search_alone
+from bayesian_merger.study.storage import search_alone
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 

@@ -14,8 +14,9 @@ from bayesian_merger.data import Estimate, Model, Outcome, Prompt, Recipe, Resul
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.setup import BASELINES
-from bayesian_merger.study import Stage, Study, is_in, storage_at
+from bayesian_merger.study import Stage, Study
 from bayesian_merger.study import create as create_study
+from bayesian_merger.study.storage import file_of, is_in, is_shared, require_local, storage_at
 from bayesian_merger.values import JUNK, Measure, Yardstick
 
 _FIGURE = re.compile(r"(convergence|path|slices|parallel|front|unet(-\w+)?|pictures)\.(png|svg)")
@@ -29,6 +30,8 @@ def open_study(folder: Path, storage: str | None = None, *, create: bool = False
     It lies in the folder, or in the storage of that URL under the folder's name.
     """
     path, name = folder / "study.db", folder.absolute().name
+    if create and (file := file_of(storage) if storage else path):
+        require_local(file)
     if not has_study(folder, storage):
         if not create:
             where = f"the storage has no study {name!r}" if storage else "it has no study.db"
@@ -38,9 +41,22 @@ def open_study(folder: Path, storage: str | None = None, *, create: bool = False
     if not storage:
         return Study(path)
     study = Study(storage_at(storage), name)
-    if create:
+    if create and not is_shared(storage):
         _require_own(study, folder)
     return study
+
+
+def join(study: Study, folder: Path) -> None:
+    """Make the folder one of those of a study on a server; ConfigError if it is another study's."""
+    mark = folder / _ELSEWHERE
+    if not mark.is_file():
+        _write(mark, f"{study.own(secrets.token_hex(8))}\n")
+    own = mark.read_text().strip()
+    if study.own(own) != own:
+        raise ConfigError(
+            f"{folder} belongs to another study than the storage's {folder.absolute().name!r}; choose "
+            f"another --run-dir"
+        )
 
 
 def has_study(folder: Path, storage: str | None = None) -> bool:

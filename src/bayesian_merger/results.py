@@ -15,7 +15,8 @@ from bayesian_merger.checkpoint import whole_file
 from bayesian_merger.data import Outcome, Prompt, Result
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.outcome import open_study, read_outcome, yardstick_of
-from bayesian_merger.study import Stage, Study, storage_errors
+from bayesian_merger.study import Stage, Study
+from bayesian_merger.study.storage import storage_errors
 
 Row = Mapping[str, Any]
 

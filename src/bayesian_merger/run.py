@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from bayesian_merger import pairs
 from bayesian_merger.backends import Backend, Exclusive
 from bayesian_merger.checkpoint import remove_parts
-from bayesian_merger.crew import POLL_S, Crew, Hands
+from bayesian_merger.crew import POLL_S, Alone, Crew, Hands, Others
 from bayesian_merger.data import (
     Compromise,
     Estimate,
@@ -33,12 +33,16 @@ from bayesian_merger.errors import (
     NothingChangedError,
     RunError,
     SkippedError,
+    TakenError,
     TrialError,
+    first_line,
 )
+from bayesian_merger.joining import Leading, helps, leads
 from bayesian_merger.judging import NEAR, Host, Observer, distance, judge, judge_and_follow
 from bayesian_merger.merge import Merger
 from bayesian_merger.outcome import (
     has_study,
+    join,
     open_study,
     ranking,
     read_outcome,
@@ -48,8 +52,9 @@ from bayesian_merger.outcome import (
 )
 from bayesian_merger.scorers import Attended
 from bayesian_merger.setup import BASELINES, Setup
-from bayesian_merger.study import Stage, Study, Trial, storage_errors
+from bayesian_merger.study import Stage, Study, Trial
 from bayesian_merger.study.proposals import FRESH, RECOMMENDED, Objective, Plan, Proposer
+from bayesian_merger.study.storage import is_shared, storage_errors
 from bayesian_merger.values import JUNK, Measure, Yardstick, weighted_mean
 
 _FAILURES_IN_A_ROW = 3
@@ -82,11 +87,89 @@ def run(
 
     RunError if it cannot go on, ConfigError if the folder belongs to another configuration.
     """
+    if is_shared(setup.config.search.storage):
+        return _together(setup, folder, observer, more, hire, report)
+    with locked(folder):
+        return _lead(setup, folder, observer, more, hire, report)
+
+
+def _together(
+    setup: Setup,
+    folder: Path,
+    observer: Observer,
+    more: int | None,
+    hire: Callable[[], Hands] | None,
+    report: bool,
+) -> Outcome:
+    """`run` beside others that have the same storage: it leads or helps, whatever is wanted of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hired: list[Hands] = []
+
+    def kept() -> Hands:
+        assert hire
+        if not hired:
+            hired.append(hire())
+        return hired[0]
+
+    def close() -> None:
+        for hands in hired:
+            hands.close()
+
+    with storage_errors(), ExitStack() as stack:
+        stack.callback(close)
+        study = open_study(folder, setup.config.search.storage, create=True)
+        stack.callback(study.close)
+        study.waits(observer.noted)
+        study.require_same(as_begun(setup, study).identity)
+        join(study, folder)
+        seats = study.seats()
+        while True:
+            seat = leads(seats)
+            if seat is None:
+                last = helps(seats, kept if hire else None, observer.noted)
+                if last and last.is_done:
+                    outcome = read_outcome(folder, study)
+                    write_outcome(outcome, folder, setup.merger.references())
+                    if report:
+                        with _noted(observer):
+                            write_page(outcome, folder)
+                    return outcome
+                continue
+            try:
+                with seat.kept(), storage_errors():
+                    others = Leading(seats, seat)
+                    outcome = _lead(
+                        setup, folder, observer, more, kept if hire else None, report, others
+                    )
+                seat.leave("the run is over", is_done=True)
+                return outcome
+            except TakenError:
+                observer.noted(f"{seat} was silent for too long, and another leads the run now")
+            except BaseException as error:
+                study.hurries()
+                is_fatal = isinstance(error, (MergerError, OSError))
+                with suppress(MergerError), storage_errors():
+                    seat.leave(first_line(error), is_fatal=is_fatal)
+                raise
+
+
+def _lead(
+    setup: Setup,
+    folder: Path,
+    observer: Observer,
+    more: int | None,
+    hire: Callable[[], Hands] | None,
+    report: bool,
+    others: Others | None = None,
+) -> Outcome:
+    """`run` in a folder that no other process leads; the workers of `others` are kept at its end."""
     begun = time.monotonic()
-    with locked(folder), storage_errors(), ExitStack() as stack:
-        remove_parts(folder)
+    with storage_errors(), ExitStack() as stack:
+        if others is None:  # they may write there just now
+            remove_parts(folder)
         check_folder(setup, folder)
-        _take(setup.backend)
+        if hire is None:
+            take(setup.backend)
         for name, judge_of in setup.scorers.items():
             if isinstance(judge_of, Attended):
                 if not isinstance(observer, Host):
@@ -94,6 +177,8 @@ def run(
                 stack.callback(judge_of.leave)
                 observer.asked(judge_of.attend(folder, setup.n_questions()))
         study = open_study(folder, setup.config.search.storage, create=True)
+        stack.callback(study.close)
+        study.waits(observer.noted)
         setup = as_begun(setup, study)
         study.require_same(setup.identity)
         study.require_whole()
@@ -104,8 +189,9 @@ def run(
         study.begin(setup.identity, setup.about())
         crew = None
         if hire:
-            crew = Crew(study.board(), hire, observer)
-            stack.callback(crew.close)
+            crew = Crew(study.board(), hire, observer, others or Alone())
+            if others is None:
+                stack.callback(crew.close)
         observer.planned(setup.n_images())
         for note in setup.notes:
             observer.noted(note)
@@ -155,7 +241,7 @@ def _noted(observer: Observer) -> Iterator[None]:
         observer.noted(f"the report could not be written ({error})")
 
 
-def _take(engine: Backend) -> None:
+def take(engine: Backend) -> None:
     """Have the back end before anything is begun; RunError if it is not to be had."""
     try:
         if isinstance(engine, Exclusive):
@@ -625,7 +711,10 @@ def check_folder(setup: Setup, folder: Path) -> None:
     storage = setup.config.search.storage
     if has_study(folder, storage):
         study = open_study(folder, storage)
-        study.require_same(as_begun(setup, study).identity)
+        try:
+            study.require_same(as_begun(setup, study).identity)
+        finally:
+            study.close()
     best = folder / "best.safetensors"
     if setup.config.output.save_best:
         if any(model.path.resolve() == best.resolve() for model in setup.merger.models):

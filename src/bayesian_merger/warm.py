@@ -17,8 +17,9 @@ from bayesian_merger.data import MOST_SCORE, Prompt, Recipe, Result, Sample
 from bayesian_merger.errors import ConfigError, TrialError
 from bayesian_merger.outcome import open_study, read_outcome
 from bayesian_merger.setup import Setup
-from bayesian_merger.study import Study, storage_errors
+from bayesian_merger.study import Study
 from bayesian_merger.study.proposals import Params
+from bayesian_merger.study.storage import storage_errors
 from bayesian_merger.values import JUNK
 
 _N_STARTS = 5

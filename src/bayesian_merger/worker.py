@@ -12,10 +12,11 @@ from bayesian_merger.data import Prompt
 from bayesian_merger.errors import RunError, TakenError, TrialError, first_line
 from bayesian_merger.judging import Silence, judge, judge_and_follow
 from bayesian_merger.outcome import open_study, yardstick_of
-from bayesian_merger.run import as_begun, place_of
+from bayesian_merger.run import as_begun, place_of, take
 from bayesian_merger.setup import Setup
-from bayesian_merger.study import Stage, Study, storage_errors
+from bayesian_merger.study import Stage, Study
 from bayesian_merger.study.board import Task
+from bayesian_merger.study.storage import storage_errors
 from bayesian_merger.values import Yardstick
 
 # How often it looks for work, and gives a sign of life while it has some.
@@ -29,9 +30,14 @@ def work(setup: Setup, folder: Path, name: str, is_over: Callable[[], bool]) -> 
     """
     with storage_errors():
         study = open_study(folder, setup.config.search.storage)
+        while not study.identity:  # the process that leads the run is about to begin it
+            if is_over():
+                return
+            time.sleep(_POLL_S)
         setup = as_begun(setup, study)
         study.require_same(setup.identity)
         board = study.board()
+    take(setup.backend)
     while not is_over():
         with storage_errors():
             task = board.take(name)

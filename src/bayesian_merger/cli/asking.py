@@ -26,7 +26,7 @@ from bayesian_merger.desk import MOST_MARK, Answer, Choice, Desk, Question
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.page import Page
 from bayesian_merger.run import locked
-from bayesian_merger.study import storage_errors
+from bayesian_merger.study.storage import storage_errors
 
 _KEYS: dict[str, Choice] = {"l": "left", "r": "right", "a": "alike", "s": "skip"}
 

@@ -25,8 +25,8 @@ from bayesian_merger.errors import ConfigError
 from bayesian_merger.report import duration
 from bayesian_merger.scorers import Attended
 from bayesian_merger.setup import METHOD, Setup, prepare
-from bayesian_merger.study import storage_errors
 from bayesian_merger.study.proposals import MOST_IMAGES
+from bayesian_merger.study.storage import storage_errors
 
 _PACKAGE = Path(__file__).parents[1]
 _USUAL_ASKING = Asking()

@@ -19,6 +19,7 @@ from bayesian_merger.crew import LEAVE_S, Pool, places
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.scorers import Attended
 from bayesian_merger.setup import Setup, prepare
+from bayesian_merger.study.storage import is_shared
 
 
 def hiring(
@@ -26,15 +27,16 @@ def hiring(
 ) -> Callable[[], Pool] | None:
     """What starts the workers of a run of the configuration at `path`; None if this process judges.
 
-    None `wanted` is one for each GPU that is to be seen. ConfigError if there cannot be so many.
+    None `wanted` is one for each GPU that is to be seen. A run whose storage is on a server has at least
+    one, as other machines may lead it. ConfigError if there cannot be so many.
     """
     device = setup.config.backend.options.get("device", "auto")
     gpus = _gpus() if device in ("auto", "cuda") else []
     fault = _fault(setup)
     n = wanted or (1 if fault else max(1, len(gpus)))
-    if n == 1:
+    if n == 1 and (not is_shared(setup.config.search.storage) or _attended(setup)):
         return None
-    if fault:
+    if n > 1 and fault:
         raise ConfigError(f"{n} workers: {fault}; leave --workers out")
     if gpus and n > len(gpus):
         raise ConfigError(
@@ -55,12 +57,16 @@ def hiring(
 
 def _fault(setup: Setup) -> str:
     """Why a run cannot have several workers, or nothing."""
-    asking = [name for name, one in setup.scorers.items() if isinstance(one, Attended)]
-    if asking:
-        return f"scorer {asking[0]} asks a person, who is one"
+    if name := _attended(setup):
+        return f"scorer {name} asks a person, who is one"
     if getattr(setup.backend, "is_remote", False):
         return "the images are made by a server; name several servers in backend.url"
     return ""
+
+
+def _attended(setup: Setup) -> str:
+    """The scorer that asks a person, if there is one."""
+    return next((name for name, one in setup.scorers.items() if isinstance(one, Attended)), "")
 
 
 def _gpus() -> list[str]:

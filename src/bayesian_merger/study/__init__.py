@@ -10,28 +10,22 @@ images that were being made.
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import optuna
 from filelock import FileLock
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage
-from optuna.study._frozen import FrozenStudy
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
-from sqlalchemy import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from bayesian_merger.data import Compromise, Estimate, Recipe, Result, Slice
-from bayesian_merger.errors import ConfigError, RunError, TakenError, first_line
+from bayesian_merger.errors import ConfigError, RunError, first_line
+from bayesian_merger.study import storage
 from bayesian_merger.study.board import Board
 from bayesian_merger.study.proposals import (
     FOREIGN,
@@ -46,117 +40,13 @@ from bayesian_merger.study.proposals import (
     begun,
     n_judged,
 )
+from bayesian_merger.study.seats import Seats
+from bayesian_merger.study.storage import SEARCH, PatientStorage, storage_errors, url_of
 from bayesian_merger.study.trial import Stage as Stage
 from bayesian_merger.study.trial import Trial as Trial
 from bayesian_merger.study.trial import of_slopes, result_of
 
-_SEARCH, _WORK = "search", "work"
 _SQLITE = b"SQLite format 3\0"
-_PATIENCE_S = 10
-_WITH_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
-
-
-@contextmanager
-def storage_errors() -> Iterator[None]:
-    """Turn errors of the storage (full disk, damaged file, lost server) into a RunError."""
-    try:
-        yield
-    except UpdateFinishedTrialError as error:
-        raise TakenError(
-            "another process works on this study; stop it, and the same command goes on"
-        ) from error
-    except (StorageInternalError, SQLAlchemyError) as error:
-        raise RunError(
-            f"the study cannot be read or written ({_reason(error)}); what it holds is kept, "
-            f"and the same command goes on from there"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return first_line(getattr(cause, "orig", None) or cause)
-
-
-class OneSearch(RDBStorage):  # type: ignore[misc]  # Optuna imports it lazily
-    """A storage that shows of all its studies the search of one run alone."""
-
-    run = ""
-
-    @property
-    def number(self) -> int:
-        """That of the search in the storage."""
-        (own,) = self.get_all_studies()
-        return int(own._study_id)
-
-    def get_all_studies(self) -> list[FrozenStudy]:
-        """That of the run of this name, or of the only one there is."""
-        wanted = f"{self.run}/{_SEARCH}" if self.run else _SEARCH
-        return [one for one in super().get_all_studies() if one.study_name == wanted]
-
-
-def search_alone(file: Path, storage: str | None, run: str) -> OneSearch:
-    """The search of a run to look at, in an SQLite file, or by its name in the storage of that URL."""
-    found = storage_at(storage or url_of(file), OneSearch)
-    assert isinstance(found, OneSearch)
-    found.run = run if storage else ""
-    return found
-
-
-def storage_at(url: str, kind: type[RDBStorage] = RDBStorage) -> RDBStorage:
-    """The storage at an URL that a user gave; ConfigError if it is none or does not answer."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    scheme, colon, _ = url.partition("://")
-    shown = f"{scheme}{colon}..." if colon else repr(url)
-    options: dict[str, Any] = {}
-    try:
-        address = make_url(url)
-        # Without the query, which may hold a password as well.
-        shown = address.set(query={}).render_as_string(hide_password=True)
-        if address.get_backend_name() != "sqlite":
-            # A server may drop a connection at night.
-            options["pool_pre_ping"] = True
-        if address.get_driver_name() in _WITH_TIMEOUT:
-            options["connect_args"] = {"connect_timeout": _PATIENCE_S}
-        return _opened(_filled_in(url), options, kind)
-    except ArgumentError as error:
-        raise ConfigError(
-            f"storage {shown} is no URL of an SQL database; write it as sqlite:///FILE or "
-            f"postgresql+psycopg://USER@HOST/DATABASE"
-        ) from error
-    except (ImportError, NoSuchModuleError) as error:
-        raise ConfigError(
-            f"storage {shown}: {_reason(error)}; install what the URL names, for "
-            f"postgresql+psycopg:// with pip install 'psycopg[binary]'"
-        ) from error
-    # No port, no answer, no permission, tables of another version.
-    except (SQLAlchemyError, RuntimeError, StorageInternalError, ValueError, TypeError) as error:
-        raise ConfigError(f"storage {shown} cannot be opened: {_reason(error)}") from error
-
-
-def _opened(url: str, options: Mapping[str, Any], kind: type[RDBStorage]) -> RDBStorage:
-    for wait in (0.2, 0.5, 1.0):
-        try:
-            return kind(url, engine_kwargs=dict(options))
-        except SQLAlchemyError as error:
-            # Another process makes the same tables just now.
-            if not re.search("already exists|unique|duplicate", _reason(error), re.IGNORECASE):
-                raise
-            time.sleep(wait)
-    return kind(url, engine_kwargs=dict(options))
-
-
-def is_in(url: str, name: str) -> bool:
-    """Whether the storage at `url` holds the run of that name; none is made."""
-    file = url.removeprefix("sqlite:///")
-    if file != url and not Path(file).is_file():
-        folder = Path(file).absolute().parent
-        if not os.access(folder, os.W_OK):
-            reason = "cannot be written" if folder.is_dir() else "does not exist"
-            raise ConfigError(f"search.storage: the folder {folder} {reason}")
-        return False
-    storage = storage_at(url)
-    with storage_errors():
-        return f"{name}/{_SEARCH}" in optuna.get_all_study_names(storage)
 
 
 def require_same(study: optuna.Study, identity: Mapping[str, Any], what: str, advice: str) -> None:
@@ -194,66 +84,60 @@ def _is_database(path: Path) -> bool:
         return file.read(len(_SQLITE)) in (b"", _SQLITE)
 
 
-def url_of(path: Path) -> str:
-    """The storage URL of the SQLite file at `path`, whatever characters its folders hold."""
-    url = URL.create("sqlite", database=str(path.absolute())).render_as_string()
-    return _filled_in(url)
-
-
-def _filled_in(url: str) -> str:
-    """The URL, braces and all, when Optuna has filled in what it takes for a template."""
-    return url.replace("{", "{{").replace("}", "}}")
-
-
 class Study:
     """The record of one run; opened again, it goes on where it was.
 
-    It lies in `storage`, or in the SQLite file at a path. Several runs share a storage by their names.
+    It lies in a storage, or in the SQLite file at a path. Several runs share a storage by their names.
     """
 
-    def __init__(self, storage: RDBStorage | Path, name: str = "") -> None:
+    def __init__(self, place: BaseStorage | Path, name: str = "") -> None:
         """RunError if it cannot be opened, ConfigError if the file is no database."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        if isinstance(storage, Path) and storage.is_file() and not _is_database(storage):
-            raise ConfigError(f"{storage} is no study; move it away, or choose another --run-dir")
+        if isinstance(place, Path) and place.is_file() and not _is_database(place):
+            raise ConfigError(f"{place} is no study; move it away, or choose another --run-dir")
         with storage_errors():
             try:
-                self._storage = (
-                    RDBStorage(url_of(storage)) if isinstance(storage, Path) else storage
-                )
+                self._storage = RDBStorage(url_of(place)) if isinstance(place, Path) else place
             except RuntimeError as error:  # another version of Optuna's tables
                 raise RunError(first_line(error)) from error
             self._name = name
-            self._search, self._judged = (
-                optuna.create_study(
-                    storage=self._storage,
-                    study_name=f"{name}/{part}" if name else part,
-                    direction="maximize",
-                    load_if_exists=True,
-                )
-                for part in (_SEARCH, "judged")
-            )
+            self._search, self._judged = self._part(SEARCH), self._part("judged")
+
+    def _part(self, part: str) -> optuna.Study:
+        return optuna.create_study(
+            storage=self._storage,
+            study_name=f"{self._name}/{part}" if self._name else part,
+            direction="maximize",
+            load_if_exists=True,
+        )
 
     def board(self) -> Board:
         """Where this run offers its images to workers; of an SQLite file a lock lies beside it."""
-        part = f"{self._name}/{_WORK}" if self._name else _WORK
-        study = optuna.create_study(
-            storage=self._storage, study_name=part, direction="maximize", load_if_exists=True
-        )
-        file = self._storage.engine.url.database
-        is_file = self._storage.engine.dialect.name == "sqlite" and file
         turning: AbstractContextManager[object] = nullcontext()
-        if is_file:
-            turning = FileLock(f"{file}.turning")
-        return Board(self._storage, study, turning)
+        if isinstance(self._storage, RDBStorage) and self._storage.engine.dialect.name == "sqlite":
+            turning = FileLock(f"{self._storage.engine.url.database}.turning")
+        return Board(self._storage, self._part("work"), turning)
+
+    def seats(self) -> Seats:
+        """The processes that work on this run."""
+        return Seats(self._storage, self._part("seats"))
+
+    def waits(self, tell: Callable[[str], None]) -> None:
+        """Tell when a server is waited for, which does not answer."""
+        if isinstance(self._storage, PatientStorage):
+            self._storage.tell = tell
+
+    def hurries(self) -> None:
+        """From now on wait for no server: this process ends."""
+        if isinstance(self._storage, PatientStorage):
+            self._storage.patience_s = 0.0
 
     def close(self) -> None:
-        """Let go of the storage's file."""
-        self._storage.remove_session()
-        self._storage.engine.dispose()
+        """Let go of the storage's file or connections."""
+        storage.close(self._storage)
 
     def own(self, mark: str) -> str:
-        """The mark of the run folder that this is the study of: the first that asked."""
+        """The mark of the run folders that this is the study of: the first that was given."""
         if "folder" not in self._search.user_attrs:
             self._search.set_user_attr("folder", mark)
         found: str = self._search.user_attrs["folder"]

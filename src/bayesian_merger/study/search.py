@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bayesian_merger.data import MOST_SCORE
 from bayesian_merger.errors import ConfigError, RunError
-from bayesian_merger.study import require_same, storage_at, storage_errors
+from bayesian_merger.study import require_same
 from bayesian_merger.study.proposals import (
     MOST_IMAGES,
     SCORE,
@@ -25,6 +25,7 @@ from bayesian_merger.study.proposals import (
     n_judged,
     scores_of,
 )
+from bayesian_merger.study.storage import storage_at, storage_errors
 
 _NAME = "score"
 _SILENT_IN_A_ROW = 3

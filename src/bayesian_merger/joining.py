@@ -1,0 +1,89 @@
+"""A run that several processes work on, on one machine or many: one leads, the others help it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from bayesian_merger import __version__
+from bayesian_merger.crew import MOST_VAIN, Hands
+from bayesian_merger.errors import ConfigError, MergerError, RunError
+from bayesian_merger.study.seats import Seat, Seats
+
+_LOOK_S = 1.0
+# So long without a lost worker, and those before are forgotten.
+_CALM_S = 300.0
+# The others are counted anew so often.
+_COUNT_S = 5.0
+
+
+class Leading:
+    """The others, as the process sees them that leads; it asks whether it still does."""
+
+    def __init__(self, seats: Seats, seat: Seat) -> None:
+        self._seats, self._seat = seats, seat
+        self._n, self._counted = 0, -_COUNT_S
+
+    def n_workers(self) -> int:
+        """How many workers the others have."""
+        if time.monotonic() - self._counted > _COUNT_S:
+            self._n = sum(seat.n for seat in self._seats.taken() if not seat.leads)
+            self._counted = time.monotonic()
+        return self._n
+
+    def require(self) -> None:
+        """TakenError if another process leads the run by now."""
+        self._seat.require()
+        self.n_workers()  # looked at now and then, so that the silent ones are known
+
+
+def leads(seats: Seats) -> Seat | None:
+    """The seat of this process if it leads the run from now on, as no other does."""
+    return seats.lead(__version__)
+
+
+def helps(
+    seats: Seats, hire: Callable[[], Hands] | None, noted: Callable[[str], None]
+) -> Seat | None:
+    """Have workers judge for the process that leads, until none does: the one that did so last.
+
+    ConfigError if they cannot; RunError if the run cannot go on.
+    """
+    leader = seats.leader()
+    if leader is None:
+        return seats.last()
+    if leader.version != __version__:
+        raise ConfigError(
+            f"the run is led by version {leader.version} of this program ({leader}), and this is "
+            f"{__version__}; install that one"
+        )
+    if hire is None:
+        raise ConfigError(
+            f"another {leader} works on this run, which is for one process alone: wait for it or stop it"
+        )
+    noted(f"the run is led by {leader}; this one helps, and takes over when that is lost")
+    hands = hire()
+    seat = seats.sit(__version__, hands.n)
+    n_vain, latest = 0, time.monotonic()
+    try:
+        with seat.kept():
+            while now := seats.leader():
+                if now.number != leader.number:
+                    leader = now
+                    noted(f"the run is led by {leader} now")
+                for name, said in hands.lost().items():
+                    n_vain, latest = n_vain + 1, time.monotonic()
+                    noted(f"worker {name} has ended and is replaced: {said}")
+                    if n_vain > MOST_VAIN * hands.n:
+                        raise RunError(f"workers end again and again, the last with: {said}")
+                if time.monotonic() - latest > _CALM_S:
+                    n_vain = 0
+                time.sleep(_LOOK_S)
+        last = seats.last()
+    finally:
+        with suppress(MergerError):
+            seat.leave("it helps no more")
+    if last and last.fatal:
+        raise RunError(f"{last}, which led the run, has stopped: {last.fatal}")
+    return last

@@ -1,0 +1,323 @@
+"""Runs that several processes join by a storage on a server, a real PostgreSQL."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import optuna
+import postgres
+import pytest
+import toy_plugin
+from test_cli import Command
+from test_cli import command as command
+from test_run import folder as folder
+from test_run import start
+
+from bayesian_merger import __version__
+from bayesian_merger.errors import ConfigError, RunError, TakenError
+from bayesian_merger.joining import helps
+from bayesian_merger.outcome import open_study
+from bayesian_merger.study import Stage, seats
+from bayesian_merger.study.board import Task
+from bayesian_merger.study.seats import Seats, Watch
+from bayesian_merger.study.storage import storage_at, storage_errors
+
+pytestmark = pytest.mark.skipif(not postgres.PG_CTL, reason="PostgreSQL is not installed")
+
+# A process whose seat is taken away soon, so that a test need not wait for it.
+HASTY = """
+import sys
+from bayesian_merger.study import Stage, seats
+seats.BEAT_S, seats.SILENCE_S, seats._SURE_S = 0.2, 3.0, 1.0
+from bayesian_merger.cli import main
+main()
+"""
+IMAGES = 10 * 6 + 2 * 4 + 4 * 8
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[postgres.Postgres]:
+    with postgres.Postgres() as one:
+        yield one
+
+
+def join(folder: Path, server: postgres.Postgres, into: str, *more: str) -> subprocess.Popen[str]:
+    """A process that works on the run, in a folder of its own, as another machine's would be."""
+    run_dir = folder / into / folder.name
+    told = ["--run-dir", str(run_dir), "--set", f"search.storage={server.url}", *more]
+    return subprocess.Popen(
+        [sys.executable, "-c", HASTY, "run", str(folder / "config.toml"), *told],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+
+
+def tasks(folder: Path, server: postgres.Postgres) -> list[Task]:
+    study = open_study(folder / "one" / folder.name, server.url)
+    try:
+        return [task for _, task in study.board().some(range(100_000))]
+    finally:
+        study.close()
+
+
+def wait_for(
+    folder: Path, server: postgres.Postgres, *, scores: int = 1, processes: int = 1
+) -> None:
+    """Until so many images were judged, and so many processes work on the run."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        with contextlib.suppress(ConfigError):  # it has not begun yet
+            study = open_study(folder / "one" / folder.name, server.url)
+            try:
+                judged = sum(len(task.scores) for _, task in study.board().some(range(10_000)))
+                if judged >= scores and len(study.seats().taken()) >= processes:
+                    return
+            finally:
+                study.close()
+        time.sleep(0.1)
+    raise AssertionError("it does not go on")
+
+
+def require_whole(folder: Path, server: postgres.Postgres, into: str) -> None:
+    """Every image was judged, and counts once."""
+    found = json.loads((folder / into / folder.name / "result.json").read_text())
+    assert found["finished"]
+    assert found["images"] == IMAGES
+    study = open_study(folder / into / folder.name, server.url)
+    try:
+        stages: tuple[Stage, ...] = ("baseline", "select", "heldout")
+        results = [*study.searched(), *(r for stage in stages for r in study.judged(stage))]
+        assert all(result.state == "complete" for result in results)
+        counted = {(r.stage, r.name, index): s for r in results for index, s in r.scores.items()}
+        assert len(counted) == IMAGES
+        told = {
+            (task.stage, task.name, index): score
+            for _, task in study.board().some(range(100_000))
+            for index, score in task.scores.items()
+        }
+        assert counted == told
+    finally:
+        study.close()
+
+
+def test_same_command_elsewhere_joins_the_run(folder: Path, server: postgres.Postgres) -> None:
+    slow = ("--set", "backend.delay_s=0.05")
+    processes = [join(folder, server, into, *slow) for into in ("one", "two")]
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert sum("this one helps" in one for one in said) == 1, said
+    for into in ("one", "two"):
+        require_whole(folder, server, into)
+        assert (folder / into / folder.name / "report.html").is_file()
+    judged = Counter((t.of, i) for t in tasks(folder, server) for i in t.scores)
+    assert set(judged.values()) == {1}
+    # Both had a share in it.
+    assert len({task.worker for task in tasks(folder, server) if task.scores}) == 2
+
+
+def test_leader_that_is_killed_is_replaced_by_another(
+    folder: Path, server: postgres.Postgres
+) -> None:
+    slow = ("--set", "backend.delay_s=0.1")
+    first = join(folder, server, "one", *slow)
+    wait_for(folder, server, scores=5)
+    second = join(folder, server, "two", *slow)
+    wait_for(folder, server, scores=10, processes=2)
+    first.kill()
+    first.communicate()
+    out = second.communicate(timeout=240)[0]
+    assert second.returncode == 0, out
+    assert "this one helps" in out
+    require_whole(folder, server, "two")
+
+
+@pytest.mark.slow
+def test_leader_that_was_asleep_finds_another_and_helps(
+    folder: Path, server: postgres.Postgres
+) -> None:
+    slow = ("--set", "backend.delay_s=0.1")
+    first = join(folder, server, "one", *slow)
+    wait_for(folder, server, scores=5)
+    second = join(folder, server, "two", *slow)
+    wait_for(folder, server, scores=10, processes=2)
+    first.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    first.send_signal(signal.SIGCONT)
+    said = [process.communicate(timeout=240)[0] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], said
+    assert "another leads the run now" in said[0]
+    for into in ("one", "two"):
+        require_whole(folder, server, into)
+
+
+def test_database_that_is_away_is_waited_for(folder: Path) -> None:
+    with postgres.Postgres() as own:
+        processes = [join(folder, own, "one", "--set", "backend.delay_s=0.1")]
+        wait_for(folder, own, scores=5)
+        processes.append(join(folder, own, "two", "--set", "backend.delay_s=0.1"))
+        wait_for(folder, own, scores=10, processes=2)
+        own.stop()
+        time.sleep(8)
+        own.start()
+        said = [process.communicate(timeout=240)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+        assert "the study's database does not answer" in "".join(said)
+        assert "the study's database answers again" in "".join(said)
+        for into in ("one", "two"):
+            require_whole(folder, own, into)
+
+
+def test_process_with_another_setup_is_turned_away(
+    folder: Path, server: postgres.Postgres, command: Command
+) -> None:
+    storage = f"--set=search.storage={server.url}"
+    start(folder, storage.removeprefix("--set="), into=f"one/{folder.name}")
+    toy_plugin.write_model(folder / "other.safetensors", 0.9)
+    for change, differs in (
+        ("search.seed=7", "search.seed was 0, is 7"),
+        ("heldout.images=9", "heldout_panel was 8, is 1"),
+        ('models.b="other.safetensors"', "models.b"),
+        ("scorers={ nearness = {} }", "scorers"),
+    ):
+        run_dir = folder / "two" / folder.name
+        code, _, err = command(
+            "run", folder / "config.toml", "--run-dir", run_dir, storage, "--set", change
+        )
+        assert code == 2
+        assert differs in err
+        assert "belongs to another configuration" in err
+        assert server.password not in err
+
+
+def test_process_that_cannot_help_is_turned_away(own_seats: Seats) -> None:
+    leader = own_seats.sit("0.0.9", leads=True)
+    with pytest.raises(ConfigError, match=r"led by version 0\.0\.9"):
+        helps(own_seats, None, print)
+    leader.leave("")
+    own_seats.sit(__version__, leads=True)
+    with pytest.raises(ConfigError, match="for one process alone"):
+        helps(own_seats, None, print)
+
+
+def test_what_ended_the_leader_ends_who_helps(own_seats: Seats) -> None:
+    class Idle:
+        n = 1
+
+        def lost(self) -> Mapping[str, str]:
+            leader.leave("three trials failed", is_fatal=True)
+            return {}
+
+        def close(self) -> None: ...
+
+    leader = own_seats.sit(__version__, leads=True)
+    with pytest.raises(RunError, match="has stopped: three trials failed"):
+        helps(own_seats, Idle, print)
+    assert not own_seats.taken()
+
+
+def test_wrong_password_and_a_database_to_read_only_are_told(
+    folder: Path, command: Command
+) -> None:
+    with postgres.Postgres() as own:
+        wrong = own.url.replace(own.password, "wr0ng")
+        code, _, err = command("run", folder / "config.toml", f"--set=search.storage={wrong}")
+        assert code == 2
+        assert "password authentication failed" in err
+        assert "wr0ng" not in err
+        own.run("ALTER DATABASE postgres SET default_transaction_read_only = on")
+        code, _, err = command("run", folder / "config.toml", f"--set=search.storage={own.url}")
+        assert code == 2
+        assert "read-only transaction" in err
+        assert own.password not in err
+        assert len(err.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def own_seats(tmp_path: Path) -> Iterator[Seats]:
+    storage = storage_at(f"sqlite:///{tmp_path / 'seats.db'}")
+    yield Seats(storage, optuna.create_study(storage=storage, study_name="seats"))
+    storage.engine.dispose()
+
+
+def test_of_many_that_want_to_lead_one_does(server: postgres.Postgres) -> None:
+    storage = storage_at(server.url)
+    study = optuna.create_study(storage=storage)
+    leading: list[int] = []
+
+    def want(number: int) -> None:
+        mine = storage_at(server.url)
+        own = Seats(mine, optuna.load_study(study_name=study.study_name, storage=mine))
+        while not leading:
+            if own.lead("1"):
+                leading.append(number)
+        mine.engine.dispose()
+
+    threads = [threading.Thread(target=want, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = [seat for seat in Seats(storage, study).taken() if seat.leads]
+    assert len(found) == len(leading) == 1
+
+
+def test_silent_process_loses_its_seat_and_records_nothing_more(
+    own_seats: Seats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(seats, "clock", lambda: now[0])
+    seat = own_seats.lead("1")
+    assert seat
+    for _ in range(20):  # it gives signs
+        now[0] += 4
+        seat.beat()
+        assert own_seats.leader()
+    for _ in range(7):
+        now[0] += 4
+        assert own_seats.leader()
+    now[0] += 4
+    assert own_seats.leader() is None
+    with pytest.raises(TakenError), storage_errors():
+        seat.require()
+    other = own_seats.lead("1")
+    assert other
+    last = own_seats.last()
+    assert last
+    assert last.number == other.number
+
+
+def test_time_in_which_nobody_looked_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(seats, "clock", lambda: now[0])
+    watch = Watch()
+    watch.silence(1)
+    now[0] += 3600  # this machine was asleep
+    assert watch.silence(1) <= 5
+    now[0] += 2
+    assert watch.silence(1) <= 7
+    assert watch.silence(2) == 0
+
+
+def test_two_processes_in_a_row_may_lead_one_run(folder: Path, server: postgres.Postgres) -> None:
+    storage = f"search.storage={server.url}"
+    plain = start(folder, into="alone")
+    with pytest.raises(KeyboardInterrupt):
+        start(folder, storage, "backend.fault=stop", "backend.at=19", into=f"one/{folder.name}")
+    assert plain.finished
+    study = open_study(folder / "one" / folder.name, server.url)
+    last = study.seats().last()
+    assert last
+    assert not last.is_taken
+    study.close()
