@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from bayesian_merger import config, recipes
+from bayesian_merger.cli.search import run_command
 from bayesian_merger.data import Prompt, Sample
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import scorer
@@ -61,3 +64,18 @@ def test_program_of_the_python_page_runs() -> None:
     exec(program, found)
     assert found["search"].spent == 40
     assert found["best"].weights["M00"] == pytest.approx(0.4, abs=0.2)
+
+
+def test_job_files_of_the_cluster_page_are_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    (script,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "job.sh").write_text(script)
+    assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], check=False).returncode == 0
+    (manifest,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    job = yaml.safe_load(manifest)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    told = [script.splitlines()[-1].split()[2:], container["command"][1:]]
+    for command in told:
+        with run_command.make_context("run", command[1:]) as context:
+            assert context.params["config_file"].name == "config.toml"
+            assert context.params["run_dir"].name == "run"

@@ -310,6 +310,14 @@ def test_time_in_which_nobody_looked_is_no_silence(monkeypatch: pytest.MonkeyPat
     assert watch.silence(2) == 0
 
 
+def test_password_may_be_where_postgresql_looks_for_it(
+    folder: Path, server: postgres.Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", server.password)
+    url = server.url.replace(f":{server.password}", "")
+    assert start(folder, f"search.storage={url}", "search.n_iters=0").finished
+
+
 def test_two_processes_in_a_row_may_lead_one_run(folder: Path, server: postgres.Postgres) -> None:
     storage = f"search.storage={server.url}"
     plain = start(folder, into="alone")

@@ -9,6 +9,7 @@ import os
 import pickletools
 import re
 import reprlib
+import secrets
 import shutil
 import time
 import zipfile
@@ -410,7 +411,9 @@ def require_space(path: Path, n_bytes: int) -> None:
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` once it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Processes of containers that share a folder may have one number.
+    mark = f"{os.getpid()}{secrets.randbelow(10**6):06}"
+    beside = path.with_name(f".{path.name}.{mark}.part")
     try:
         with beside.open("wb") as file:
             yield file

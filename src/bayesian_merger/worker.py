@@ -19,8 +19,8 @@ from bayesian_merger.study.board import Task
 from bayesian_merger.study.storage import storage_errors
 from bayesian_merger.values import Yardstick
 
-# How often it looks for work, and gives a sign of life while it has some.
-_POLL_S, _BEAT_S = 0.05, 3.0
+# How often it looks for work, at least and the longer there is none, and gives a sign of life at work.
+_POLL_S, _IDLE_S, _BEAT_S = 0.05, 1.0, 3.0
 
 
 def work(setup: Setup, folder: Path, name: str, is_over: Callable[[], bool]) -> None:
@@ -38,12 +38,15 @@ def work(setup: Setup, folder: Path, name: str, is_over: Callable[[], bool]) -> 
         study.require_same(setup.identity)
         board = study.board()
     take(setup.backend)
+    pause = _POLL_S
     while not is_over():
         with storage_errors():
             task = board.take(name)
         if task is None:
-            time.sleep(_POLL_S)
+            time.sleep(pause)
+            pause = min(1.5 * pause, _IDLE_S)
         else:
+            pause = _POLL_S
             _do(task, setup, study, folder, is_over)
 
 
