@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -482,26 +481,34 @@ def command(folder: Path) -> list[str]:
     ]
 
 
-def kill_and_finish(folder: Path, times: int) -> None:
+def kill_and_finish(folder: Path, times: int, *more: str) -> None:
     """Kill the run at random moments, then let it end, and compare it with one left alone."""
     chance = random.Random(times)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    overrides = [part for override in more for part in ("--set", override)]
     for _ in range(times):
         process = subprocess.Popen(
-            command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+            [*command(folder), *overrides, "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
         )
-        database = folder / "killed" / "study.db"
-        while not database.exists() and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(chance.uniform(0.0, 2.5))
-        process.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
-        process.wait()
+        assert process.stdout
+        process.stdout.readline()  # it is about to begin, or to go on
+        time.sleep(chance.uniform(0.0, 1.5))
+        assert process.poll() is None, "it was over before it could be killed so often"
+        process.kill()
+        process.communicate()
     done = subprocess.run(
-        command(folder), capture_output=True, text=True, env=environment, check=False
+        [*command(folder), *overrides],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     killed = outcomes.read_outcome(folder / "killed", outcomes.open_study(folder / "killed"))
-    whole = start(folder, "backend.delay_s=0.01", into="whole")
+    whole = start(folder, "backend.delay_s=0.01", *more, into="whole")
     assert measured(killed) == measured(whole)
     assert killed.images == whole.images
     assert killed.heldout == whole.heldout
@@ -509,12 +516,15 @@ def kill_and_finish(folder: Path, times: int) -> None:
 
 
 def test_killed_run_is_finished_by_the_same_command(folder: Path) -> None:
-    kill_and_finish(folder, times=2)
+    kill_and_finish(folder, 2)
 
 
 @pytest.mark.slow
-def test_run_killed_ten_times_loses_and_doubles_nothing(folder: Path) -> None:
-    kill_and_finish(folder, times=10)
+@pytest.mark.parametrize(("times", "n_iters"), [(10, 3), (100, 60)])
+def test_run_killed_many_times_loses_and_doubles_nothing(
+    folder: Path, times: int, n_iters: int
+) -> None:
+    kill_and_finish(folder, times, "backend.delay_s=0.1", f"search.n_iters={n_iters}")
 
 
 def test_second_process_in_the_folder_is_turned_away(folder: Path) -> None:

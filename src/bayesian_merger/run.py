@@ -523,13 +523,15 @@ def _attempts(
             flight.append(trial)
         if not flight:
             return
+        tending = time.monotonic()
         crew.tend()
         ended = [trial for trial in flight if crew.is_ready(trial)]
         for trial in ended:
             flight.remove(trial)
             yield trial, _told(study, trial, setup, yardstick, partial(crew.conclude, trial))
         if not ended:
-            time.sleep(POLL_S)
+            # A storage that is slow to tell is not to be asked all the time.
+            time.sleep(max(POLL_S, time.monotonic() - tending))
 
 
 def _asked(

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from itertools import accumulate, count, islice, pairwise
 from numbers import Real
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 import optuna
@@ -444,7 +444,7 @@ class Payloads:
         return self._known[item]
 
 
-class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazily
+class Bayesian:
     """Proposes by a Gaussian process of the scores of single images, and of slopes where there are any.
 
     It reads them from the trials' attributes "score:0", "score:1" and so on, one for each image of the
@@ -473,14 +473,8 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
         ]
         self._bayes = self._of[0]
 
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return self._plan.distributions
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
+    def propose(self, study: Study) -> Params:
+        """The parameters to be tried next."""
         place = len(begun(study))
         spent = self._plan.spent(place, n_promised(study))
         # The rules take turns too, so an objective keeps its turn for a round of them.
@@ -492,15 +486,6 @@ class BayesSampler(BaseSampler):  # type: ignore[misc]  # Optuna imports it lazi
             return self._plan.params(self._of[turn].best(judged).point)
         awaited = self._awaited(study)
         return self._plan.params(self._of[turn].propose(judged, place, spent, awaited))
-
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> float:
-        raise AssertionError(f"{param_name} does not vary in this search")
 
     def gain(self, study: Study) -> float:
         """By how much the value is expected to rise if the most promising merge were known exactly."""
@@ -652,7 +637,7 @@ class Proposer:
             plan = replace(plan, init_points=study.user_attrs["init_points"])
         self.study = study
         self.plan = replace(plan, start=(*attrs.get(STARTS, ()), *plan.start))
-        self._bayes = BayesSampler(self.plan, value, attrs.get(FOREIGN, ()))
+        self._bayes = Bayesian(self.plan, value, attrs.get(FOREIGN, ()))
 
     def begin(
         self,
@@ -670,38 +655,39 @@ class Proposer:
                     return trial
                 # Killed between the proposal and the rest: nothing was measured.
                 self.study.tell(trial.number, state=TrialState.FAIL)
-        plan, before = self.plan, begun(self.study)
+        plan, study = self.plan, _seen(self.study)
+        before = begun(study)
         place = len(before)
         shown = sum(len(trial.user_attrs["items"]) for trial in before)
         follows = plan.optimiser == "gradient" and not self._gives_up()
-        items = plan.items(place, shown, plan.left(n_promised(self.study)), follows)
+        items = plan.items(place, shown, plan.left(n_promised(study)), follows)
         # An optimiser needs a score to begin with, and as it does not hear of a failure it would ask for
         # the same again.
-        is_blind = not any(any(scores_of(t).values()) for t in valid(self.study))
+        is_blind = not any(any(scores_of(t).values()) for t in valid(study))
         has_failed = any(trial.state == TrialState.FAIL for trial in before[-1:])
+        attrs = {"stage": "exploit", FOLLOWS: follows, "items": items}
         if place < plan.n_first or is_blind or has_failed:
-            params = plan.first(place)
-            self.study.add_trial(
-                optuna.trial.create_trial(
-                    state=TrialState.RUNNING,
-                    params=params,
-                    distributions=plan.distributions,
-                    user_attrs={
-                        **about(params),
-                        "stage": "explore",
-                        FOLLOWS: follows,
-                        "items": items,
-                    },
-                )
+            params: Params = plan.first(place)
+            attrs["stage"] = "explore"
+        elif plan.optimiser in _OURS:
+            params = self._bayes.propose(study)
+        else:
+            self.study.sampler = plan.sampler(place)
+            asked = self.study.ask(plan.distributions)
+            # The items come last: a trial that has them has all.
+            for key, found in {**about(asked.params), **attrs}.items():
+                asked.set_user_attr(key, found)
+            trials = self.study.get_trials(deepcopy=False)
+            return next(trial for trial in trials if trial.number == asked.number)
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params=params,
+                distributions=plan.distributions,
+                user_attrs={**about(params), **attrs},
             )
-            return self.study.get_trials(deepcopy=False)[-1]
-        self.study.sampler = self._bayes if plan.optimiser in _OURS else plan.sampler(place)
-        asked = self.study.ask(plan.distributions)
-        # The items come last: a trial that has them has all.
-        attrs = {**about(asked.params), "stage": "exploit", FOLLOWS: follows, "items": items}
-        for key, found in attrs.items():
-            asked.set_user_attr(key, found)
-        return next(t for t in self.study.get_trials(deepcopy=False) if t.number == asked.number)
+        )
+        return self.study.get_trials(deepcopy=False)[-1]
 
     def _gives_up(self) -> bool:
         """Whether the gradient is followed no more, which is stored with its reason."""
@@ -746,9 +732,10 @@ class Proposer:
 
     def is_promised(self) -> bool:
         """Whether it is over once the trials that have begun are judged."""
-        trials = begun(self.study)
+        study = _seen(self.study)
+        trials = begun(study)
         n_finished = sum(trial.state.is_finished() for trial in trials)
-        if self.plan.spent(len(trials), n_promised(self.study)) >= 1:
+        if self.plan.spent(len(trials), n_promised(study)) >= 1:
             return True
         if self.plan.stop is None or n_finished < self.plan.n_first:
             return False
@@ -816,6 +803,21 @@ class Proposer:
     def _told(self, found: Recommended) -> tuple[dict[str, Any], Estimate]:
         value = Estimate(found.mean, found.se, n_judged(self.study))
         return self.plan.params(found.point), value
+
+
+class _Seen:
+    """What is read of a study, as it stood once: each reading asks a database for all that runs."""
+
+    def __init__(self, study: Study) -> None:
+        self.user_attrs = study.user_attrs
+        self._trials: list[FrozenTrial] = study.get_trials(deepcopy=False)
+
+    def get_trials(self, deepcopy: bool = True) -> list[FrozenTrial]:
+        return self._trials
+
+
+def _seen(study: Study) -> Study:
+    return cast(Study, _Seen(study))
 
 
 def _name_of(trial: FrozenTrial) -> str:
