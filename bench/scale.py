@@ -5,7 +5,7 @@ regret: simulated workers, whose images take a time that varies, on instances of
     many images, and the simulated hours until then, for each number of workers.
 throughput: a run of the toy models of the tests by --workers 1 and 4, real processes whose images
     sleep: images a second of the search, and how many times that of one worker it is.
-asks: workers that are threads and only sleep, at the board of a run in a storage (--storage URL):
+asks: workers that only sleep, all in one thread, at the board of a run in a storage (--storage URL):
     seconds from the question for a trial to its answer, and images a second.
 """
 
@@ -34,10 +34,9 @@ import toy_plugin
 from landscapes import N_PAYLOADS, Landscape
 
 from bayesian_merger import Search, config, run, setup
-from bayesian_merger.errors import TakenError
 from bayesian_merger.judging import Silence
 from bayesian_merger.outcome import open_study
-from bayesian_merger.study.board import Board
+from bayesian_merger.study.board import Board, Task
 from bayesian_merger.study.search import SearchTrial
 from bayesian_merger.study.storage import storage_errors
 
@@ -200,46 +199,49 @@ def print_throughput(workers: Sequence[int]) -> None:
 
 
 class Sleepers:
-    """Workers that are threads and judge by sleeping."""
+    """Workers that judge by sleeping, all in one thread: as processes they would need a machine each."""
 
     def __init__(self, n: int, board_of: Callable[[], Board]) -> None:
         self.n = n
         self._over = threading.Event()
-        self._board_of = board_of
-        self._threads = [
-            threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(n)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._work, args=(board_of,), daemon=True)
+        self._thread.start()
 
-    def _work(self, number: int) -> None:
-        board = self._board_of()
-        chance = np.random.default_rng(number)
+    def _work(self, board_of: Callable[[], Board]) -> None:
+        with storage_errors():
+            board = board_of()
+        chance = np.random.default_rng(0)
+        # When the image is made that a task is at, and the images that it has left.
+        busy: list[tuple[float, int, Task, list[int]]] = []
         while not self._over.is_set():
-            with storage_errors():
-                task = board.take(f"sleeper {number}")
-            if task is None:
-                time.sleep(0.5)
-                continue
-            try:
+            while len(busy) < self.n:
                 with storage_errors():
-                    weights = np.array(list(task.recipe.weights["alpha"].values()))
-                    for item in task.items or ():
-                        time.sleep(chance.uniform(0.8, 1.2) * IMAGE_S)
-                        score = -float(np.abs(weights - 0.3).mean()) + chance.normal(0, 0.05)
-                        task.record(item, {"likeness": score}, f"{chance.integers(2**60):016x}")
-                        task.beat()
-                    task.done()
-            except TakenError:
-                pass
+                    task = board.take(f"sleeper {len(busy)}")
+                if task is None:
+                    break
+                due = time.monotonic() + chance.uniform(0.8, 1.2) * IMAGE_S
+                heapq.heappush(busy, (due, id(task), task, list(task.items or ())))
+            while busy and busy[0][0] <= time.monotonic():
+                due, number, task, items = heapq.heappop(busy)
+                weights = np.array(list(task.recipe.weights["alpha"].values()))
+                score = -float(np.abs(weights - 0.3).mean()) + chance.normal(0, 0.05)
+                with storage_errors():
+                    digest = f"{chance.integers(2**60):016x}"
+                    task.record(items.pop(0), {"likeness": score}, digest)
+                    task.beat()
+                    if not items:
+                        task.done()
+                if items:
+                    again = due + chance.uniform(0.8, 1.2) * IMAGE_S
+                    heapq.heappush(busy, (again, number, task, items))
+            time.sleep(0.1)
 
     def lost(self) -> Mapping[str, str]:
         return {}
 
     def close(self) -> None:
         self._over.set()
-        for thread in self._threads:
-            thread.join(2 * IMAGE_S)
+        self._thread.join(2 * IMAGE_S)
 
 
 def print_asks(n: int, storage: str | None) -> None:

@@ -23,11 +23,11 @@ from test_cli import command as command
 from test_run import folder as folder
 from test_run import start
 
-from bayesian_merger import __version__
+from bayesian_merger import __version__, run
 from bayesian_merger.errors import ConfigError, RunError, TakenError
 from bayesian_merger.joining import helps
 from bayesian_merger.outcome import open_study
-from bayesian_merger.study import Stage, seats
+from bayesian_merger.study import Stage, Study, create, seats
 from bayesian_merger.study.board import Task
 from bayesian_merger.study.seats import Seats, Watch
 from bayesian_merger.study.storage import storage_at, storage_errors
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(not postgres.PG_CTL, reason="PostgreSQL is not i
 # A process whose seat is taken away soon, so that a test need not wait for it.
 HASTY = """
 import sys
-from bayesian_merger.study import Stage, seats
+from bayesian_merger.study import Stage, Study, create, seats
 seats.BEAT_S, seats.SILENCE_S, seats._SURE_S = 0.2, 3.0, 1.0
 from bayesian_merger.cli import main
 main()
@@ -135,12 +135,14 @@ def test_leader_that_is_killed_is_replaced_by_another(
     wait_for(folder, server, scores=5)
     second = join(folder, server, "two", *slow)
     wait_for(folder, server, scores=10, processes=2)
+    assert run.is_alive(folder / "two" / folder.name, server.url)
     first.kill()
     first.communicate()
     out = second.communicate(timeout=240)[0]
     assert second.returncode == 0, out
     assert "this one helps" in out
     require_whole(folder, server, "two")
+    assert not run.is_alive(folder / "two" / folder.name, server.url)
 
 
 @pytest.mark.slow
@@ -179,6 +181,23 @@ def test_database_that_is_away_is_waited_for(folder: Path) -> None:
             require_whole(folder, own, into)
 
 
+def test_process_may_be_stopped_while_the_database_is_away(folder: Path) -> None:
+    with postgres.Postgres() as own:
+        process = join(folder, own, "one", "--set", "backend.delay_s=0.1")
+        wait_for(folder, own, scores=5)
+        own.stop()
+        time.sleep(5)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 130, said
+        assert "Traceback" not in said
+        own.start()
+        again = join(folder, own, "one", "--set", "backend.delay_s=0.1")
+        said = again.communicate(timeout=120)[0]
+        assert again.returncode == 0, said
+        require_whole(folder, own, "one")
+
+
 def test_process_with_another_setup_is_turned_away(
     folder: Path, server: postgres.Postgres, command: Command
 ) -> None:
@@ -201,17 +220,17 @@ def test_process_with_another_setup_is_turned_away(
         assert server.password not in err
 
 
-def test_process_that_cannot_help_is_turned_away(own_seats: Seats) -> None:
+def test_process_that_cannot_help_is_turned_away(own_study: Study, own_seats: Seats) -> None:
     leader = own_seats.sit("0.0.9", leads=True)
     with pytest.raises(ConfigError, match=r"led by version 0\.0\.9"):
-        helps(own_seats, None, print)
+        helps(own_study, own_seats, None, print)
     leader.leave("")
     own_seats.sit(__version__, leads=True)
     with pytest.raises(ConfigError, match="for one process alone"):
-        helps(own_seats, None, print)
+        helps(own_study, own_seats, None, print)
 
 
-def test_what_ended_the_leader_ends_who_helps(own_seats: Seats) -> None:
+def test_what_ended_the_leader_ends_who_helps(own_study: Study, own_seats: Seats) -> None:
     class Idle:
         n = 1
 
@@ -223,7 +242,7 @@ def test_what_ended_the_leader_ends_who_helps(own_seats: Seats) -> None:
 
     leader = own_seats.sit(__version__, leads=True)
     with pytest.raises(RunError, match="has stopped: three trials failed"):
-        helps(own_seats, Idle, print)
+        helps(own_study, own_seats, Idle, print)
     assert not own_seats.taken()
 
 
@@ -245,10 +264,16 @@ def test_wrong_password_and_a_database_to_read_only_are_told(
 
 
 @pytest.fixture
-def own_seats(tmp_path: Path) -> Iterator[Seats]:
-    storage = storage_at(f"sqlite:///{tmp_path / 'seats.db'}")
-    yield Seats(storage, optuna.create_study(storage=storage, study_name="seats"))
-    storage.engine.dispose()
+def own_study(tmp_path: Path) -> Iterator[Study]:
+    create(tmp_path / "study.db")
+    study = Study(tmp_path / "study.db")
+    yield study
+    study.close()
+
+
+@pytest.fixture
+def own_seats(own_study: Study) -> Seats:
+    return own_study.seats()
 
 
 def test_of_many_that_want_to_lead_one_does(server: postgres.Postgres) -> None:

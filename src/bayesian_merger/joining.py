@@ -9,7 +9,9 @@ from contextlib import suppress
 from bayesian_merger import __version__
 from bayesian_merger.crew import MOST_VAIN, Hands
 from bayesian_merger.errors import ConfigError, MergerError, RunError
+from bayesian_merger.study import Study
 from bayesian_merger.study.seats import Seat, Seats
+from bayesian_merger.study.storage import storage_errors
 
 _LOOK_S = 1.0
 # So long without a lost worker, and those before are forgotten.
@@ -44,7 +46,7 @@ def leads(seats: Seats) -> Seat | None:
 
 
 def helps(
-    seats: Seats, hire: Callable[[], Hands] | None, noted: Callable[[str], None]
+    study: Study, seats: Seats, hire: Callable[[], Hands] | None, noted: Callable[[str], None]
 ) -> Seat | None:
     """Have workers judge for the process that leads, until none does: the one that did so last.
 
@@ -81,8 +83,11 @@ def helps(
                     n_vain = 0
                 time.sleep(_LOOK_S)
         last = seats.last()
+    except BaseException:
+        study.hurries()
+        raise
     finally:
-        with suppress(MergerError):
+        with suppress(MergerError), storage_errors():
             seat.leave("it helps no more")
     if last and last.fatal:
         raise RunError(f"{last}, which led the run, has stopped: {last.fatal}")

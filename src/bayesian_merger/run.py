@@ -102,7 +102,7 @@ def _together(
     report: bool,
 ) -> Outcome:
     """`run` beside others that have the same storage: it leads or helps, whatever is wanted of it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     hired: list[Hands] = []
 
     def kept() -> Hands:
@@ -126,7 +126,7 @@ def _together(
         while True:
             seat = leads(seats)
             if seat is None:
-                last = helps(seats, kept if hire else None, observer.noted)
+                last = helps(study, seats, kept if hire else None, observer.noted)
                 if last and last.is_done:
                     outcome = read_outcome(folder, study)
                     write_outcome(outcome, folder, setup.merger.references())
@@ -139,7 +139,13 @@ def _together(
                 with seat.kept(), storage_errors():
                     others = Leading(seats, seat)
                     outcome = _lead(
-                        setup, folder, observer, more, kept if hire else None, report, others
+                        setup,
+                        folder,
+                        observer,
+                        more,
+                        kept if hire else None,
+                        report,
+                        (study, others),
                     )
                 seat.leave("the run is over", is_done=True)
                 return outcome
@@ -160,12 +166,15 @@ def _lead(
     more: int | None,
     hire: Callable[[], Hands] | None,
     report: bool,
-    others: Others | None = None,
+    shared: tuple[Study, Others] | None = None,
 ) -> Outcome:
-    """`run` in a folder that no other process leads; the workers of `others` are kept at its end."""
+    """`run` in a folder that no other process leads.
+
+    Of a study that is `shared` with others it keeps the workers and the study at its end.
+    """
     begun = time.monotonic()
     with storage_errors(), ExitStack() as stack:
-        if others is None:  # they may write there just now
+        if shared is None:  # others may write there just now
             remove_parts(folder)
         check_folder(setup, folder)
         if hire is None:
@@ -176,9 +185,11 @@ def _lead(
                     raise ConfigError(f"scorer {name} asks a person, and here nobody can answer")
                 stack.callback(judge_of.leave)
                 observer.asked(judge_of.attend(folder, setup.n_questions()))
-        study = open_study(folder, setup.config.search.storage, create=True)
-        stack.callback(study.close)
-        study.waits(observer.noted)
+        if shared:
+            study, others = shared
+        else:
+            study, others = open_study(folder, setup.config.search.storage, create=True), Alone()
+            stack.callback(study.close)
         setup = as_begun(setup, study)
         study.require_same(setup.identity)
         study.require_whole()
@@ -189,8 +200,8 @@ def _lead(
         study.begin(setup.identity, setup.about())
         crew = None
         if hire:
-            crew = Crew(study.board(), hire, observer, others or Alone())
-            if others is None:
+            crew = Crew(study.board(), hire, observer, others)
+            if shared is None:
                 stack.callback(crew.close)
         observer.planned(setup.n_images())
         for note in setup.notes:
@@ -207,10 +218,14 @@ def _lead(
                 observer.noted("the run was finished; --more N extends it by N images")
             if not study.slices:
                 _slice(study, setup, yardstick, folder)
+        except TakenError:
+            raise  # the run goes on elsewhere
         except (KeyboardInterrupt, MergerError, OSError):
-            # Whatever ended it, somebody wants to see how far it came.
+            # Whatever ended it, somebody wants to see how far it came, and now.
+            study.hurries()
             if report and time.monotonic() - begun > _WORTH_A_REPORT_S:
-                with suppress(MergerError), _noted(observer):  # the one that counts is raised
+                # The error that counts is raised.
+                with suppress(MergerError), storage_errors(), _noted(observer):
                     write_page(read_outcome(folder, study), folder, is_alive=False)
             raise
 
@@ -724,8 +739,21 @@ def check_folder(setup: Setup, folder: Path) -> None:
         setup.merger.merge(setup.baseline("a")).require_space(best)
 
 
-def is_alive(folder: Path) -> bool:
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made a run folder ({error.strerror})") from error
+
+
+def is_alive(folder: Path, storage: str | None = None) -> bool:
     """Whether a process works on the run in the folder now."""
+    if is_shared(storage):
+        study = open_study(folder, storage)
+        try:
+            return bool(study.seats().taken())
+        finally:
+            study.close()
     try:
         with locked(folder):
             return False
@@ -736,10 +764,7 @@ def is_alive(folder: Path) -> bool:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of the run folder; ConfigError if one is in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be made a run folder ({error.strerror})") from error
+    _make(folder)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

@@ -30,6 +30,7 @@ def work(setup: Setup, folder: Path, name: str, is_over: Callable[[], bool]) -> 
     """
     with storage_errors():
         study = open_study(folder, setup.config.search.storage)
+        study.waits(lambda text: None, is_over)
         while not study.identity:  # the process that leads the run is about to begin it
             if is_over():
                 return

@@ -263,8 +263,9 @@ def report_command(run_dir: Path, storage: str | None) -> None:
     """Write the report and the figures of RUN_DIR again, from its study alone."""
     with storage_errors():
         found = outcomes.read_outcome(run_dir, outcomes.open_study(run_dir, storage))
+        is_alive = run.is_alive(run_dir, storage)
     outcomes.write_outcome(found, run_dir)
-    outcomes.write_page(found, run_dir, is_alive=run.is_alive(run_dir))
+    outcomes.write_page(found, run_dir, is_alive=is_alive)
     summary(found, run_dir)
     _draw(found, run_dir)
 

@@ -122,15 +122,17 @@ class Study:
         """The processes that work on this run."""
         return Seats(self._storage, self._part("seats"))
 
-    def waits(self, tell: Callable[[str], None]) -> None:
-        """Tell when a server is waited for, which does not answer."""
+    def waits(
+        self, tell: Callable[[str], None], is_over: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Tell when a server is waited for that does not answer; not once it `is_over`."""
         if isinstance(self._storage, PatientStorage):
-            self._storage.tell = tell
+            self._storage.tell, self._storage.is_over = tell, is_over
 
     def hurries(self) -> None:
         """From now on wait for no server: this process ends."""
         if isinstance(self._storage, PatientStorage):
-            self._storage.patience_s = 0.0
+            self._storage.is_over = lambda: True
 
     def close(self) -> None:
         """Let go of the storage's file or connections."""

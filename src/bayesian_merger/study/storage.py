@@ -90,29 +90,30 @@ class PatientStorage(RDBStorage):  # type: ignore[misc]
     """A storage on a server, which is waited for while it does not answer.
 
     A call that was cut off is made again, so one that adds may add twice where the server was lost after
-    it had heard it. `tell` is told when it is waited for.
+    it had heard it. `tell` is told when it is waited for, which it is no more once it `is_over`.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.tell: Callable[[str], None] = lambda text: None
-        self.patience_s = PATIENCE_S
+        self.is_over: Callable[[], bool] = lambda: False
+        self._is_told = False
 
     def wait_for(self, call: Callable[[], _T]) -> _T:
-        """What the call returns, once the server answers it; its error when patience is at its end."""
+        """What the call returns, once the server answers it; its error when that takes too long."""
         begun, pause = time.monotonic(), 0.5
-        is_told = False
         while True:
             try:
                 found = call()
             except (StorageInternalError, SQLAlchemyError) as error:
-                if not _is_away(error) or time.monotonic() - begun > self.patience_s:
+                if not _is_away(error) or self.is_over() or time.monotonic() - begun > PATIENCE_S:
                     raise
-                if not is_told and time.monotonic() - begun > _TELL_S:
-                    is_told = True
+                if not self._is_told and time.monotonic() - begun > _TELL_S:
+                    self._is_told = True
                     self.tell(f"the study's database does not answer ({_reason(error)}); waiting")
             else:
-                if is_told:
+                if self._is_told:
+                    self._is_told = False
                     self.tell("the study's database answers again")
                 return found
             with suppress(SQLAlchemyError):  # what was cut off is not to be gone on with
