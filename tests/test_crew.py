@@ -28,6 +28,7 @@ from bayesian_merger import crew, run, setup, worker
 from bayesian_merger.data import Outcome
 from bayesian_merger.errors import ConfigError, RunError, TakenError
 from bayesian_merger.outcome import open_study
+from bayesian_merger.study import seats
 from bayesian_merger.study.board import Task
 from bayesian_merger.study.storage import storage_errors
 
@@ -158,7 +159,7 @@ def test_what_a_silent_worker_had_is_judged_by_another_and_counts_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crew, "PATIENCE_S", 1.5)
-    monkeypatch.setattr(worker, "_BEAT_S", 0.1)
+    monkeypatch.setattr(seats, "BEAT_S", 0.1)
     late = Late(folder)
     outcome = start_with(folder, hire=lambda: late)
     assert outcome.finished

@@ -21,8 +21,8 @@ from bayesian_merger.study import Trial
 from bayesian_merger.study.board import Board, Task
 from bayesian_merger.study.seats import Watch
 
-POLL_S = 0.05
-"""How often it is looked whether workers have found something."""
+# How often it is looked whether workers have found something, at most.
+_POLL_S = 0.05
 # After so long without a sign of life a worker is lost; it gives one every few seconds.
 PATIENCE_S = 60.0
 # A trial on which so many workers were lost is at fault itself.
@@ -104,6 +104,7 @@ class Crew:
         self._faults: dict[str, str] = {}
         self._lost: Counter[str] = Counter()
         self._n_vain = 0
+        self._took_s = 0.0
 
     def close(self) -> None:
         """Let the workers go."""
@@ -149,7 +150,7 @@ class Crew:
         self.offer(trial, panel, follows=follows)
         while not self.is_ready(trial):
             self.tend()
-            time.sleep(POLL_S)
+            self.rest()
         self.conclude(trial)
 
     def tend(self) -> None:
@@ -158,6 +159,7 @@ class Crew:
         RunError if a worker has met what ends a run, or if workers end before they judge anything;
         TakenError if another process leads the run by now.
         """
+        start = time.monotonic()
         self._others.require()
         lost = self._hands.lost() if self._hands else {}
         for number, task in list(self._board.some(self._offers)):
@@ -179,6 +181,11 @@ class Crew:
             self._listener.noted(f"worker {name} has ended and is replaced: {said}")
             if self._hands and self._n_vain > MOST_VAIN * self._hands.n:
                 raise RunError(f"workers end as soon as they begin, the last with: {said}")
+        self._took_s = time.monotonic() - start
+
+    def rest(self) -> None:
+        """Wait before workers are tended again: a storage that is slow is not asked all the time."""
+        time.sleep(max(_POLL_S, self._took_s))
 
     def _post(self, trial: Trial, items: Sequence[int], follows: bool) -> None:
         number = self._board.post(trial, items, follows=follows)

@@ -10,7 +10,7 @@ from bayesian_merger import __version__
 from bayesian_merger.crew import MOST_VAIN, Hands
 from bayesian_merger.errors import ConfigError, MergerError, RunError
 from bayesian_merger.study import Study
-from bayesian_merger.study.seats import Seat, Seats
+from bayesian_merger.study.seats import Seat, Seats, pulse
 from bayesian_merger.study.storage import storage_errors
 
 _LOOK_S = 1.0
@@ -69,7 +69,7 @@ def helps(
     seat = seats.sit(__version__, hands.n)
     n_vain, latest = 0, time.monotonic()
     try:
-        with seat.kept():
+        with pulse(seat.beat):
             while now := seats.leader():
                 if now.number != leader.number:
                     leader = now

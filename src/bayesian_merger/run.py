@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from bayesian_merger import pairs
 from bayesian_merger.backends import Backend, Exclusive
 from bayesian_merger.checkpoint import remove_parts
-from bayesian_merger.crew import POLL_S, Alone, Crew, Hands, Others
+from bayesian_merger.crew import Alone, Crew, Hands, Others
 from bayesian_merger.data import (
     Compromise,
     Estimate,
@@ -54,6 +54,7 @@ from bayesian_merger.scorers import Attended
 from bayesian_merger.setup import BASELINES, Setup
 from bayesian_merger.study import Stage, Study, Trial
 from bayesian_merger.study.proposals import FRESH, RECOMMENDED, Objective, Plan, Proposer
+from bayesian_merger.study.seats import pulse
 from bayesian_merger.study.storage import is_shared, storage_errors
 from bayesian_merger.values import JUNK, Measure, Yardstick, weighted_mean
 
@@ -128,15 +129,10 @@ def _together(
             if seat is None:
                 last = helps(study, seats, kept if hire else None, observer.noted)
                 if last and last.is_done:
-                    outcome = read_outcome(folder, study)
-                    write_outcome(outcome, folder, setup.merger.references())
-                    if report:
-                        with _noted(observer):
-                            write_page(outcome, folder)
-                    return outcome
+                    return _shown(study, setup, folder, observer, report)
                 continue
             try:
-                with seat.kept(), storage_errors():
+                with pulse(seat.beat), storage_errors():
                     others = Leading(seats, seat)
                     outcome = _lead(
                         setup,
@@ -229,12 +225,8 @@ def _lead(
                     write_page(read_outcome(folder, study), folder, is_alive=False)
             raise
 
-        outcome = read_outcome(folder, study)
+        outcome = _shown(study, setup, folder, observer, report)
         assert outcome.best is not None
-        write_outcome(outcome, folder, setup.merger.references())
-        if report:
-            with _noted(observer):
-                write_page(outcome, folder)
         if setup.config.output.save_best:
             try:
                 # On the CPU, as `bayesian-merger merge` does it, so that both write the same bytes.
@@ -245,6 +237,16 @@ def _lead(
                     f"{error}; the report and best.toml are written, and the same command tries again"
                 ) from error
         return outcome
+
+
+def _shown(study: Study, setup: Setup, folder: Path, observer: Observer, report: bool) -> Outcome:
+    """The outcome of a run that is over, once the files are written that people read."""
+    outcome = read_outcome(folder, study)
+    write_outcome(outcome, folder, setup.merger.references())
+    if report:
+        with _noted(observer):
+            write_page(outcome, folder)
+    return outcome
 
 
 @contextmanager
@@ -538,15 +540,13 @@ def _attempts(
             flight.append(trial)
         if not flight:
             return
-        tending = time.monotonic()
         crew.tend()
         ended = [trial for trial in flight if crew.is_ready(trial)]
         for trial in ended:
             flight.remove(trial)
             yield trial, _told(study, trial, setup, yardstick, partial(crew.conclude, trial))
         if not ended:
-            # A storage that is slow to tell is not to be asked all the time.
-            time.sleep(max(POLL_S, time.monotonic() - tending))
+            crew.rest()
 
 
 def _asked(
@@ -751,7 +751,7 @@ def is_alive(folder: Path, storage: str | None = None) -> bool:
     if is_shared(storage):
         study = open_study(folder, storage)
         try:
-            return bool(study.seats().taken())
+            return study.seats().give_signs()
         finally:
             study.close()
     try:

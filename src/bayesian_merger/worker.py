@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bayesian_merger.data import Prompt
@@ -16,11 +14,12 @@ from bayesian_merger.run import as_begun, place_of, take
 from bayesian_merger.setup import Setup
 from bayesian_merger.study import Stage, Study
 from bayesian_merger.study.board import Task
+from bayesian_merger.study.seats import pulse
 from bayesian_merger.study.storage import storage_errors
 from bayesian_merger.values import Yardstick
 
-# How often it looks for work, at least and the longer there is none, and gives a sign of life at work.
-_POLL_S, _IDLE_S, _BEAT_S = 0.05, 1.0, 3.0
+# How often it looks for work, and at least how often where there has been none for a while.
+_POLL_S, _IDLE_S = 0.05, 1.0
 
 
 def work(setup: Setup, folder: Path, name: str, is_over: Callable[[], bool]) -> None:
@@ -55,7 +54,7 @@ def _do(task: Task, setup: Setup, study: Study, folder: Path, is_over: Callable[
     """Judge one task, or as much of it as there is time for, and record what became of it."""
     notes = _Notes(is_over)
     try:
-        with storage_errors(), _beating(task):
+        with storage_errors(), pulse(task.beat):
             try:
                 _judge(task, setup, study, folder, notes)
             except TrialError as error:
@@ -116,26 +115,3 @@ class _Notes(Silence):
 
     def noted(self, text: str) -> None:
         self.texts.append(text)
-
-
-@contextmanager
-def _beating(task: Task) -> Iterator[None]:
-    """Give signs of life meanwhile."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while not over.wait(_BEAT_S):
-            try:
-                with storage_errors():
-                    task.beat()
-            except RunError:
-                # What is judged cannot be recorded either, which is found out there.
-                return
-
-    pulse = threading.Thread(target=beat, daemon=True)
-    pulse.start()
-    try:
-        yield
-    finally:
-        over.set()
-        pulse.join()

@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import optuna
@@ -21,7 +21,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from bayesian_merger.errors import MergerError, TakenError
+from bayesian_merger.errors import MergerError
 from bayesian_merger.study.storage import storage_errors
 
 BEAT_S = 3.0
@@ -41,6 +41,25 @@ def clock() -> float:
     """Seconds that pass while the machine sleeps too, where the system counts them."""
     boot = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if boot is None else time.clock_gettime(boot)
+
+
+@contextmanager
+def pulse(beat: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile call `beat` every few seconds, until it raises an error of ours."""
+    over = threading.Event()
+
+    def keep() -> None:
+        with suppress(MergerError), storage_errors():
+            while not over.wait(BEAT_S):
+                beat()
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(BEAT_S)  # it may wait for a server
 
 
 class Watch:
@@ -84,7 +103,6 @@ class Seat:
         self.is_done = frozen.state == TrialState.COMPLETE
         self.fatal: str = attrs.get(_FATAL, "")
         self._given = clock()
-        self._is_lost = False
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -97,32 +115,9 @@ class Seat:
         self._given = clock()
 
     def require(self) -> None:
-        """TakenError if the seat is lost."""
+        """TakenError if the seat was taken away, RunError if the storage does not tell."""
         if clock() - self._given > _SURE_S:
             self.beat()
-        if self._is_lost:
-            raise TakenError(f"{self} was silent for too long, and another process leads the run")
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Give signs of life meanwhile."""
-        over = threading.Event()
-
-        def keep() -> None:
-            while not over.wait(BEAT_S):
-                try:
-                    self.beat()
-                except MergerError:
-                    self._is_lost = True
-                    return
-
-        pulse = threading.Thread(target=keep, daemon=True)
-        pulse.start()
-        try:
-            yield
-        finally:
-            over.set()
-            pulse.join(BEAT_S)
 
     def leave(self, reason: str, *, is_done: bool = False, is_fatal: bool = False) -> None:
         """Give the seat up, or take it away from a process that is silent."""
@@ -170,6 +165,16 @@ class Seats:
             else:
                 found.append(seat)
         return found
+
+    def give_signs(self) -> bool:
+        """Whether any process works on the run, after a few seconds if none gives a sign at once."""
+        before = {seat.number: seat.sign for seat in self.taken()}
+        end = clock() + 2 * BEAT_S
+        while before and clock() < end:
+            time.sleep(0.2)
+            if any(seat.sign != before.get(seat.number) for seat in self.taken()):
+                return True
+        return False
 
     def leader(self) -> Seat | None:
         """The one that leads, if any does."""
