@@ -583,6 +583,12 @@ def test_study_in_a_storage_belongs_to_one_run_folder(folder: Path) -> None:
     with pytest.raises(ConfigError, match="the storage has no study 'one'"):
         outcomes.open_study(folder / "x" / "one", missing)
     assert not (folder / "none.db").exists()
+    # What it has found is not overwritten by a run that begins elsewhere.
+    before = (folder / "x" / "one" / "best.toml").read_bytes()
+    with pytest.raises(ConfigError, match="is not in the storage that search"):
+        start(folder, f"search.storage={missing}", "search.seed=5", into="x/one")
+    assert not (folder / "none.db").exists()
+    assert (folder / "x" / "one" / "best.toml").read_bytes() == before
 
 
 def test_run_folder_with_a_study_of_its_own_takes_no_storage_beside_it(folder: Path) -> None:

@@ -36,6 +36,11 @@ def open_study(folder: Path, storage: str | None = None, *, create: bool = False
         if not create:
             where = f"the storage has no study {name!r}" if storage else "it has no study.db"
             raise ConfigError(f"{folder}: not a run folder ({where})")
+        if storage and (folder / _ELSEWHERE).is_file():
+            raise ConfigError(
+                f"{folder}: the study of this run is not in the storage that search.storage names; name "
+                f"the one that it began in, or choose another --run-dir"
+            )
         if not storage:
             create_study(path)
     if not storage:
