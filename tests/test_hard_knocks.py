@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +24,7 @@ from bayesian_merger import config as configuration
 from bayesian_merger import judging, run, setup, study
 from bayesian_merger import outcome as outcomes
 from bayesian_merger.data import Outcome, Prompt, Recipe, Sample
-from bayesian_merger.errors import ConfigError, RunError, TrialError
+from bayesian_merger.errors import CheckpointError, ConfigError, RunError, TrialError
 from bayesian_merger.methods import method
 
 
@@ -425,3 +430,133 @@ def test_vae_of_b_leaves_no_vae_to_search(folder: Path) -> None:
     for name, expected in (("a", 0.0), ("b", 1.0)):
         vae = ready.merger.merge(ready.baseline(name))["first_stage_model.encoder.conv_in.weight"]
         assert set(vae.tolist()) == {expected}
+
+
+def stop_in_search(folder: Path) -> None:
+    """Leave a run that was interrupted after its baselines, whose study was copied before."""
+    loads: list[Recipe] = []
+
+    def stops(recipe: Recipe, prompts: Sequence[Prompt]) -> bool:
+        loads.append(recipe)
+        if len(loads) == 10:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        finish(with_backend(begin(folder), stops), folder)
+
+
+def test_damaged_study_goes_on_from_its_last_good_copy(folder: Path) -> None:
+    stop_in_search(folder)
+    (folder / "run" / "study.db").write_bytes(b"SQLite format 3\0" + b"nonsense" * 9999)
+    outcome, observer = finish(begin(folder), folder)
+    (note,) = (text for text in observer.lines if "damaged" in text)
+    assert "the run goes on from the copy of 20" in note
+    assert (folder / "run" / "study.damaged-1.db").is_file()
+    whole = start(folder, into="whole")
+    assert measured(outcome) == measured(whole)
+    assert outcome.gain == whole.gain
+    # What the baselines had is in the copy.
+    assert observer.made == outcome.images - 18
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(10**18, 10**18))
+
+
+def unplug(path: Path) -> None:
+    path.rename(path.with_name("away"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [(touch, "has changed since it was opened"), (unplug, "can no longer be read")],
+)
+def test_model_that_changes_in_the_run_stops_it_and_fails_no_trial(
+    folder: Path, harm: Callable[[Path], None], said: str
+) -> None:
+    loads: list[Recipe] = []
+    model = folder / "one.safetensors"
+
+    class Harming(Failing):
+        def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
+            super().load(recipe, merged)
+            loads.append(recipe)
+            if len(loads) == 5:
+                harm(model)
+
+    ready = begin(folder)
+    object.__setattr__(ready, "backend", Harming(ready.backend, lambda recipe, prompts: False))
+    with pytest.raises(CheckpointError, match=f"one.safetensors: .*{said}") as told:
+        finish(ready, folder)
+    assert len(str(told.value).splitlines()) == 1
+    if not model.exists():
+        (folder / "away").rename(model)
+    outcome, _ = finish(begin(folder), folder)
+    assert measured(outcome) == measured(start(folder, into="whole"))
+    assert all(result.state == "complete" for result in outcome.results)
+
+
+def test_run_folder_goes_on_on_another_machine(folder: Path, tmp_path: Path) -> None:
+    whole = start(folder, into="whole")
+    stop_in_search(folder)
+    other = tmp_path / "elsewhere"
+    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("elsewhere", "whole"))
+    for model in ("zero", "one"):
+        (folder / f"{model}.safetensors").unlink()
+    outcome, observer = finish(begin(other), other)
+    assert measured(outcome) == measured(whole)
+    assert 0 < observer.made < whole.images
+    assert str(other) in (other / "run" / "best.toml").read_text()
+
+
+# A disk of little space, which grows whenever the run stops for it.
+FILLING = """
+import json, subprocess, sys
+from itertools import count
+from pathlib import Path
+from test_run import measured, start
+from bayesian_merger.errors import MergerError
+
+folder, disk = Path(sys.argv[1]), Path(sys.argv[1], sys.argv[2])
+disk.mkdir(parents=True)
+said = []
+for n_kib in count(100, 150):
+    more = ",remount" if said else ""
+    told = ["-t", "tmpfs", "-o", f"size={n_kib}k{more}", "none", str(disk)]
+    subprocess.run(["mount", *told], check=True)
+    try:
+        outcome = start(folder, "output.save_images=all", report=True)
+    except (MergerError, OSError) as error:
+        said.append(str(error))
+    else:
+        break
+print(json.dumps([said, repr((measured(outcome), outcome.gain))]))
+"""
+
+
+def can_mount(folder: Path) -> bool:
+    told = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(folder)]
+    return bool(shutil.which("unshare")) and subprocess.run(told, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("disk", "reason"),
+    [("run", "database or disk is full"), ("run/images", "No space left on device")],
+)
+def test_run_goes_on_whenever_its_disk_was_full(folder: Path, disk: str, reason: str) -> None:
+    if not can_mount(folder):
+        pytest.skip("no disk can be mounted here")
+    done = subprocess.run(
+        ["unshare", "-rm", sys.executable, "-c", FILLING, str(folder), disk],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said, found = json.loads(done.stdout.splitlines()[-1])
+    assert len(said) > 1
+    assert all(reason in one and len(one.splitlines()) == 1 for one in said), said
+    whole = start(folder, "output.save_images=all", into="whole")
+    assert found == repr((measured(whole), whole.gain))

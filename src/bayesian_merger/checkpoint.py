@@ -126,14 +126,16 @@ class Checkpoint:
         """Open `path`; CheckpointError in one line if it is not a file of tensors."""
         self.path = path
         self._sha256 = ""
+        self._mark = (0, 0)
         try:
             if not path.is_file():
                 kind = "is a folder, not a file" if path.is_dir() else "no such file"
                 raise CheckpointError(f"{path}: {kind}")
             with path.open("rb") as file:
-                head, size = file.read(64), os.fstat(file.fileno()).st_size
+                head, self._mark = file.read(64), _mark(os.fstat(file.fileno()))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        size, _ = self._mark
         if _is_safetensors(head, size):
             self._read, self.layout, self.metadata = _open_safetensors(path, size)
         elif path.suffix.lower() in _PICKLED and head.startswith(b"PK"):
@@ -156,8 +158,30 @@ class Checkpoint:
             self._sha256 = sha256_of(self.path)
         return self._sha256
 
+    def require_unchanged(self) -> None:
+        """CheckpointError if the file is no longer what was opened.
+
+        Its tensors are the file itself, mapped, so they change with it.
+        """
+        try:
+            now = _mark(self.path.stat())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: can no longer be read ({error.strerror}); is its disk plugged in?"
+            ) from error
+        if now != self._mark:
+            raise CheckpointError(
+                f"{self.path}: the file has changed since it was opened; put back the one that the run "
+                f"began with, or begin anew in another --run-dir"
+            )
+
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name)
+
+
+def _mark(stat: os.stat_result) -> tuple[int, int]:
+    """Size and time of a file, by which it is seen that it was written to."""
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:

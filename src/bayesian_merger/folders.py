@@ -89,6 +89,11 @@ class Folder:
             self._sha256 = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
         return self._sha256
 
+    def require_unchanged(self) -> None:
+        """CheckpointError if a file of weights is no longer what was opened."""
+        for file in self._files.values():
+            file.require_unchanged()
+
     def __getitem__(self, name: str) -> Tensor:
         pieces = [piece.read() for piece in self._pieces[name]]
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]

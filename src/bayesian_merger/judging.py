@@ -404,9 +404,14 @@ def differentiable_scores(judge_of: Scorer, pixels: Tensor, some: Sequence[Promp
 
 
 def load(setup: Setup, recipe: Recipe) -> None:
-    """Merge, and put the merge into the back end; TrialError if that fails."""
+    """Merge, and put the merge into the back end; TrialError if that fails.
+
+    CheckpointError if a model's file was changed by then.
+    """
     with no_value("the merge", passing=_NOT_OF_ONE_TRIAL):
+        setup.merger.require_unchanged()
         setup.backend.load(recipe, setup.merger.merge(recipe))
+        setup.merger.require_unchanged()
 
 
 def generate(setup: Setup, batch: Sequence[Prompt]) -> list[Sample]:

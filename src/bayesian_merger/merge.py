@@ -136,6 +136,11 @@ class Merger:
         """
         return Merged(self, recipe)
 
+    def require_unchanged(self) -> None:
+        """CheckpointError if a model's file is no longer what was opened."""
+        for model in self.models:
+            model.require_unchanged()
+
     def finite(self, number: int, name: str) -> Tensor:
         """A model's tensor as it is; TrialError if it is one of the network with NaN or infinity."""
         tensor = self.aligned[number].read(name)

@@ -14,13 +14,14 @@ from bayesian_merger.data import Estimate, Model, Outcome, Prompt, Recipe, Resul
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.setup import BASELINES
-from bayesian_merger.study import Stage, Study
+from bayesian_merger.study import Stage, Study, copies
 from bayesian_merger.study import create as create_study
 from bayesian_merger.study.storage import file_of, is_in, is_shared, require_local, storage_at
 from bayesian_merger.values import JUNK, Measure, Yardstick
 
 _FIGURE = re.compile(r"(convergence|path|slices|parallel|front|unet(-\w+)?|pictures)\.(png|svg)")
-# In a run folder whose study lies elsewhere: what tells it from other folders of its name.
+_STUDY = "study.db"
+# What tells a run folder whose study lies elsewhere from other folders of its name.
 _ELSEWHERE = "study.id"
 
 
@@ -29,7 +30,7 @@ def open_study(folder: Path, storage: str | None = None, *, create: bool = False
 
     It lies in the folder, or in the storage of that URL under the folder's name.
     """
-    path, name = folder / "study.db", folder.absolute().name
+    path, name = folder / _STUDY, folder.absolute().name
     if create and (file := file_of(storage) if storage else path):
         require_local(file)
     if not has_study(folder, storage):
@@ -51,6 +52,11 @@ def open_study(folder: Path, storage: str | None = None, *, create: bool = False
     return study
 
 
+def mend(folder: Path) -> str:
+    """Put the last good copy in the place of the folder's study if that is damaged, and say so."""
+    return copies.mend(folder / _STUDY)
+
+
 def join(study: Study, folder: Path) -> None:
     """Make the folder one of those of a study on a server; ConfigError if it is another study's."""
     mark = folder / _ELSEWHERE
@@ -66,7 +72,7 @@ def join(study: Study, folder: Path) -> None:
 
 def has_study(folder: Path, storage: str | None = None) -> bool:
     """Whether a run has begun in the folder; ConfigError if the study lies elsewhere than it is said."""
-    path = folder / "study.db"
+    path = folder / _STUDY
     if storage and path.is_file():
         raise ConfigError(
             f"{folder} holds a study of its own (study.db), but search.storage names another place; "

@@ -43,6 +43,7 @@ from bayesian_merger.merge import Merger
 from bayesian_merger.outcome import (
     has_study,
     join,
+    mend,
     open_study,
     ranking,
     read_outcome,
@@ -172,6 +173,8 @@ def _lead(
     with storage_errors(), ExitStack() as stack:
         if shared is None:  # others may write there just now
             remove_parts(folder)
+        if not setup.config.search.storage and (mended := mend(folder)):
+            observer.noted(mended)
         check_folder(setup, folder)
         if hire is None:
             take(setup.backend)
@@ -205,15 +208,18 @@ def _lead(
 
         try:
             yardstick = baselines(study, setup, folder, observer, crew)
+            _keep_copy(study, observer)
             _observe_brought(study, setup, yardstick)
             due = begun + _REPORT_EVERY_S if report else math.inf
             _search(study, setup, yardstick, folder, observer, due, crew)
+            _keep_copy(study, observer)
             if not read_outcome(folder, study).finished:
                 _confirm(study, setup, yardstick, folder, observer, crew)
             elif more is None:
                 observer.noted("the run was finished; --more N extends it by N images")
             if not study.slices:
                 _slice(study, setup, yardstick, folder)
+            _keep_copy(study, observer)
         except TakenError:
             raise  # the run goes on elsewhere
         except (KeyboardInterrupt, MergerError, OSError):
@@ -230,6 +236,7 @@ def _lead(
         if setup.config.output.save_best:
             try:
                 # On the CPU, as `bayesian-merger merge` does it, so that both write the same bytes.
+                setup.merger.require_unchanged()
                 merged = Merger(setup.merger.models).merge(outcome.best.recipe)
                 merged.save(folder / "best.safetensors")
             except CheckpointError as error:
@@ -247,6 +254,14 @@ def _shown(study: Study, setup: Setup, folder: Path, observer: Observer, report:
         with _noted(observer):
             write_page(outcome, folder)
     return outcome
+
+
+def _keep_copy(study: Study, observer: Observer) -> None:
+    """Keep a copy of the study; RunError if it is damaged."""
+    try:
+        study.keep_copy()
+    except OSError as error:  # a full disk
+        observer.noted(f"no copy of the study could be kept ({error})")
 
 
 @contextmanager
@@ -452,6 +467,7 @@ def _search(
                 outcome = read_outcome(folder, study)
                 write_outcome(outcome, folder, models)
                 write_page(outcome, folder)
+            _keep_copy(study, observer)
             due = time.monotonic() + max(_REPORT_EVERY_S, _SHARE * (time.monotonic() - start))
     if proposer.has_stopped:
         observer.noted(f"the search ends after {study.n_judged} images, as search.stop says")

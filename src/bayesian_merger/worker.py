@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bayesian_merger.data import Prompt
-from bayesian_merger.errors import RunError, TakenError, TrialError, first_line
+from bayesian_merger.errors import CheckpointError, RunError, TakenError, TrialError, first_line
 from bayesian_merger.judging import Silence, judge, judge_and_follow
 from bayesian_merger.outcome import open_study, yardstick_of
 from bayesian_merger.run import as_begun, place_of, take
@@ -60,7 +60,7 @@ def _do(task: Task, setup: Setup, study: Study, folder: Path, is_over: Callable[
             except TrialError as error:
                 task.note(notes.texts)
                 task.fail(str(error))
-            except (RunError, OSError) as error:
+            except (CheckpointError, RunError, OSError) as error:
                 task.stop_run(first_line(error))
                 raise
             except (_LeaveError, KeyboardInterrupt) as error:

@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 
 from bayesian_merger.data import Compromise, Estimate, Recipe, Result, Slice
 from bayesian_merger.errors import ConfigError, RunError, first_line
-from bayesian_merger.study import storage
+from bayesian_merger.study import copies, storage
 from bayesian_merger.study.board import Board
 from bayesian_merger.study.proposals import (
     FOREIGN,
@@ -101,6 +101,7 @@ class Study:
             except RuntimeError as error:  # another version of Optuna's tables
                 raise RunError(first_line(error)) from error
             self._name = name
+            self._file = place if isinstance(place, Path) else None
             self._search, self._judged = self._part(SEARCH), self._part("judged")
 
     def _part(self, part: str) -> optuna.Study:
@@ -133,6 +134,14 @@ class Study:
         """From now on wait for no server: this process ends."""
         if isinstance(self._storage, PatientStorage):
             self._storage.is_over = lambda: True
+
+    def keep_copy(self) -> None:
+        """Keep a copy of a study that lies in a file of its own, for `copies.mend`.
+
+        RunError if it is damaged, OSError if there is no room.
+        """
+        if self._file:
+            copies.keep(self._file)
 
     def close(self) -> None:
         """Let go of the storage's file or connections."""

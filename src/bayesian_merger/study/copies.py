@@ -1,0 +1,102 @@
+"""The last good copy of a study's file, which is there should the file be damaged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import time
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+
+from bayesian_merger.checkpoint import whole_file
+from bayesian_merger.errors import ConfigError, RunError, first_line
+
+_WAIT_S = 60.0
+# What SQLite may leave beside a file, and would take for a part of another of its name.
+_BESIDE = ("-journal", "-wal", "-shm")
+
+
+def keep(file: Path) -> None:
+    """Copy a study as it stands, in place of the copy before.
+
+    RunError if the study is damaged, whose last copy is kept; OSError if there is no room.
+    """
+    copy = _copy_of(file)
+    new = file.with_name(f".{copy.name}.{os.getpid()}.part")
+    try:
+        new.unlink(missing_ok=True)
+        with closing(_opened(file)) as study, closing(_opened(new)) as database:
+            database.execute(
+                "pragma journal_mode = off"
+            )  # a copy that is not whole is thrown away
+            study.backup(database)
+        if fault := _fault(new):
+            raise sqlite3.DatabaseError(fault)
+        new.replace(copy)
+    except sqlite3.OperationalError as error:
+        raise OSError(first_line(error)) from error
+    except sqlite3.DatabaseError as error:
+        raise RunError(
+            f"{file} is damaged ({first_line(error)}); the same command goes on from the last good copy"
+        ) from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def mend(file: Path) -> str:
+    """Put the last good copy in the place of a study that is damaged, and say so; else nothing.
+
+    The damaged file stays beside it. ConfigError if there is no copy.
+    """
+    copy = _copy_of(file)
+    has_copy = copy.is_file() and not _fault(copy, of_empty="it is empty")
+    # As a loss of power may leave a file; without a copy it is a new study.
+    fault = _fault(file, of_empty="it is empty" if has_copy else "") if file.is_file() else ""
+    if not fault:
+        return ""
+    if not has_copy:
+        raise ConfigError(
+            f"{file} is damaged ({fault}), and there is no good copy of it; move it away to begin anew, "
+            f"or choose another --run-dir"
+        )
+    damaged = next(
+        path
+        for number in count(1)
+        if not (path := file.with_name(f"{file.stem}.damaged-{number}{file.suffix}")).exists()
+    )
+    for suffix in ("", *_BESIDE):
+        part = file.with_name(file.name + suffix)
+        if part.is_file():
+            part.replace(damaged.with_name(damaged.name + suffix))
+    with whole_file(file) as target, copy.open("rb") as source:
+        shutil.copyfileobj(source, target)
+    then = time.strftime("%Y-%m-%d %H:%M", time.localtime(copy.stat().st_mtime))
+    return (
+        f"{file.name} was damaged ({fault}); the run goes on from the copy of {then}, and makes again "
+        f"what came later; the damaged file is {damaged.name}"
+    )
+
+
+def _copy_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.bak")
+
+
+def _opened(file: Path) -> sqlite3.Connection:
+    return sqlite3.connect(file, timeout=_WAIT_S)
+
+
+def _fault(file: Path, of_empty: str = "") -> str:
+    """What is wrong with a database, or nothing; `of_empty` of one without tables."""
+    try:
+        with closing(_opened(file)) as database:
+            [said] = database.execute("pragma quick_check(1)").fetchone()
+            is_empty = database.execute("select 1 from sqlite_master").fetchone() is None
+    except sqlite3.OperationalError:
+        return ""  # it is locked, or the disk is full
+    except sqlite3.DatabaseError as error:
+        return first_line(error)
+    if said != "ok":
+        return str(said).splitlines()[-1]
+    return of_empty if is_empty else ""

@@ -1,0 +1,90 @@
+"""What becomes of a study whose file is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from bayesian_merger.errors import ConfigError, RunError
+from bayesian_merger.study import Study, copies
+
+
+def told(file: Path) -> object:
+    with closing(Study(file)) as study:
+        return study.about
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A study that was copied, and then told something more."""
+    file = tmp_path / "study.db"
+    with closing(Study(file)) as study:
+        study.begin({}, {"told": "early" * 2000})
+        study.keep_copy()
+        study.begin({}, {"told": "late"})
+    return file
+
+
+def overwrite(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[8192:28192] = b"nonsense" * 2500
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (overwrite, "(Page"),
+        (lambda file: file.write_text("<html>"), "(file is not a database)"),
+        (lambda file: file.write_bytes(b""), "(it is empty)"),
+        (lambda file: file.write_bytes(file.read_bytes()[:50_000]), "(database disk image"),
+    ],
+)
+def test_copy_takes_the_place_of_a_damaged_study(
+    file: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    damage(file)
+    damaged = file.read_bytes()
+    journal = file.with_name("study.db-journal")
+    journal.write_bytes(b"of the damaged one")
+    note = copies.mend(file)
+    assert f"study.db was damaged {said}" in note
+    assert len(note.splitlines()) == 1
+    assert told(file) == {"told": "early" * 2000}
+    assert file.with_name("study.damaged-1.db").read_bytes() == damaged
+    assert not journal.exists()
+    assert copies.mend(file) == ""
+    # A second time it is no other.
+    overwrite(file)
+    assert "study.damaged-2.db" in copies.mend(file)
+
+
+def test_study_that_is_whole_or_new_stays_as_it_is(file: Path) -> None:
+    assert copies.mend(file) == ""
+    assert told(file) == {"told": "late"}
+    assert copies.mend(file.with_name("none.db")) == ""
+    file.with_name("new.db").touch()
+    assert copies.mend(file.with_name("new.db")) == ""
+
+
+def test_damaged_study_without_a_good_copy_is_told(file: Path) -> None:
+    overwrite(file)
+    overwrite(file.with_name("study.db.bak"))
+    with pytest.raises(
+        ConfigError, match=r"study\.db is damaged \(.*there is no good copy"
+    ) as said:
+        copies.mend(file)
+    assert len(str(said.value).splitlines()) == 1
+
+
+def test_copy_of_a_study_that_is_damaged_is_not_kept(file: Path) -> None:
+    copy = file.with_name("study.db.bak")
+    before = copy.read_bytes()
+    overwrite(file)
+    with pytest.raises(RunError, match="the same command goes on from the last good copy"):
+        copies.keep(file)
+    assert copy.read_bytes() == before
+    assert sorted(path.name for path in file.parent.iterdir()) == ["study.db", "study.db.bak"]
