@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState
 from outcomes import a_recipe
 from test_cli import Command
 from test_cli import command as command
@@ -255,6 +256,27 @@ def test_task_is_taken_by_one_of_many(folder: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(taken) == len(set(taken)) == len(numbers)
+
+
+def test_task_that_is_withdrawn_while_it_is_taken_is_passed_over(folder: Path) -> None:
+    (folder / "run").mkdir()
+    study = open_study(folder / "run", create=True)
+    board = study.board()
+    trials = [study.book("baseline", name, a_recipe()) for name in ("a", "b")]
+    first, second = (board.post(trial, [0]) for trial in trials)
+    turn = board.turn
+
+    def withdrawn(number: int, state: TrialState) -> bool:
+        is_own = turn(number, state)
+        if state == TrialState.RUNNING:
+            for _, task in board.some([first]):
+                task.withdraw("the run was begun anew")
+        return is_own
+
+    board.turn = withdrawn  # type: ignore[method-assign]
+    task = board.take("w0")
+    assert task
+    assert task.number == second
 
 
 def test_workers_of_another_configuration_are_refused(folder: Path) -> None:

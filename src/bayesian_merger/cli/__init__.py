@@ -107,7 +107,7 @@ def main() -> NoReturn:
 
     def raise_again(lost: sys.UnraisableHookArgs) -> None:
         """Interrupt anew where Python has dropped an interruption, as it came while it cleaned up."""
-        if isinstance(lost.exc_value, KeyboardInterrupt):
+        if heard and isinstance(lost.exc_value, KeyboardInterrupt):
             stopped.clear()
             threading.Timer(0.05, _interrupt, heard[:1]).start()
         else:

@@ -7,7 +7,7 @@ so a score counts once, whoever made it. A task that was taken away from a worke
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -125,14 +125,11 @@ class Board:
     def take(self, worker: str) -> Task | None:
         """The first task that waits, from now on this worker's alone; None if there is none."""
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            try:
-                is_own = self.turn(frozen._trial_id, TrialState.RUNNING)
-            except UpdateFinishedTrialError:
-                is_own = False  # it was taken off the board
-            if is_own:
-                task = Task(self, frozen)
-                task.own(worker)
-                return task
+            with suppress(UpdateFinishedTrialError):  # it was taken off the board
+                if self.turn(frozen._trial_id, TrialState.RUNNING):
+                    task = Task(self, frozen)
+                    task.own(worker)
+                    return task
         return None
 
     def some(self, numbers: Container[int]) -> Iterator[tuple[int, Task]]:
