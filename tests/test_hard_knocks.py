@@ -283,6 +283,21 @@ def test_scorer_that_raises_fails_the_trial(folder: Path) -> None:
         start(folder, f'plugins=["{plugin}", "broken.py"]', "scorers.broken={}")
 
 
+def test_scorer_without_memory_says_what_to_try(folder: Path) -> None:
+    (folder / "large.py").write_text(
+        "import torch\n"
+        "from bayesian_merger.scorers import scorer\n"
+        "@scorer\n"
+        "class Large:\n"
+        '    """Needs a large GPU."""\n'
+        "    def __call__(self, samples):\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')\n"
+    )
+    plugin = Path(toy_plugin.__file__).as_posix()
+    with pytest.raises(RunError, match=r"scorer large: out of GPU memory; .*device = 'cpu'"):
+        start(folder, f'plugins=["{plugin}", "large.py"]', "scorers.large={}")
+
+
 def test_batches_hold_prompts_of_equal_settings(folder: Path) -> None:
     (folder / "portrait.toml").write_text('prompt = "a portrait"\nheight = 640\n')
     ready = begin(folder, "panel.batch_size=4")

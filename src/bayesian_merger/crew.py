@@ -29,8 +29,8 @@ PATIENCE_S = 60.0
 _MOST_LOST = 3
 MOST_VAIN = 3
 """So many times all workers may end before one has judged an image."""
-LEAVE_S = 20.0
-"""How long a worker may take to leave when its run is over."""
+LEAVE_S = 6.0
+"""How long a worker may take to leave when its run is over: who ends a program may wait ten seconds."""
 
 
 class Listener(Protocol):

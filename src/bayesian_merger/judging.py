@@ -435,6 +435,11 @@ def no_value(part: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[N
         raise
     except TrialError as error:
         raise TrialError(f"{part}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise TrialError(
+            f"{part}: out of GPU memory; close other programs on the GPU, or let scorers work on the "
+            f"CPU (device = 'cpu')"
+        ) from error
     except Exception as error:
         raise TrialError(f"{part}: {type(error).__name__}: {first_line(error)}") from error
 

@@ -173,6 +173,52 @@ def test_nan_images_fail_the_trial(merger: Merger) -> None:
         list(back_end.generate(prompts()[:1]))
 
 
+def test_batch_that_is_too_large_for_the_gpu_is_halved_once(
+    merger: Merger, caplog: pytest.LogCaptureFixture
+) -> None:
+    back_end = Diffusers(device="cpu", batch=3, config=DEMO / "config")
+    back_end.load(*even(merger, 0.5))
+    whole = pictures(back_end, prompts())
+    most = 2
+    batches: list[int] = []
+
+    def short(unet: object, given: tuple[Tensor, ...]) -> None:
+        n_images = len(given[0]) // 2  # with and without the prompt
+        batches.append(n_images)
+        if n_images > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    back_end._pipe.unet.register_forward_pre_hook(short)
+    # In another batch an image is rounded otherwise.
+    assert np.abs(pictures(back_end, prompts()).astype(int) - whole).max() <= 1
+    assert batches == [3] + 4 * [2] + 4 * [1]
+    batches.clear()
+    pictures(back_end, prompts())
+    assert batches == 4 * [2] + 4 * [1]
+    assert caplog.text.count("3 images at once; from now on half as many are made") == 1
+    most = 1
+    with pytest.raises(TrialError, match=r"with 2 images at once; lower backend\.batch"):
+        list(back_end.generate(prompts()))
+
+
+def test_merge_that_overflows_in_half_precision_is_computed_in_bfloat16(
+    merger: Merger, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, merged = even(merger, 0.5)
+    # Beyond the range of half precision before the first norm, which takes it back.
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    wide = Plain({**merged, name: merged[name] * 1e5})
+    exact = Diffusers(device="cpu", config=DEMO / "config")
+    exact.load(recipe, wide)
+    back_end = Diffusers(device="cpu", config=DEMO / "config")
+    back_end._dtype = torch.float16
+    back_end.load(recipe, Plain({n: t.half() for n, t in wide.items()}))
+    found, expected = pictures(back_end, prompts()), pictures(exact, prompts())
+    assert np.abs(found.astype(int) - expected).mean() < 4
+    pictures(back_end, prompts())
+    assert caplog.text.count("such images are made in bfloat16") == 1
+
+
 @pytest.mark.parametrize("sampler", module._SAMPLERS)
 def test_every_sampler_makes_pictures(merger: Merger, live: Diffusers, sampler: str) -> None:
     live.load(*even(merger, 0.0))

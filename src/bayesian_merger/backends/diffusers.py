@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from bayesian_merger import devices
@@ -48,6 +50,7 @@ _SCHEDULES: Mapping[str, Mapping[str, Any]] = {
 }
 # What a model predicts, by the scheduler's name for it.
 _PREDICTIONS = {"auto": "", "epsilon": "epsilon", "v": "v_prediction"}
+_log = logging.getLogger(__name__)
 _CONFIGS = Path(__file__).parent / "configs"
 # Bytes for each pixel of an image whose graph is kept whole, or where parts of it are made again; the
 # VAE has the most of it.
@@ -103,6 +106,11 @@ class Diffusers:
         self._makes_calls_again = self._device.type != "cpu"
         self._makes_parts_again = False
         self._enlarged = _ENLARGED if self._dtype == torch.float16 else 1.0
+        # Whether `batch` images at once were too many for the GPU's memory, so that half as many are.
+        self._halves = False
+        # The U-Net's tensors in bfloat16, while images are made that overflow in half precision.
+        self._wide: dict[str, Tensor] = {}
+        self._is_overflow_told = False
         self._lib = _import_diffusers()
         self._pipe: Any = None
         # The model's own noise schedule, whatever sampler is in use, and how it is another than usual.
@@ -162,9 +170,29 @@ class Diffusers:
         for _, alike in groupby(prompts, lambda prompt: prompt.settings):
             group = list(alike)
             for start in range(0, len(group), self.batch):
-                some = group[start : start + self.batch]
-                for prompt, image in zip(some, self._images(some), strict=True):
-                    yield Sample(image, prompt)
+                yield from self._samples(group[start : start + self.batch])
+
+    def _samples(self, prompts: Sequence[Prompt]) -> Iterator[Sample]:
+        """Images at once, or in halves from the first time on that the GPU's memory is too small."""
+        if not self._halves:
+            try:
+                images = self._images(prompts)
+            except _OutOfMemory:
+                if len(prompts) == 1:
+                    raise
+                self._halves = True
+                _log.warning(
+                    "out of GPU memory with %d images at once; from now on half as many are made",
+                    len(prompts),
+                )
+            else:
+                yield from map(Sample, images, prompts)
+                return
+        # Outside the clause, whose error holds on to memory.
+        half = -(-len(prompts) // 2)
+        for some in (prompts[:half], prompts[half:]):
+            if some:
+                yield from map(Sample, self._images(some), some)
 
     def close(self) -> None:
         """Free the live model."""
@@ -322,7 +350,7 @@ class Diffusers:
         with _enough_memory(
             f"with {len(prompts)} images at once; lower backend.batch or close other programs on the GPU"
         ):
-            latents = self._denoised(prompts, last)
+            latents = self._finite(prompts, last)
             vae = self._pipe.vae
             scaled = latents.to(vae.dtype) / vae.config.scaling_factor
             # In float32 the VAE needs most of the memory, hence one by one.
@@ -331,6 +359,23 @@ class Diffusers:
         if not bool(torch.isfinite(pixels).all()):
             raise TrialError("the model made NaN images")
         return pixels
+
+    def _finite(self, prompts: Sequence[Prompt], last: int | None) -> Tensor:
+        """Latents as `_denoised` has them; without a graph those that overflow are made in bfloat16."""
+        latents = self._denoised(prompts, last)
+        if last != 0 or self._dtype != torch.float16 or bool(torch.isfinite(latents).all()):
+            return latents
+        if not self._is_overflow_told:
+            self._is_overflow_told = True
+            _log.warning(
+                "a merge makes NaN images in half precision; such images are made in bfloat16"
+            )
+        tensors = self._pipe.unet.state_dict().items()
+        self._wide = {name: tensor.to(torch.bfloat16) for name, tensor in tensors}
+        try:
+            return self._denoised(prompts, last)
+        finally:
+            self._wide = {}
 
     def _denoised(self, prompts: Sequence[Prompt], last: int | None) -> Tensor:
         """Latents of the images, as the library's pipeline makes them."""
@@ -379,14 +424,19 @@ class Diffusers:
         """What the U-Net finds; on a GPU its graph is not kept, but made again."""
 
         def found(latents: Tensor, states: Tensor, summaries: Tensor) -> Tensor:
-            more = {}
+            more: dict[str, Any] = {}
             if self._is_xl:
                 # Of an image that was neither shrunk nor cropped: height and width.
                 size = [n * self._pipe.vae_scale_factor for n in latents.shape[-2:]]
                 sizes = torch.tensor([[*size, 0, 0, *size]], dtype=states.dtype)
                 sizes = sizes.to(self._device).expand(len(latents), -1)
                 more = {"added_cond_kwargs": {"text_embeds": summaries, "time_ids": sizes}}
-            noise: Tensor = self._pipe.unet(latents, time, states, return_dict=False, **more)[0]
+            more["return_dict"] = False
+            if self._wide:
+                given = (latents.bfloat16(), time, states.bfloat16())
+                wide: Tensor = functional_call(self._pipe.unet, self._wide, given, more)[0]
+                return wide.to(latents.dtype)
+            noise: Tensor = self._pipe.unet(latents, time, states, **more)[0]
             return noise
 
         if not (self._makes_calls_again and torch.is_grad_enabled()):
