@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import bayesian_merger
 from bayesian_merger import config as configuration
 from bayesian_merger import crew, run, setup, worker
 from bayesian_merger.data import Outcome
-from bayesian_merger.errors import ConfigError, RunError, TakenError
+from bayesian_merger.errors import ConfigError, RunError, TakenError, TrialError
 from bayesian_merger.outcome import open_study
 from bayesian_merger.study import seats
 from bayesian_merger.study.board import Task
@@ -178,20 +179,34 @@ def test_what_a_silent_worker_had_is_judged_by_another_and_counts_once(
     assert set(judged.values()) == {1}
 
 
-class Doomed(Threads):
-    """Workers that end as soon as they have a task."""
+class Doomed:
+    """A worker that is lost as soon as it has a task, and replaced by one like it."""
 
-    def _work(self, ready: setup.Setup, run_dir: Path, name: str) -> None:
-        board = open_study(run_dir).board()
-        while not self._over.is_set():
-            if task := board.take(name):
-                task.give_back("the driver went away")
-            time.sleep(0.01)
+    n = 1
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._n_lost = 0
+
+    def lost(self) -> Mapping[str, str]:
+        name = f"w{self._n_lost}"
+        with contextlib.closing(open_study(self._folder / "run")) as study:
+            if study.board().take(name) is None:
+                return {}
+        self._n_lost += 1
+        return {name: "the driver went away"}
+
+    def close(self) -> None: ...
 
 
 def test_trial_on_which_every_worker_is_lost_is_at_fault_itself(folder: Path) -> None:
-    with pytest.raises(RunError, match="3 workers were lost on it: the driver went away"):
-        start_with(folder, hire=lambda: Doomed(folder, (), 1))
+    ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
+    (folder / "run").mkdir()
+    with contextlib.closing(open_study(folder / "run", create=True)) as study:
+        trial = study.book("baseline", "a", ready.baseline("a"))
+        hired = crew.Crew(study.board(), lambda: Doomed(folder), Silent(), crew.Alone())
+        with pytest.raises(TrialError, match="3 workers were lost on it: the driver went away"):
+            hired.judge(trial, ready.panel)
 
 
 def test_what_ends_a_run_ends_it_with_workers_too_and_fails_no_trial(folder: Path) -> None:
@@ -287,12 +302,14 @@ def test_workers_of_another_configuration_are_refused(folder: Path) -> None:
         worker.work(other, folder / "run", "w0", lambda: False)
 
 
-def run_of(folder: Path, *more: object, is_deaf: bool = False) -> subprocess.Popen[bytes]:
-    """A run in a process of its own, with two workers in theirs."""
+def run_of(
+    folder: Path, *more: object, n: int = 2, is_deaf: bool = False
+) -> subprocess.Popen[bytes]:
+    """A run in a process of its own, with `n` workers in theirs."""
     source = Path(bayesian_merger.__file__).parents[1]
     command = [sys.executable, "-m", "bayesian_merger", "run", "config.toml", "--run-dir", "run"]
     return subprocess.Popen(
-        [*command, "--workers", "2", *map(str, more)],
+        [*command, "--workers", str(n), *map(str, more)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{Path(__file__).parent}"},
         stdout=subprocess.PIPE,
@@ -341,6 +358,53 @@ def test_killed_worker_is_replaced_and_nothing_is_lost(folder: Path) -> None:
     assert found["images"] == 10 * 6 + 2 * 4 + 4 * 8
     judged = Counter((task.of, index) for task in tasks(folder) for index in task.scores)
     assert set(judged.values()) == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_half_of_the_workers_killed_again_and_again_lose_and_double_nothing(folder: Path) -> None:
+    more = ["backend.delay_s=0.3", "search.n_iters=60"]
+    process = run_of(folder, *(part for one in more for part in ("--set", one)), n=8)
+    chance = random.Random(0)
+    n_killed = 0
+    while n_killed < 40:
+        while process.poll() is None and (
+            len(running(folder)) < 4 or len(workers_of(process)) < 8
+        ):
+            time.sleep(0.2)
+        assert process.poll() is None, process.communicate()[0].decode()
+        for number in chance.sample(workers_of(process), 4):
+            os.kill(number, signal.SIGKILL)
+            n_killed += 1
+        time.sleep(chance.uniform(2, 6))
+    out = process.communicate(timeout=600)[0].decode()
+    assert process.returncode == 0, out
+    found = json.loads((folder / "run" / "result.json").read_text())
+    assert found["finished"]
+    judged = Counter((task.of, index) for task in tasks(folder) for index in task.scores)
+    assert set(judged.values()) == {1}
+    assert len(judged) == found["images"]
+    with contextlib.closing(open_study(folder / "run")) as study:
+        for stage in ("baseline", "select", "heldout"):
+            assert {result.state for result in study.judged(stage)} == {"complete"}
+        assert {result.state for result in study.searched()} == {"complete"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_run_that_is_told_to_end_does_so_in_ten_seconds(folder: Path) -> None:
+    process = run_of(folder, "--set", "backend.delay_s=60")
+    while not running(folder):
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = workers_of(process)
+    begun = time.monotonic()
+    process.terminate()
+    out = process.communicate(timeout=60)[0].decode()
+    assert time.monotonic() - begun < 10
+    assert process.returncode == 130, out
+    assert not any(map(lives, children))
+    assert "Traceback" not in out
 
 
 def running(folder: Path) -> list[Task]:

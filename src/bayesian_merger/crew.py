@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from bayesian_merger.study.seats import Watch
 _POLL_S = 0.05
 # After so long without a sign of life a worker is lost; it gives one every few seconds.
 PATIENCE_S = 60.0
-# A trial on which so many workers were lost is at fault itself.
+# A trial that has lost so many workers to the same images, and none was judged, is at fault itself.
 _MOST_LOST = 3
 MOST_VAIN = 3
 """So many times all workers may end before one has judged an image."""
@@ -81,11 +80,15 @@ class Alone:
 
 @dataclass
 class _Offer:
-    """Images of a trial that were offered in a task, and for how long its worker has been silent."""
+    """Images of a trial that were offered in a task, and for how long its worker has been silent.
+
+    `n_lost` workers were lost on these very images before.
+    """
 
     trial: Trial
     items: Sequence[int]
     follows: bool
+    n_lost: int
     watch: Watch = field(default_factory=Watch)
     is_waiting: bool = True
 
@@ -102,7 +105,6 @@ class Crew:
         self._offers: dict[int, _Offer] = {}
         self._known: set[str] = set()
         self._faults: dict[str, str] = {}
-        self._lost: Counter[str] = Counter()
         self._n_vain = 0
         self._took_s = 0.0
 
@@ -187,21 +189,21 @@ class Crew:
         """Wait before workers are tended again: a storage that is slow is not asked all the time."""
         time.sleep(max(_POLL_S, self._took_s))
 
-    def _post(self, trial: Trial, items: Sequence[int], follows: bool) -> None:
+    def _post(self, trial: Trial, items: Sequence[int], follows: bool, n_lost: int = 0) -> None:
         number = self._board.post(trial, items, follows=follows)
-        self._offers[number] = _Offer(trial, items, follows)
+        self._offers[number] = _Offer(trial, items, follows, n_lost)
 
     def _take_away(self, number: int, task: Task, reason: str) -> None:
         """End a task whose worker is lost; it may have ended it just now."""
         if task.withdraw(reason):
-            self._again(number, reason)
+            self._again(number, lost_by=reason)
 
     def _end(self, number: int, task: Task) -> None:
         """What follows from a task that is over."""
         if task.fatal:
             raise RunError(f"a worker has stopped: {task.fatal}")
         if task.ended:
-            self._again(number, task.ended)
+            self._again(number)
             return
         offer = self._offers.pop(number)
         result = task.result()
@@ -211,17 +213,17 @@ class Crew:
         if result.state == "failed":
             self._faults.setdefault(offer.trial.key, result.reason)
 
-    def _again(self, number: int, reason: str) -> None:
-        """Offer what is left of a task that was not done, unless it is the trial's own fault."""
+    def _again(self, number: int, lost_by: str = "") -> None:
+        """Offer what is left of a task that was not done, unless it loses one worker after another."""
         offer = self._offers.pop(number)
-        key = offer.trial.key
-        self._lost[key] += 1
         done = offer.trial.followed if offer.follows else offer.trial.scores.keys()
         left = [item for item in offer.items if item not in done]
-        if self._lost[key] >= _MOST_LOST and left:
-            self._faults.setdefault(key, f"{self._lost[key]} workers were lost on it: {reason}")
+        n_lost = (offer.n_lost if left == list(offer.items) else 0) + bool(lost_by)
+        if left and n_lost >= _MOST_LOST:
+            said = f"{n_lost} workers were lost on it: {lost_by}"
+            self._faults.setdefault(offer.trial.key, said)
         elif left:
-            self._post(offer.trial, left, offer.follows)
+            self._post(offer.trial, left, offer.follows, n_lost)
 
 
 class Pool:
