@@ -431,6 +431,27 @@ def test_other_optimisers_run_too(folder: Path, optimiser: str) -> None:
     assert start(folder, f"search.optimiser={optimiser}").finished
 
 
+def test_optimiser_of_a_plugin_runs_too(folder: Path) -> None:
+    (folder / "mine.py").write_text(
+        "import optuna\nclass Mine(optuna.samplers.RandomSampler):\n    pass\n"
+    )
+    plugins = PLUGINS.replace("fragile", "mine")
+    assert start(folder, plugins, "search.optimiser=mine.Mine").finished
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    ["stranger.Mine", "os.path.join", "optunahub.samplers.x.X", "optuna.samplers._base.BaseSampler"],
+)
+def test_configuration_imports_nothing_but_optuna_and_its_plugins(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, optimiser: str
+) -> None:
+    (folder / "stranger.py").write_text("raise SystemExit('it was run')\n")
+    monkeypatch.syspath_prepend(folder)
+    with pytest.raises(ConfigError, match=r"search\.optimiser: .* is neither optuna\.samplers\.NAME"):
+        start(folder, f"search.optimiser={optimiser}")
+
+
 def test_search_ends_when_its_images_are_spent(folder: Path) -> None:
     override = ("search.images=15", "search.images_per_trial=4")
     outcome = start(folder, *override)

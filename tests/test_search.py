@@ -352,6 +352,14 @@ def test_mistake_is_told(change: dict[str, Any], said: str) -> None:
     assert said in str(caught.value)
 
 
+def test_function_that_is_no_sampler_is_not_called(tmp_path: Path) -> None:
+    (tmp_path / "hubconf.py").write_text("open(__file__ + '.ran', 'w')\ndef x(**_): pass\n")
+    options = {"repo_or_dir": str(tmp_path), "model": "x", "source": "local"}
+    with pytest.raises(ConfigError, match=r"torch\.hub\.load is no Optuna sampler"):
+        search(optimiser="torch.hub.load", options=options)
+    assert [path.name for path in tmp_path.iterdir()] == ["hubconf.py"]
+
+
 @pytest.mark.parametrize("span", [(1.0, 0.0), (0.5, 0.5), (0.0, math.nan), (-math.inf, 0.0)])
 def test_range_that_is_none_is_told(span: tuple[float, float]) -> None:
     with pytest.raises(ConfigError, match=r"IN00: from .* is no range"):

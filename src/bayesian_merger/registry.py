@@ -153,9 +153,14 @@ class Registry(Generic[T]):
         }
 
 
+def module_of(path: Path) -> str:
+    """The module that a user's Python file becomes by `import_file`."""
+    return f"bayesian_merger_plugin_{path.stem}"
+
+
 def import_file(path: Path) -> None:
     """Import a user's Python file, so that the plugins it decorates are registered."""
-    spec = importlib.util.spec_from_file_location(f"bayesian_merger_plugin_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(module_of(path), path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ConfigError(f"plugin {path}: no such Python file")
     module = importlib.util.module_from_spec(spec)

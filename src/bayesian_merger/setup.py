@@ -22,7 +22,7 @@ from bayesian_merger.config import Config
 from bayesian_merger.data import RIVALS, Prompt, Recipe, Weights
 from bayesian_merger.errors import ConfigError, MergerError, TrialError
 from bayesian_merger.merge import Merger, even_weights, n_used, open_model
-from bayesian_merger.registry import import_file, nearest
+from bayesian_merger.registry import import_file, module_of, nearest
 from bayesian_merger.scorers import About, Comparing, DifferentiableScorer, Scorer, scorer
 from bayesian_merger.server import key_of
 from bayesian_merger.space import Parameter, Space
@@ -691,7 +691,7 @@ def _optimiser(
     """The optimiser by name, where `auto` leaves the choice; ConfigError for gradient without one."""
     search = config.search
     if search.optimiser not in ("auto", "gradient"):
-        return search.optimiser
+        return _sampler(search.optimiser, config.plugins)
     reasons = [f"{what} cannot be differentiated" for what in _rigid(config, engine, scorers)]
     if search.optimiser == "auto" and not methods.is_linear(methods.get(config.merge.method)):
         reasons.append(f"method {config.merge.method} is not linear")
@@ -714,6 +714,24 @@ def _optimiser(
             f"what fits"
         )
     return "bayes"
+
+
+def _sampler(name: str, plugins: Sequence[Path]) -> str:
+    """The optimiser by a path that can be imported; ConfigError for code that no plugin names.
+
+    A configuration may be a stranger's, and a module runs when it is imported.
+    """
+    module, _, sampler = name.rpartition(".")
+    if module in ("", "optuna.samplers"):
+        return name
+    for plugin in plugins:
+        if plugin.stem == module:
+            return f"{module_of(plugin)}.{sampler}"
+    raise ConfigError(
+        f"search.optimiser: {name!r} is neither optuna.samplers.NAME nor in a plugin; put it into a "
+        f"Python file, name that in plugins, and write FILE.NAME (of OptunaHub: NAME = "
+        f"optunahub.load_module('samplers/...').NAME)"
+    )
 
 
 def _plan(

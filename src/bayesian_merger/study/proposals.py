@@ -405,12 +405,13 @@ class Plan:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                made = getattr(_module(module), cls)(**{"seed": seed, **usual, **self.options})
+                kind = getattr(_module(module), cls)
+                # Looked at before it is called: a path may name any function there is.
+                if isinstance(kind, type) and issubclass(kind, BaseSampler):
+                    return kind(**{"seed": seed, **usual, **self.options})
         except Exception as error:  # a sampler of others may raise anything
             raise ConfigError(f"optimiser {name}: {one_line(error)}") from error
-        if not isinstance(made, BaseSampler):
-            raise ConfigError(f"optimiser {name} is no Optuna sampler")
-        return made
+        raise ConfigError(f"optimiser {name} is no Optuna sampler")
 
 
 @cache
