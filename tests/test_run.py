@@ -441,14 +441,21 @@ def test_optimiser_of_a_plugin_runs_too(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "optimiser",
-    ["stranger.Mine", "os.path.join", "optunahub.samplers.x.X", "optuna.samplers._base.BaseSampler"],
+    [
+        "stranger.Mine",
+        "os.path.join",
+        "optunahub.samplers.x.X",
+        "optuna.samplers._base.BaseSampler",
+    ],
 )
 def test_configuration_imports_nothing_but_optuna_and_its_plugins(
     folder: Path, monkeypatch: pytest.MonkeyPatch, optimiser: str
 ) -> None:
     (folder / "stranger.py").write_text("raise SystemExit('it was run')\n")
     monkeypatch.syspath_prepend(folder)
-    with pytest.raises(ConfigError, match=r"search\.optimiser: .* is neither optuna\.samplers\.NAME"):
+    with pytest.raises(
+        ConfigError, match=r"search\.optimiser: .* is neither optuna\.samplers\.NAME"
+    ):
         start(folder, f"search.optimiser={optimiser}")
 
 

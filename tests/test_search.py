@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -281,6 +282,32 @@ def test_samplers_of_optunahub_are_named_by_their_path_there(
     run(found)
     assert found.spent == 60
     assert type(found.plan.sampler(0)).__name__ == "Mine"
+
+
+class Payload:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("optimiser", ["cmaes", "optuna.samplers.CmaEsSampler"])
+def test_code_in_a_study_is_not_run(tmp_path: Path, optimiser: str) -> None:
+    found = search(optimiser=optimiser, images=60, init_points=2, per_trial=2)
+    run(found)
+    others = search(optimiser=optimiser, images=90, init_points=2, per_trial=2)
+    trials = found._study.get_trials()
+    assert any("cma:optimizer:0" in trial.system_attrs for trial in trials)
+    held = pickle.dumps(Payload(tmp_path / "unpickled")).hex()
+    for trial in trials:
+        trial.system_attrs["cma:optimizer:0"] = held
+        others._study.add_trial(trial)
+    with pytest.raises(RunError, match=r"no state of CMA-ES \(it names .*open\)"):
+        run(others)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_failed_trial_has_measured_counts_for_nothing() -> None:

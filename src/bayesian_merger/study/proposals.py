@@ -18,7 +18,7 @@ import numpy as np
 import optuna
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
@@ -30,6 +30,7 @@ from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.gp import PARTIAL, WHOLE, Array
 from bayesian_merger.registry import nearest
 from bayesian_merger.slopes import Slope
+from bayesian_merger.study.evolution import Evolution
 from bayesian_merger.values import weighted_mean
 
 Init = Literal["sobol", "lhs", "uniform"]
@@ -408,6 +409,7 @@ class Plan:
                 kind = getattr(_module(module), cls)
                 # Looked at before it is called: a path may name any function there is.
                 if isinstance(kind, type) and issubclass(kind, BaseSampler):
+                    kind = Evolution if kind is CmaEsSampler else kind
                     return kind(**{"seed": seed, **usual, **self.options})
         except Exception as error:  # a sampler of others may raise anything
             raise ConfigError(f"optimiser {name}: {one_line(error)}") from error
