@@ -18,7 +18,7 @@ from bayesian_merger.cli import COMMANDS, commands
 PACKAGE = Path(bayesian_merger.__file__).parent
 PLUGINS = ("methods", "backends", "scorers")
 LAYERS = (
-    ("data", "errors", "choices", "guard", "toml", "demo"),
+    ("data", "errors", "choices", "guard", "toml", "yml", "demo"),
     (
         "checkpoint",
         "devices",
@@ -71,7 +71,7 @@ HOMES = {
     "sqlalchemy": {"study"},
     "matplotlib": {"plots"},
     "pydantic": {"config", "guide", "registry", "prompts"},
-    "yaml": {"adopt", "guide", "prompts"},
+    "yaml": {"yml"},
     "jinja2": {"report"},
     "safetensors": {"checkpoint", "scorers"},
     "filelock": {"delivery", "run", "study"},

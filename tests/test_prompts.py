@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,82 @@ def test_wildcards_that_name_each_other_in_a_circle_are_a_mistake(tmp_path: Path
     payloads = read(tmp_path, a__toml='prompt = "__a__"')
     with pytest.raises(ConfigError, match="payload a: wildcards name each other in a circle"):
         drawn(payloads, wildcards={"a": ["x __b__"], "b": ["__a__"]})
+
+
+def test_link_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    secret, pack = tmp_path / "mine", tmp_path / "pack"
+    secret.mkdir()
+    pack.mkdir()
+    (secret / "diary.txt").write_text("dear diary")
+    (pack / "hair.txt").symlink_to(secret / "diary.txt")
+    with pytest.raises(ConfigError, match=r"hair\.txt leads out of its folder, to .*diary\.txt"):
+        read_wildcards(pack)
+
+
+def test_links_within_the_folder_and_to_it_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "hair.txt").write_text("red")
+    (tmp_path / "pack" / "head.txt").symlink_to("hair.txt")
+    (tmp_path / "wild").symlink_to("pack")
+    assert read_wildcards(tmp_path / "wild") == {"hair": ("red",), "head": ("red",)}
+
+
+@pytest.mark.parametrize("name", ["../diary", "/etc/passwd", "..\\diary", "people/../../diary"])
+def test_name_of_a_wildcard_reads_no_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "diary.txt").write_text("dear diary")
+    (tmp_path / "pack" / "people").mkdir(parents=True)
+    payloads = read(tmp_path, a__txt=f"__{name}__")
+    with pytest.raises(ConfigError, match="payload a-1: unknown wildcard"):
+        drawn(payloads, wildcards=read_wildcards(tmp_path / "pack"))
+
+
+# What is made to do harm
+
+
+@pytest.mark.parametrize(
+    ("wildcards", "said"),
+    [
+        ({"a": ["__b__" * 3999], "b": ["__c__" * 9], "c": ["x"]}, "more than 20000 characters"),
+        ({"a": ["__b____b__"], "b": ["__a____a__"]}, "more than 20000 characters|in a circle"),
+    ],
+)
+def test_wildcards_that_grow_are_a_mistake(
+    tmp_path: Path, wildcards: dict[str, list[str]], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        drawn(read(tmp_path, a__txt="__a__"), wildcards=wildcards)
+
+
+def test_line_that_is_too_long_is_no_wildcard(tmp_path: Path) -> None:
+    (tmp_path / "hair.txt").write_text("red\n" + "x" * 20_001)
+    with pytest.raises(ConfigError, match=r"hair\.txt: a line of more than 20000 characters"):
+        read_wildcards(tmp_path)
+
+
+def test_prompt_that_is_slow_to_look_through_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a prompt of more than 20000 characters"):
+        drawn(read(tmp_path, a__txt="__a " * 500_000))
+
+
+def test_file_larger_than_any_of_prompts_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "hair.txt").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ConfigError, match=r"hair\.txt: larger than 64 MiB"):
+        read_wildcards(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes with a name")
+def test_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "hair.txt")
+    with pytest.raises(ConfigError, match=r"hair\.txt: cannot be read \(it is no file\)"):
+        read_wildcards(tmp_path)
+
+
+def test_yaml_whose_aliases_stand_for_billions_is_refused(tmp_path: Path) -> None:
+    lines = ["prompt: x", "a0: &a0 [x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (line,) = mistakes(tmp_path, a__yaml="\n".join(lines))
+    assert "the alias *a0; write out what it means" in line
 
 
 # The panel

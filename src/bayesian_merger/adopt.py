@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from bayesian_merger import methods, prompts
+from bayesian_merger import methods, prompts, yml
 from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.scorers import scorer
 
@@ -234,22 +232,22 @@ def _says(given: Mapping[str, Any], key: str) -> bool:
     return str(given.get(key)).strip().casefold() not in _OFF
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yml.Loader):
     """YAML as Hydra reads it: what looks like a date is a text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, looks) for tag, looks in known if not tag.endswith(":timestamp")]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        for first, known in yml.Loader.yaml_implicit_resolvers.items()
     }
 
 
 def _yaml(path: Path) -> dict[str, Any]:
     """A file's table, keys and values; ConfigError if it is none."""
     try:
-        found = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        found = yml.loads(path.read_text(encoding="utf-8-sig"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yml.YAMLError) as error:
         raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: no table of settings")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from bayesian_merger import yml
 from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.registry import nearest
 
@@ -57,10 +57,10 @@ def read(path: Path) -> Guide:
     """The guide at `path`; ConfigError with every mistake, one on a line."""
     where = f"search.guide: {path}"
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        data = yml.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{where}: no such file") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yml.YAMLError) as error:
         raise ConfigError(f"{where}: not valid YAML: {one_line(error)}") from error
     if not isinstance(data, dict | None):
         raise ConfigError(f"{where}: no table of frozen_params, custom_ranges, groups")

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bayesian_merger import toml
+from bayesian_merger import toml, yml
 from bayesian_merger.data import Prompt
 from bayesian_merger.errors import ConfigError, one_line
 from bayesian_merger.registry import nearest
 
 _WILDCARD = re.compile(r"__(?!\s)([^\n]+?)(?<!\s)__")
-_LONGEST = 20_000  # characters of a prompt
+_LONGEST = 20_000  # characters of a prompt, or of a line of a wildcard file
+_MOST_BYTES = 64 * 2**20  # of a file
 _DEEPEST = 8  # wildcards inside wildcard lines; deeper than this is a loop
 
 
@@ -106,15 +106,25 @@ def read_payloads(paths: Sequence[Path], defaults: Mapping[str, Any]) -> tuple[P
 
 
 def read_wildcards(folder: Path | None) -> dict[str, tuple[str, ...]]:
-    """Lines of each .txt file in `folder` (and below) by its name without the suffix."""
+    """Lines of each .txt file in `folder` (and below) by its name without the suffix.
+
+    ConfigError for a link out of the folder, as it may lead to a file that no prompt should tell.
+    """
     if folder is None:
         return {}
     if not folder.is_dir():
         raise ConfigError(f"panel.wildcards_dir: {folder} is not a folder")
     wildcards = {}
     for path in sorted(folder.rglob("*.txt")):
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"panel.wildcards_dir: {path} leads out of its folder, to {path.resolve()}; put a copy "
+                f"of that there, or remove it"
+            )
         lines = (line.strip() for line in _text(path).splitlines())
         kept = tuple(line for line in lines if line and not line.startswith("#"))
+        if max(map(len, kept), default=0) > _LONGEST:
+            raise ConfigError(f"{path}: a line of more than {_LONGEST} characters is no wildcard")
         wildcards[path.relative_to(folder).with_suffix("").as_posix()] = kept
     return wildcards
 
@@ -181,11 +191,13 @@ def _fill(
         return chance.choice(wildcards[name])
 
     for _ in range(_DEEPEST):
+        if len(text) > _LONGEST:
+            raise ConfigError(
+                f"payload {payload}: a prompt of more than {_LONGEST} characters ({text[:60]!r}...)"
+            )
         text, n_drawn = _WILDCARD.subn(draw, text)
         if not n_drawn:
             return text
-        if len(text) > _LONGEST:
-            break
     raise ConfigError(f"payload {payload}: wildcards name each other in a circle ({text[:60]!r})")
 
 
@@ -200,13 +212,13 @@ def _tables(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
         if path.suffix.lower() == ".toml":
             data: Any = toml.loads(text)
         elif path.suffix.lower() in (".yaml", ".yml"):
-            data = yaml.safe_load(text)
+            data = yml.loads(text)
         else:
             raise ConfigError(f"payload {path}: not a .toml, .yaml or .txt file")
     except (
         ValueError,
         RecursionError,
-        yaml.YAMLError,
+        yml.YAMLError,
     ) as error:  # PyYAML: a ValueError for a day 32
         kind = "TOML" if path.suffix.lower() == ".toml" else "YAML"
         raise ConfigError(f"payload {path}: not valid {kind}: {one_line(error)}") from error
@@ -249,6 +261,12 @@ def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
+        if not path.is_file():  # a pipe may have no end
+            raise ConfigError(f"{path}: cannot be read (it is no file)")
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(
+                f"{path}: larger than {_MOST_BYTES >> 20} MiB, so no file of prompts"
+            )
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
