@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import pickle
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_plugin
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 from test_run import folder as folder
@@ -359,6 +361,38 @@ def test_what_servers_tell_is_nothing_that_a_terminal_obeys() -> None:
     assert "\x1b" not in text.getvalue()
     assert "red.pt" in text.getvalue()
     assert "HTTP 500" in text.getvalue()
+
+
+def test_what_the_log_is_told_is_nothing_that_a_terminal_obeys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(screen.err, "file", text := io.StringIO())
+    log = logging.Logger("a server's")
+    log.addHandler(screen.Diagnostics())
+    log.warning("it will have %s", "\x1b]0;evil\x07red.safetensors\nand more")
+    assert text.getvalue() == "it will have \ufffd]0;evilred.safetensors\nand more\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such names")
+def test_names_of_files_are_nothing_that_a_terminal_obeys(
+    tmp_path: Path, command: Command
+) -> None:
+    name = "\x1b[2J\x1b]0;evil\x07"
+    Image.new("RGB", (8, 8), "grey").save(tmp_path / f"{name}.png")
+    (tmp_path / f"{name}x.png").write_bytes(b"no image")
+    for letter, value in (("a", 0.0), ("b", 1.0)):
+        toy_plugin.write_model(tmp_path / f"{name}{letter}.safetensors", value)
+    models = sorted(tmp_path.glob("*.safetensors"))
+    for told in (
+        command("score", tmp_path, "--scorer", "exposure"),
+        command("merge", *models, "--alpha", "0.5", "--dry-run", "-o", tmp_path / "c.safetensors"),
+        command("merge", *models, "--alpha", "0.5", "-o", tmp_path / f"{name}c.safetensors"),
+        command("check", tmp_path / f"{name}.toml"),
+        command("export", tmp_path / name),
+    ):
+        assert "evil" in told[1] + told[2]
+        assert "\x1b" not in told[1] + told[2]
+        assert "\x07" not in told[1] + told[2]
 
 
 def test_run_tells_its_events_as_lines_of_json(folder: Path, command: Command) -> None:

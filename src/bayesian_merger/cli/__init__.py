@@ -8,6 +8,7 @@ and a merge does not wait for what only a search needs.
 from __future__ import annotations
 
 import _thread
+import logging
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ import click
 from rich.text import Text
 
 from bayesian_merger import __version__
-from bayesian_merger.cli.screen import err, plain
+from bayesian_merger.cli.screen import Diagnostics, err, plain
 from bayesian_merger.errors import CheckpointError, ConfigError, MergerError
 
 # Each command's module, where it is called NAME_command, and the first line of its help.
@@ -103,6 +104,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    logging.basicConfig(handlers=[Diagnostics()], format="%(message)s")
     stopped: list[float] = []
 
     def raise_again(lost: sys.UnraisableHookArgs) -> None:
