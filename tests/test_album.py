@@ -43,6 +43,23 @@ def test_name_of_a_payload_leads_nowhere_else(tmp_path: Path, payload: str) -> N
     assert album.find(tmp_path / "in", 3) == path
 
 
+@pytest.mark.parametrize(
+    "name", ["../../../x", "/etc", "..", ".", "C:\\x", "a\0b", "\\\\host\\share"]
+)
+def test_names_of_a_shared_study_lead_nowhere_else(tmp_path: Path, name: str) -> None:
+    for found in (
+        album.folder_of(tmp_path, "explore", name),
+        album.folder_of(tmp_path, name, "trial 3"),
+    ):
+        assert found.relative_to(tmp_path / "images").parts == (
+            found.parent.name,
+            found.name,
+        )
+        assert not {"..", "."} & set(found.parts)
+        album.save(sample(), found, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
 def test_image_that_was_made_anew_replaces_the_first(tmp_path: Path) -> None:
     album.save(sample(), tmp_path, {"demo": 1.0})
     path = album.save(sample(9), tmp_path, {"demo": 2.0})

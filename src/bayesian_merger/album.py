@@ -18,9 +18,16 @@ _LONGEST = 60
 
 
 def folder_of(run: Path, stage: str, name: str) -> Path:
-    """Where the pictures of one judged recipe are kept; trials are sorted by their names."""
+    """Where the pictures of one judged recipe are kept; trials are sorted by their names.
+
+    It is below the run's folder whatever the names, as a study that others share may hold any.
+    """
     padded = re.sub(r"\d+", lambda number: number[0].zfill(4), name)
-    return run / "images" / stage / padded.replace(" ", "-")
+    return run / "images" / _plain(stage) / _plain(padded)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w-]+", "-", name)
 
 
 def find(folder: Path, index: int) -> Path | None:
