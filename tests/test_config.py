@@ -208,16 +208,24 @@ def test_last_override_counts_and_an_option_may_be_new(tmp_path: Path) -> None:
     assert found.backend.options == {"batch": 5}
 
 
-@pytest.mark.parametrize("override", ["search.n_iters", "=3", "search..seed=3", ".=1", ""])
+@pytest.mark.parametrize("override", ["search.n_iters", "=3", "search..seed=3", ".=3", ""])
 def test_override_without_key_or_value_is_a_mistake(tmp_path: Path, override: str) -> None:
     assert mistakes(tmp_path, overrides=[override]) == [
-        f"--set {override}: write it as section.key=value"
+        f"--set {override.replace('3', '...')}: write it as section.key=value"
     ]
+
+
+@pytest.mark.parametrize("key", ["search.storage", "search.storage.url", "search..storage"])
+def test_storage_that_is_none_is_told_without_its_password(tmp_path: Path, key: str) -> None:
+    held = "search.storage='x'"
+    (line,) = mistakes(tmp_path, overrides=[held, f"{key}=['postgresql://me:hunter2@host/db']"])
+    assert "search." in line
+    assert "hunter2" not in line
 
 
 def test_override_below_a_value_is_a_mistake(tmp_path: Path) -> None:
     (only,) = mistakes(tmp_path, overrides=["models.a.x=1"])
-    assert only == "--set models.a.x=1: 'a' is a value, not a section"
+    assert only == "--set models.a.x=...: 'a' is a value, not a section"
 
 
 def test_override_is_checked_like_the_file(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -217,7 +219,12 @@ def test_runs_share_a_storage_by_their_names(path: Path) -> None:
         ("oracle://me:sec/ret@host/x?password=secret", "install what the URL names"),
         ("sqlite:////no/such/folder/x.db", "unable to open database file"),
         ("oracle://me:secret@host/x", "install what the URL names"),
-        ("postgresql+nope://me:sec:r@et@127.0.0.1:1/x", "nope"),
+        ("postgresql+nope://me:secret@127.0.0.1:1/x", "nope"),
+        ("postgresql+psycopg://me:p@sec@127.0.0.1:1/x", "@ as %40"),
+        ("postgresql+psycopg://me/sec@127.0.0.1:1/x", "/ as %2F"),
+        ("postgresql+psycopg://me:sec", "no number as its port"),
+        ("postgresql+psycopg:/me:sec@host/x", "is no URL of an SQL database"),
+        ("me:sec@host", "is no URL of an SQL database"),
     ],
 )
 def test_storage_that_does_not_answer_is_told_in_one_line_without_its_password(
@@ -228,6 +235,28 @@ def test_storage_that_does_not_answer_is_told_in_one_line_without_its_password(
     assert said in str(told.value)
     assert "\n" not in str(told.value)
     assert "sec" not in str(told.value)
+
+
+def test_server_of_mysql_cannot_ask_for_a_file() -> None:
+    asked: list[bytes] = []
+
+    def serve(one: socket.socket) -> None:
+        connection, _ = one.accept()
+        with connection:
+            # A greeting of protocol 10: version, thread, and capabilities that offer local files.
+            body = b"\x0a8.0\0" + bytes(4) + b"x" * 8 + b"\0\xff\xf7\x21\x02\0\xff\x80\x15"
+            body += bytes(10) + b"x" * 12 + b"\0mysql_native_password\0"
+            connection.sendall(len(body).to_bytes(3, "little") + b"\0" + body)
+            asked.append(connection.recv(8))
+
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        thread = threading.Thread(target=serve, args=(one,))
+        thread.start()
+        port = one.getsockname()[1]
+        with pytest.raises(ConfigError):
+            storage_at(f"mysql+pymysql://me:x@127.0.0.1:{port}/x?local_infile=1")
+        thread.join()
+    assert not int.from_bytes(asked[0][4:8], "little") & 1 << 7  # CLIENT_LOCAL_FILES
 
 
 def test_storage_in_a_folder_that_is_not_there_is_told_before_anything_is_made() -> None:

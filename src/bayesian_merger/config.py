@@ -297,8 +297,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 def _set(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
+    shown = f"{key}=..." if equals else key  # a storage's value may hold a password
     if not equals or not all(parts):
-        raise ConfigError(f"--set {override}: write it as section.key=value")
+        raise ConfigError(f"--set {shown}: write it as section.key=value")
     try:
         value: Any = toml.loads(f"value = {text}")["value"]
     except toml.TOMLDecodeError:
@@ -307,7 +308,7 @@ def _set(data: dict[str, Any], override: str) -> None:
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: {part!r} is a value, not a section")
+            raise ConfigError(f"--set {shown}: {part!r} is a value, not a section")
     table[parts[-1]] = value
 
 
@@ -321,7 +322,9 @@ def _mistakes(name: str, error: ValidationError) -> Iterator[str]:
             yield f"{name}: {key} is missing"
         else:
             said = detail["msg"].removeprefix("Value error, ")
-            yield f"{name}: {key}: {said} (found {_shown(detail['input'])})"
+            # A password is looked for nowhere but in the storage's address.
+            found = "" if key == "search.storage" else f" (found {_shown(detail['input'])})"
+            yield f"{name}: {key}: {said}{found}"
 
 
 def _known_keys(place: Sequence[str]) -> list[str]:

@@ -32,8 +32,20 @@ SEARCH = "search"
 PATIENCE_S = 900.0
 """How long a server is waited for that does not answer."""
 _TELL_S = 3.0
+_NO_URL = (
+    "is no URL of an SQL database; write it as sqlite:///FILE or "
+    "postgresql+psycopg://USER@HOST/DATABASE"
+)
 _CONNECT_S = 10
-_WITH_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
+# By driver. A server of MySQL may ask for any file of this machine, if that is not refused.
+_CONNECTED: Mapping[str, Mapping[str, Any]] = {
+    "psycopg": {"connect_timeout": _CONNECT_S},
+    "psycopg2": {"connect_timeout": _CONNECT_S},
+    "pymysql": {"connect_timeout": _CONNECT_S, "local_infile": False},
+    "mysqldb": {"connect_timeout": _CONNECT_S, "local_infile": 0},
+    "mysqlconnector": {"allow_local_infile": False},
+    "mariadbconnector": {"local_infile": False},
+}
 _CLUSTERS = {"afs", "beegfs", "ceph", "gpfs", "lustre", "fuse.glusterfs", "fuse.juicefs"}
 _SHARES = {"nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afpfs", "fuse.sshfs"}
 _CLOUDS = {"webdav", "davfs", "fuse.davfs2", "fuse.gcsfuse", "fuse.rclone", "fuse.s3fs"}
@@ -163,32 +175,27 @@ def is_shared(url: str | None) -> bool:
     """Whether an URL names a server, which several machines may ask."""
     try:
         return url is not None and make_url(url).get_backend_name() != "sqlite"
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         return False  # which is told when it is opened
 
 
 def storage_at(url: str, kind: type[RDBStorage] = RDBStorage) -> RDBStorage:
     """The storage at an URL that a user gave; ConfigError if it is none or does not answer."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    scheme, colon, _ = url.partition("://")
-    shown = f"{scheme}{colon}..." if colon else repr(url)
+    address = _address(url)
+    # Without the query, which may hold a password as well.
+    shown = address.set(query={}).render_as_string(hide_password=True)
     options: dict[str, Any] = {}
     try:
-        address = make_url(url)
-        # Without the query, which may hold a password as well.
-        shown = address.set(query={}).render_as_string(hide_password=True)
         if address.get_backend_name() != "sqlite":
             # A server may drop a connection at night.
             options["pool_pre_ping"] = True
             kind = PatientStorage if kind is RDBStorage else kind
-        if address.get_driver_name() in _WITH_TIMEOUT:
-            options["connect_args"] = {"connect_timeout": _CONNECT_S}
+        if arguments := _CONNECTED.get(address.get_driver_name()):
+            options["connect_args"] = dict(arguments)
         return _opened(_filled_in(url), options, kind)
     except ArgumentError as error:
-        raise ConfigError(
-            f"storage {shown} is no URL of an SQL database; write it as sqlite:///FILE or "
-            f"postgresql+psycopg://USER@HOST/DATABASE"
-        ) from error
+        raise ConfigError(f"storage {shown} {_NO_URL}") from error
     except (ImportError, NoSuchModuleError) as error:
         raise ConfigError(
             f"storage {shown}: {_reason(error)}; install what the URL names, for "
@@ -197,6 +204,27 @@ def storage_at(url: str, kind: type[RDBStorage] = RDBStorage) -> RDBStorage:
     # No port, no answer, no permission, tables of another version.
     except (SQLAlchemyError, RuntimeError, StorageInternalError, ValueError, TypeError) as error:
         raise ConfigError(f"storage {shown} cannot be opened: {_reason(error)}") from error
+
+
+def _address(url: str) -> URL:
+    """The parts of an URL; ConfigError for one that has none, which may hold a password anywhere."""
+    scheme, colon, _ = url.partition("://")
+    shown = f"{scheme}{colon}..." if colon and scheme.isascii() and " " not in scheme else "URL"
+    address: URL | None = None
+    try:
+        address = make_url(url)
+    except ArgumentError as error:
+        raise ConfigError(f"storage {shown} {_NO_URL}") from error
+    except ValueError:  # of a port that is no number
+        pass
+    # What an unwritten @ or / of a password leaves elsewhere would be shown.
+    is_torn = address is None or "@" in f"{address.username}{address.host}{address.database}"
+    if address is None or (is_torn and address.get_backend_name() != "sqlite"):
+        raise ConfigError(
+            f"storage {shown} cannot be opened: it has no host, or no number as its port; write signs "
+            f"of a user or a password otherwise: @ as %40, / as %2F, : as %3A"
+        )
+    return address
 
 
 def _opened(url: str, options: Mapping[str, Any], kind: type[RDBStorage]) -> RDBStorage:
