@@ -145,6 +145,12 @@ class Server:
         self._lib = httpx
         if not 1.0 <= timeout_s < math.inf:
             raise ConfigError(f"backend.timeout_s is {timeout_s}; give a second at least")
+        if not re.fullmatch(r"BAYESIAN_MERGER_\w+", auth_env):
+            # A stranger's configuration could have it sent to a server of the stranger's.
+            raise ConfigError(
+                f"backend.auth_env is {auth_env!r}, but what is in it is sent to the server; name a "
+                f"variable that begins with BAYESIAN_MERGER_"
+            )
         if "@" in url:
             raise ConfigError(
                 f"backend.url holds a password, which the run folder would keep; put it as "
@@ -153,7 +159,11 @@ class Server:
         try:
             address = httpx.URL(url.strip().rstrip("/"))
         except httpx.InvalidURL as error:
-            raise ConfigError(f"backend.url: {url!r} is no address ({error})") from error
+            # Without it, as a password may be in its place for the port.
+            raise ConfigError(
+                "backend.url is no address, or has no number as its port; write it as "
+                "http://127.0.0.1:7860"
+            ) from error
         if address.query or address.fragment:
             raise ConfigError(
                 "backend.url goes on after a ? or #, which the run folder would keep; leave that out, "

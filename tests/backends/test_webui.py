@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import os
@@ -16,9 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import http_fake
 import httpx
 import numpy as np
 import pytest
@@ -1224,6 +1227,8 @@ def test_something_else_at_the_address_is_said(
         ("backend.url=http://127.0.0.1:9", "nothing answers at http://127.0.0.1:9"),
         ("backend.url=127.0.0.1", "is no address"),
         ("backend.url=http://me:secret@127.0.0.1:7860", "holds a password"),
+        ("backend.url=http://me:secret", "has no number as its port"),
+        ("backend.auth_env=DATABASE_URL", "a variable that begins with BAYESIAN_MERGER_"),
         ("backend.timeout_s=0", "timeout_s is 0"),
         ("backend.wait_for_server=soon", "write a time as '90s'"),
         ("backend.models_dir=nowhere", "is no folder"),
@@ -1233,8 +1238,9 @@ def test_something_else_at_the_address_is_said(
 def test_bad_options_are_said(folder: Path, begin: Begin, option: str, said: str) -> None:
     fake = begin()
     (folder / "empty").mkdir()
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=said) as caught:
         ready(folder, fake, option)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["samplers", "sd-models"])
@@ -1278,6 +1284,61 @@ def test_password_is_sent_and_left_nowhere(
     assert start(folder, fake).finished
     for path in (folder / "run").rglob("*"):
         assert not path.is_file() or b"se%cr:et" not in path.read_bytes()
+
+
+def test_password_is_not_sent_on_to_where_a_server_leads(
+    folder: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAYESIAN_MERGER_AUTH", "me:secret")
+    asked: list[str] = []
+
+    class Elsewhere(http_fake.FakeServer):
+        def reply(self, to: BaseHTTPRequestHandler, body: Any) -> None:
+            asked.append(to.path)
+            to.wfile.write(http_fake.head(to, 200, {}))
+
+    class Leading(http_fake.FakeServer):
+        def reply(self, to: BaseHTTPRequestHandler, body: Any) -> None:
+            to.send_response(307)
+            to.send_header("location", f"{elsewhere.url}{to.path}")
+            to.send_header("content-length", "0")
+            to.end_headers()
+
+    elsewhere, leading = Elsewhere(), Leading()
+    elsewhere.serve()
+    leading.serve()
+    try:
+        with pytest.raises(ConfigError, match="HTTP 307"):
+            ready(folder, begin(), f"backend.url={leading.url}")
+    finally:
+        leading.stop()
+        elsewhere.stop()
+    assert not asked
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_answer_larger_than_any_of_a_webui_is_cut_off(
+    folder: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch, zipped: bool
+) -> None:
+    monkeypatch.setattr(module, "_MOST_BYTES", 2**20)
+
+    class Huge(http_fake.FakeServer):
+        def reply(self, to: BaseHTTPRequestHandler, body: Any) -> None:
+            to.send_response(200)
+            if zipped:
+                to.send_header("content-encoding", "gzip")
+            to.end_headers()
+            to.close_connection = True
+            data = bytes(2**22)
+            to.wfile.write(gzip.compress(data) if zipped else data)
+
+    huge = Huge()
+    huge.serve()
+    try:
+        with pytest.raises(ConfigError, match="an answer of more than 1 MiB"):
+            ready(folder, begin(), f"backend.url={huge.url}")
+    finally:
+        huge.stop()
 
 
 def test_where_the_server_is_may_change_between_two_starts(folder: Path, begin: Begin) -> None:
