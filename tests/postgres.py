@@ -59,6 +59,13 @@ class Postgres:
         with psycopg.connect(f"{address} dbname=postgres", autocommit=True) as connection:
             connection.execute(order)
 
+    def dump(self) -> bytes:
+        """All that the database holds, as orders of SQL."""
+        assert PG_CTL
+        address = self.url.replace("+psycopg", "")
+        program = Path(PG_CTL).resolve().with_name("pg_dump")
+        return subprocess.run([program, address], capture_output=True, check=True).stdout
+
     def _run(self, *order: str) -> None:
         assert PG_CTL
         command = [PG_CTL, "-D", str(self._folder / "data"), *order]

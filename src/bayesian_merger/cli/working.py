@@ -21,6 +21,14 @@ from bayesian_merger.scorers import Attended
 from bayesian_merger.setup import Setup, prepare
 from bayesian_merger.study.storage import is_shared
 
+# By "-m" modules would be looked for in the current folder first, which may be a stranger's.
+_WORK = """
+import sys
+sys.path = [place for place in sys.path if place]
+from bayesian_merger.cli import main
+main()
+"""
+
 
 def hiring(
     wanted: int | None, path: Path, overrides: Sequence[str], setup: Setup, run_dir: Path
@@ -50,7 +58,7 @@ def hiring(
             "run_dir": str(run_dir.absolute()),
         }
     )
-    command = [sys.executable, "-m", "bayesian_merger", "work"]
+    command = [sys.executable, "-c", _WORK, "work"]
     where = places(n, gpus, os.cpu_count() or 1)
     return lambda: Pool(command, told.encode(), where, run_dir / "workers")
 
