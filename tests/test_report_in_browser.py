@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 from browser import CHROMIUM, Browser
 from outcomes import an_outcome, an_unfinished_outcome
+from test_run import PLUGINS, Silent
+from test_run import folder as folder
 
-from bayesian_merger import pairs, report
+from bayesian_merger import config as configuration
+from bayesian_merger import pairs, report, run, setup
 from bayesian_merger.data import Preference
 
 # Where `npm install axe-core` puts it, from the repository's root.
@@ -128,3 +132,48 @@ def test_page_of_a_run_that_goes_on_reloads_itself_unless_somebody_looks_closely
     with pytest.raises(TimeoutError):
         browser.until("window.old === undefined", 3)
     assert browser.messages == []
+
+
+EVIL = "<img src=x onerror=\"document.title='evil'\"> $\\frac{ {{ 7 * 7 }} <script>document.title='evil'"
+
+
+@pytest.mark.parametrize("browser", [1400], indirect=True)
+def test_report_of_hostile_prompts_and_names_is_inert(browser: Browser, folder: Path) -> None:
+    for path in (folder / "zero.safetensors", folder / "landscape.toml"):
+        path.rename(path.with_name(f"{EVIL.replace('/', '')}{path.suffix}"))
+    (folder / "wild" / "place.txt").write_text(EVIL)
+    fields = {"prompt": f"{EVIL} __place__", "negative_prompt": EVIL}
+    written = "\n".join(f"{key} = {json.dumps(value)}" for key, value in fields.items())
+    (folder / "portrait.toml").write_text(written)
+    (folder / "broken.py").write_text(
+        "from bayesian_merger.scorers import scorer\n"
+        f"EVIL = {EVIL!r}\n"
+        "@scorer\nclass Broken:\n    n = 0\n    def __call__(self, samples):\n"
+        "        self.n += 1\n        if self.n == 25: raise ValueError(EVIL)\n"
+        "        return [1.0 for _ in samples]\n"
+    )
+    overrides = (
+        f"models.a={json.dumps(EVIL.replace('/', '') + '.safetensors')}",
+        'panel.payloads=["*.toml"]',
+        "search.n_iters=1",
+        PLUGINS.replace("fragile", "broken"),
+        "scorers.broken={}",
+    )
+    (folder / "config.toml").rename(folder / "config")
+    config = configuration.load(folder / "config", overrides)
+    run.run(setup.prepare(config, folder, EVIL), folder / "run", Silent())
+    html = (folder / "run" / "report.html").read_text()
+    assert html.count("<script") == 1
+    browser.goto((folder / "run" / "report.html").as_uri())
+    assert "evil'" in browser.run("document.body.textContent")
+    assert browser.run("document.title").count("img src=x") == 1
+    assert browser.run("document.querySelectorAll('img[src]:not([src^=\"data:\"])').length") == 0
+
+
+@pytest.mark.parametrize("browser", [1400], indirect=True)
+def test_page_runs_no_script_but_its_own(browser: Browser, page: Path) -> None:
+    evil = "<script>document.title='evil'</script><img src=x onerror=\"document.title='evil'\">"
+    page.write_text(page.read_text().replace("<body>", f"<body>{evil}"))
+    browser.goto(page.as_uri())
+    assert browser.run("document.querySelectorAll('script').length") == 2
+    assert browser.run("document.title") != "evil"
