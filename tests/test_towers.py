@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,17 @@ def test_tower_is_shared_while_somebody_holds_it(clip: Path) -> None:
 def test_text_that_is_too_long_is_cut(clip: Path) -> None:
     own = Tower(clip, CPU, torch.float32)
     assert bool(torch.isfinite(own.of_texts(["a red circle " * 200])).all())
+
+
+def test_code_in_the_folder_of_a_tower_is_not_run(clip: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(clip, tmp_path / "clip"))
+    told = json.loads((folder / "config.json").read_text())
+    told |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModel": "own.M"}}
+    (folder / "config.json").write_text(json.dumps(told))
+    (folder / "own.py").write_text("open(__file__ + '.ran', 'w').close()\n")
+    with pytest.raises(ConfigError):
+        Tower(folder, CPU, torch.float32)
+    assert not (folder / "own.py.ran").exists()
 
 
 def test_folder_that_holds_no_tower_is_one_line(tmp_path: Path) -> None:
