@@ -8,11 +8,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import licences
 import pytest
 import yaml
 from PIL import Image
 
-from bayesian_merger import config, recipes
+from bayesian_merger import config, recipes, toml
 from bayesian_merger.cli.search import run_command
 from bayesian_merger.data import Prompt, Sample
 from bayesian_merger.registry import import_file
@@ -79,3 +80,31 @@ def test_job_files_of_the_cluster_page_are_read(tmp_path: Path) -> None:
         with run_command.make_context("run", command[1:]) as context:
             assert context.params["config_file"].name == "config.toml"
             assert context.params["run_dir"].name == "run"
+
+
+def test_security_page_names_tests_that_there_are() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    written = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    known = set(re.findall(r"^def (test_\w+)\(", "\n".join(written), re.MULTILINE))
+    assert named
+    assert named <= known, named - known
+
+
+def test_every_threat_of_the_security_page_has_its_test() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    threats = [row for row in rows if not row.startswith("| threat ")]
+    assert len(threats) > 20
+    assert [row for row in threats if "`test_" not in row.split("|")[3]] == []
+
+
+def test_licences_page_lists_every_dependency() -> None:
+    page = (ROOT / "docs" / "licences.md").read_text()
+    project = toml.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {k: v for k, v in project["optional-dependencies"].items() if k != "dev"}
+    wanted = [*project["dependencies"], *(one for some in extras.values() for one in some)]
+    named = {str(found[0]) for one in wanted if (found := re.match(r"[\w-]+", one))}
+    assert len(named) > 20
+    for name in named | licences.table().keys():
+        assert f"\n| {name} | " in page, f"{name}: python tools/licences.py prints the table"
