@@ -54,7 +54,7 @@ LAYERS = (
     ),
     ("setup",),
     ("outcome",),
-    ("crew", "dashboard", "pairing", "results"),
+    ("crew", "dashboard", "gathering", "pairing", "results"),
     ("joining", "judging"),
     ("run", "tryout"),
     ("worker",),

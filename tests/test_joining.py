@@ -126,8 +126,8 @@ def require_whole(folder: Path, server: postgres.Postgres, into: str) -> None:
 
 
 def test_same_command_elsewhere_joins_the_run(folder: Path, server: postgres.Postgres) -> None:
-    slow = ("--set", "backend.delay_s=0.05")
-    processes = [join(folder, server, into, *slow) for into in ("one", "two")]
+    more = ("--set", "backend.delay_s=0.05", "--set", "output.artifacts=shelf")
+    processes = [join(folder, server, into, *more) for into in ("one", "two")]
     said = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert sum("this one helps" in one for one in said) == 1, said
@@ -136,6 +136,10 @@ def test_same_command_elsewhere_joins_the_run(folder: Path, server: postgres.Pos
         assert (folder / into / folder.name / "report.html").is_file()
     judged = Counter((t.of, i) for t in tasks(folder, server) for i in t.scores)
     assert set(judged.values()) == {1}
+    # A, B and the even merge on the panel, and with the best on the held-out one.
+    one, two = (set((folder / into).rglob("images/**/*.png")) for into in ("one", "two"))
+    assert len(one) == 3 * 6 + 4 * 8
+    assert {path.name for path in one} == {path.name for path in two}
     # Both had a share in it.
     assert len({task.worker for task in tasks(folder, server) if task.scores}) == 2
 

@@ -60,16 +60,21 @@ def read(run: Path, result: Result, index: int) -> Image | None:
     return image if digest_of(image) == result.images[index] else None
 
 
+def file_name(index: int, payload: str, scores: Mapping[str, float]) -> str:
+    """What the picture of an image is called."""
+    payload = re.sub(r"[^\w.+-]+", "_", payload)[:_LONGEST].strip(".")
+    told = [f"{index:03}", *([payload] if payload else [])]
+    told += [f"{score:.3f}" for score in scores.values()]
+    return f"{'-'.join(told)}.png"
+
+
 def save(sample: Sample, folder: Path, scores: Mapping[str, float], recipe: str = "") -> Path:
     """Write an image as a PNG that tells its prompt and the digest of its `recipe`, as webuis do it.
 
     Its name tells the image, the payload and the scores.
     """
     prompt = sample.prompt
-    payload = re.sub(r"[^\w.+-]+", "_", prompt.payload)[:_LONGEST].strip(".")
-    told = [f"{prompt.index:03}", *([payload] if payload else [])]
-    told += [f"{score:.3f}" for score in scores.values()]
-    path = folder / f"{'-'.join(told)}.png"
+    path = folder / file_name(prompt.index, prompt.payload, scores)
     before = find(folder, prompt.index)
     with whole_file(path) as file:
         file.write(infotext.png(sample, recipe))

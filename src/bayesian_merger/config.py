@@ -58,6 +58,14 @@ def _storage_beside_config(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+def _artifacts_beside_config(value: Any, info: ValidationInfo) -> Any:
+    """A bucket, or a folder as every path in the file."""
+    is_bucket = isinstance(value, str) and value.startswith("s3://")
+    found = value if is_bucket else _beside_config(value, info)
+    return str(found) if isinstance(found, Path) else found
+
+
+ArtifactsPlace = Annotated[str, BeforeValidator(_artifacts_beside_config)]
 StorageUrl = Annotated[str, BeforeValidator(_storage_beside_config)]
 
 
@@ -224,6 +232,8 @@ class Output(Section):
 
     save_best: bool = False
     save_images: Literal["all", "best", "none"] = "best"
+    # Where pictures are handed on is no part of a run, and another place on each machine.
+    artifacts: ArtifactsPlace | None = Field(None, exclude=True)
 
 
 class Config(Section):
@@ -238,7 +248,7 @@ class Config(Section):
     scorers: dict[str, Scorer] = Field(min_length=1)
     value: Value = Field(default_factory=lambda: Value.model_validate({}))
     guards: Guards = Field(default_factory=lambda: Guards.model_validate({}))
-    output: Output = Output()
+    output: Output = Field(default_factory=lambda: Output.model_validate({}))
     plugins: list[ConfigPath] = []
 
     def payload_files(self, folder: Path) -> list[Path]:

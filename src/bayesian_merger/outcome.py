@@ -62,12 +62,17 @@ def join(study: Study, folder: Path) -> None:
     mark = folder / _ELSEWHERE
     if not mark.is_file():
         _write(mark, f"{study.own(secrets.token_hex(8))}\n")
-    own = mark.read_text().strip()
+    own = mark_of(folder)
     if study.own(own) != own:
         raise ConfigError(
             f"{folder} belongs to another study than the storage's {folder.absolute().name!r}; choose "
             f"another --run-dir"
         )
+
+
+def mark_of(folder: Path) -> str:
+    """What tells the study of a folder that has joined it from others of its name."""
+    return (folder / _ELSEWHERE).read_text().strip()
 
 
 def has_study(folder: Path, storage: str | None = None) -> bool:
@@ -92,7 +97,7 @@ def _require_own(study: Study, folder: Path) -> None:
     is_new = not mark.is_file()
     if is_new:  # first, so that a killed process does not leave the study to nobody
         _write(mark, f"{secrets.token_hex(8)}\n")
-    own = mark.read_text().strip()
+    own = mark_of(folder)
     if study.own(own) != own:
         if is_new:
             mark.unlink()

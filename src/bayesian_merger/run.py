@@ -37,6 +37,7 @@ from bayesian_merger.errors import (
     TrialError,
     first_line,
 )
+from bayesian_merger.gathering import gathering
 from bayesian_merger.joining import Leading, helps, leads
 from bayesian_merger.judging import NEAR, Host, Observer, distance, judge, judge_and_follow
 from bayesian_merger.merge import Merger
@@ -91,6 +92,11 @@ def run(
     """
     if is_shared(setup.config.search.storage):
         return _together(setup, folder, observer, more, hire, report)
+    if setup.config.output.artifacts:
+        raise ConfigError(
+            "output.artifacts hands on the pictures of several machines, but search.storage names no "
+            "server by which they could work together; leave it out"
+        )
     with locked(folder):
         return _lead(setup, folder, observer, more, hire, report)
 
@@ -124,6 +130,7 @@ def _together(
         study.waits(observer.noted)
         study.require_same(as_begun(setup, study).identity)
         join(study, folder)
+        gathering(setup, folder)  # which tells if its place cannot be had
         seats = study.seats()
         while True:
             seat = leads(seats)
@@ -248,6 +255,7 @@ def _lead(
 
 def _shown(study: Study, setup: Setup, folder: Path, observer: Observer, report: bool) -> Outcome:
     """The outcome of a run that is over, once the files are written that people read."""
+    _gather(study, setup, folder, observer, is_over=True)
     outcome = read_outcome(folder, study)
     write_outcome(outcome, folder, setup.merger.references())
     if report:
@@ -262,6 +270,27 @@ def _keep_copy(study: Study, observer: Observer) -> None:
         study.keep_copy()
     except OSError as error:  # a full disk
         observer.noted(f"no copy of the study could be kept ({error})")
+
+
+def _gather(
+    study: Study, setup: Setup, folder: Path, observer: Observer, *, is_over: bool = False
+) -> None:
+    """Bring the pictures of other machines into the folder, as far as pictures are kept."""
+    compared: list[Stage] = ["baseline", "heldout"]
+    results = [result for stage in compared for result in study.judged(stage)]
+    if place_of(setup, folder, is_compared=False):
+        results += [*study.searched(), *study.judged("select")]
+    if not place_of(setup, folder, is_compared=True):
+        return
+    try:
+        if pictures := gathering(setup, folder):
+            n_missing = pictures.fetch(results, setup)
+            if n_missing and is_over:
+                observer.noted(
+                    f"{n_missing} pictures are missing, whose machines did not send them"
+                )
+    except (ConfigError, OSError) as error:
+        observer.noted(f"the pictures of other machines could not be fetched ({error})")
 
 
 @contextmanager
@@ -463,6 +492,7 @@ def _search(
             observer.noted(f"{study.given_up}, so the search goes on by the scores alone")
         if time.monotonic() > due:
             start = time.monotonic()
+            _gather(study, setup, folder, observer)
             with _noted(observer):
                 outcome = read_outcome(folder, study)
                 write_outcome(outcome, folder, models)

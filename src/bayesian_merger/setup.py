@@ -106,6 +106,13 @@ class Setup:
         """An image of the panel, or from FRESH on one beside it."""
         return self.fresh(item - FRESH) if item >= FRESH else self.panel[item]
 
+    def judged_on(self, stage: str, item: int) -> Prompt:
+        """An image of the panel of a stage."""
+        panels = {"select": self.select_panel, "heldout": self.heldout_panel}
+        if panel := panels.get(stage):
+            return next(prompt for prompt in panel if prompt.index == item)
+        return self.prompt(item)
+
     def recipe(self, params: Params) -> Recipe:
         """The recipe that the parameters of the search give."""
         method = params.get(METHOD, self.config.merge.method)

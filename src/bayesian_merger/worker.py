@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from bayesian_merger.data import Prompt
 from bayesian_merger.errors import CheckpointError, RunError, TakenError, TrialError, first_line
+from bayesian_merger.gathering import gathering
 from bayesian_merger.judging import Silence, judge, judge_and_follow
 from bayesian_merger.outcome import open_study, yardstick_of
 from bayesian_merger.run import as_begun, place_of, take
@@ -38,6 +40,7 @@ def work(setup: Setup, folder: Path, name: str, is_over: Callable[[], bool]) -> 
         study.require_same(setup.identity)
         board = study.board()
     take(setup.backend)
+    pictures = gathering(setup, folder)
     pause = _POLL_S
     while not is_over():
         with storage_errors():
@@ -47,12 +50,12 @@ def work(setup: Setup, folder: Path, name: str, is_over: Callable[[], bool]) -> 
             pause = min(1.5 * pause, _IDLE_S)
         else:
             pause = _POLL_S
-            _do(task, setup, study, folder, is_over)
+            notes = _Notes(is_over, partial(pictures.send, task) if pictures else None)
+            _do(task, setup, study, folder, notes)
 
 
-def _do(task: Task, setup: Setup, study: Study, folder: Path, is_over: Callable[[], bool]) -> None:
+def _do(task: Task, setup: Setup, study: Study, folder: Path, notes: _Notes) -> None:
     """Judge one task, or as much of it as there is time for, and record what became of it."""
-    notes = _Notes(is_over)
     try:
         with storage_errors(), pulse(task.beat):
             try:
@@ -103,13 +106,22 @@ class _LeaveError(Exception):
 
 
 class _Notes(Silence):
-    """Keeps what the user should know of a task; after an image it may be time to leave."""
+    """Keeps what the user should know of a task; after an image it may be time to leave.
 
-    def __init__(self, is_over: Callable[[], bool]) -> None:
+    Its picture is sent first, where that is wanted.
+    """
+
+    def __init__(self, is_over: Callable[[], bool], send: Callable[[], None] | None) -> None:
         self.texts: list[str] = []
-        self._is_over = is_over
+        self._is_over, self._send = is_over, send
 
     def judged(self, images: int, made: bool) -> None:
+        try:
+            if self._send:
+                self._send()
+        except OSError as error:
+            self.texts.append(f"pictures could not be put to output.artifacts ({error})")
+            self._send = None  # until the next task
         if self._is_over():
             raise _LeaveError
 
