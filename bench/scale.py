@@ -50,13 +50,14 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", type=int, default=[100, 200])
     parser.add_argument("--families", nargs="+", default=["smooth26", "corner26"])
     parser.add_argument("--instances", type=int, default=6)
+    parser.add_argument("--image-s", type=float, default=2.0, help="of throughput: an image takes")
     parser.add_argument("--storage", metavar="URL", help="of asks; without it an SQLite file")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
     if options.what == "regret":
         print_regrets(options)
     elif options.what == "throughput":
-        print_throughput(options.workers)
+        print_throughput(options.workers, options.image_s)
     else:
         for n in options.workers:
             print_asks(n, options.storage)
@@ -127,7 +128,7 @@ def print_regrets(options: argparse.Namespace) -> None:
                 )
 
 
-def write_toy(folder: Path, **search: object) -> Path:
+def write_toy(folder: Path, image_s: float = 0.5, **search: object) -> Path:
     """The configuration of a run of the tests' toy models, whose images sleep."""
     toy_plugin.write_model(folder / "zero.safetensors", 0.0)
     toy_plugin.write_model(folder / "one.safetensors", 1.0)
@@ -149,7 +150,7 @@ def write_toy(folder: Path, **search: object) -> Path:
         candidates = 2
         [backend]
         name = "stripes"
-        delay_s = 0.5
+        delay_s = {image_s}
         batch = 1
         [scorers.likeness]
         [output]
@@ -161,11 +162,11 @@ def write_toy(folder: Path, **search: object) -> Path:
     return path
 
 
-def print_throughput(workers: Sequence[int]) -> None:
+def print_throughput(workers: Sequence[int], image_s: float) -> None:
     rates = {}
     for n in workers:
         with tempfile.TemporaryDirectory() as name:
-            path = write_toy(Path(name), images=120, optimiser="bayes")
+            path = write_toy(Path(name), image_s, images=120, optimiser="bayes")
             command = [
                 sys.executable,
                 "-m",
@@ -193,7 +194,7 @@ def print_throughput(workers: Sequence[int]) -> None:
             seconds = ended[-1][0] - ended[0][0]
             rates[n] = (len(ended) - 1) / seconds
             print(
-                f"{n} workers: {rates[n]:.2f} trials a second of the search, "
+                f"{n} workers, images of {image_s:g} s: {rates[n]:.2f} trials a second of the search, "
                 f"{rates[n] / rates[workers[0]]:.2f} times that of {workers[0]}; {whole:.0f} s in all"
             )
 

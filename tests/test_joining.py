@@ -173,7 +173,24 @@ def test_leader_that_was_asleep_finds_another_and_helps(
         require_whole(folder, server, into)
 
 
-def test_database_that_is_away_is_waited_for(folder: Path) -> None:
+def test_database_that_is_away_is_waited_for(tmp_path: Path) -> None:
+    with postgres.Postgres() as own:
+        study = Study(storage_at(own.url), "run")
+        said: list[str] = []
+        study.waits(said.append)
+        study.begin({"search": {"seed": 1}}, {"told": "before"})
+        own.stop()
+        back = threading.Timer(4.5, own.start)
+        back.start()
+        study.begin({"search": {"seed": 1}}, {"told": "after"})
+        back.join()
+        assert study.about == {"told": "after"}
+        assert ["does not answer" in said[0], "answers again" in said[1]] == [True, True]
+        study.close()
+
+
+@pytest.mark.slow
+def test_run_goes_on_when_its_database_was_away(folder: Path) -> None:
     with postgres.Postgres() as own:
         processes = leader_and_helper(folder, own)
         own.stop()
