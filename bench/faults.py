@@ -1,0 +1,240 @@
+"""Whether runs survive a night: python bench/faults.py [--hours 8] [--every 90] [--workers 2]
+
+Runs of the embedded example, one after another, each by several workers and in a folder of its own.
+Every now and then something happens to one: a worker or the whole run is killed, told to end, put to
+sleep, or its study is damaged on the disk; where it has ended, the same command is given again. When a
+run is over its study is audited: every image was scored, once, and counts once, and nothing failed. Ends
+with what happened how often, and how the memory of the processes grew that lived longest. For Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from bayesian_merger import demo
+from bayesian_merger.outcome import open_study, read_outcome
+from bayesian_merger.study import Stage
+
+CONFIG = Path(demo.__file__).parent / "config.toml"
+LOOK_S = 5.0
+# What a process takes at first is no growth.
+YOUNG_S = 120.0
+# SIGTERM is to be heeded within that.
+PATIENCE_S = 10.0
+
+
+class Night:
+    """One run at a time, and what happens to it."""
+
+    def __init__(self, folder: Path, workers: int, chance: random.Random) -> None:
+        self.folder, self.workers, self.chance = folder, workers, chance
+        self.happened: Counter[str] = Counter()
+        self.faults: list[str] = []
+        # Of each process the seconds that it has lived, and its MiB then.
+        self.memory: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._begun: dict[int, float] = {}
+
+    def start(self, turn: int) -> None:
+        """The run's command, for the first time or once more."""
+        told = [f"search.seed={turn}", "search.images=240", "heldout.images=32"]
+        with (self.folder / "said.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "bayesian_merger", "run", str(CONFIG)),
+                    *("--run-dir", str(self.folder / "run"), "--workers", str(self.workers)),
+                    *(part for one in told for part in ("--set", one)),
+                ],
+                stdout=log,
+                stderr=log,
+            )
+
+    @property
+    def run(self) -> int:
+        """The process that leads."""
+        assert self._process
+        return self._process.pid
+
+    def ended(self) -> int | None:
+        """The exit code of the run, once it has ended."""
+        assert self._process
+        return self._process.poll()
+
+    def hired(self) -> list[int]:
+        """The processes of its workers."""
+        with contextlib.suppress(OSError):
+            told = Path(f"/proc/{self.run}/task/{self.run}/children").read_text()
+            return [int(number) for number in told.split()]
+        return []
+
+    def look(self) -> None:
+        """Note the memory of each process."""
+        kinds = {self.run: "run", **dict.fromkeys(self.hired(), "worker")}
+        now = time.monotonic()
+        for number, kind in kinds.items():
+            with contextlib.suppress(OSError, IndexError):
+                told = Path(f"/proc/{number}/status").read_text()
+                held = int(told.partition("RssAnon:")[2].split()[0]) / 1024
+                age = now - self._begun.setdefault(number, now)
+                self.memory.setdefault((kind, number), []).append((age, held))
+
+    def happen(self) -> None:
+        """One of the things that happen at night."""
+        of_workers = [self.kill_worker, self.kill_worker, self.sleep_worker]
+        of_runs = [self.kill_run, self.end_run, self.sleep_all, self.damage]
+        what: Callable[[], None] = self.chance.choice([*of_workers, *of_runs])
+        self.happened[what.__name__] += 1
+        what()
+
+    def kill_worker(self) -> None:
+        if hired := self.hired():
+            signalled(self.chance.choice(hired), signal.SIGKILL)
+
+    def sleep_worker(self) -> None:
+        if hired := self.hired():
+            asleep([self.chance.choice(hired)], self.chance.uniform(5, 80))
+
+    def kill_run(self) -> None:
+        signalled(self.run, signal.SIGKILL)
+        self._wait()
+
+    def end_run(self) -> None:
+        begun = time.monotonic()
+        signalled(self.run, signal.SIGTERM)
+        code = self._wait()
+        if time.monotonic() - begun > PATIENCE_S or code not in (130, 0):
+            self.faults.append(f"SIGTERM: code {code} after {time.monotonic() - begun:.0f} s")
+
+    def sleep_all(self) -> None:
+        asleep([self.run, *self.hired()], self.chance.uniform(5, 60))
+
+    def damage(self) -> None:
+        self.kill_run()
+        file = self.folder / "run" / "study.db"
+        # Before the first copy a damaged study is the user's to move away.
+        if file.with_name("study.db.bak").is_file():
+            data = bytearray(file.read_bytes())
+            at = self.chance.randrange(4096, len(data) - 4096)
+            data[at : at + 4096] = self.chance.randbytes(4096)
+            file.write_bytes(data)
+
+    def _wait(self) -> int:
+        assert self._process
+        return self._process.wait(120)
+
+    def audit(self) -> None:
+        """Whether every image was scored, once, and counts once; what is wrong is a fault."""
+        run_dir = self.folder / "run"
+        with contextlib.closing(open_study(run_dir)) as study:
+            outcome = read_outcome(run_dir, study)
+            stages: tuple[Stage, ...] = ("baseline", "select", "heldout")
+            results = [*study.searched(), *(r for s in stages for r in study.judged(s))]
+            times = Counter(
+                (task.of, index)
+                for _, task in study.board().some(range(10**9))
+                for index in task.scores
+            )
+        twice = {key: n for key, n in times.items() if n > 1}
+        lacking = [
+            f"{r.stage} {r.name}: {r.state} {r.reason}" for r in results if r.state != "complete"
+        ]
+        spent = sum(len(r.scores) for r in results if r.stage in ("explore", "exploit"))
+        for wrong, what in (
+            (not outcome.finished, "the run is not finished"),
+            (twice, f"images scored twice: {twice}"),
+            (lacking, f"trials without a value: {lacking}"),
+            (len(times) != outcome.images, f"{len(times)} scored, but {outcome.images} count"),
+            (spent != 240, f"the search has spent {spent} images of 240"),
+        ):
+            if wrong:
+                self.faults.append(what)
+        print(f"audited: {outcome.images} images, {len(results)} trials", flush=True)
+
+
+def signalled(number: int, what: signal.Signals) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(number, what)
+
+
+def asleep(numbers: list[int], seconds: float) -> None:
+    """Let processes sleep for so long."""
+    for number in numbers:
+        signalled(number, signal.SIGSTOP)
+    time.sleep(seconds)
+    for number in numbers:
+        signalled(number, signal.SIGCONT)
+
+
+def print_memory(night: Night) -> None:
+    for kind in ("run", "worker"):
+        lives = [told for (of, _), told in night.memory.items() if of == kind]
+        told = [one for one in max(lives, key=lambda told: told[-1][0]) if one[0] > YOUNG_S]
+        if not told:
+            print(f"{kind}: none lived for more than {YOUNG_S:.0f} s")
+            continue
+        (young, first), (old, last) = told[0], told[-1]
+        print(
+            f"{kind}: {first:.0f} MiB after {young / 60:.0f} min, {last:.0f} MiB after "
+            f"{old / 60:.0f} min ({last / first - 1:+.1%})"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--hours", type=float, default=8.0)
+    parser.add_argument(
+        "--every", type=float, default=90.0, help="seconds between faults, on average"
+    )
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    end = time.monotonic() + 3600 * options.hours
+    n_runs, n_starts = 0, 0
+    faults: list[str] = []
+    with tempfile.TemporaryDirectory() as place:
+        night = Night(Path(place), options.workers, chance)
+        while time.monotonic() < end:
+            night.folder = Path(place) / str(n_runs)
+            night.folder.mkdir()
+            code: int | None = None
+            while code != 0 and not night.faults:
+                night.start(n_runs)
+                n_starts += 1
+                due = time.monotonic() + chance.expovariate(1 / options.every)
+                while (code := night.ended()) is None:
+                    night.look()
+                    if time.monotonic() > due:
+                        night.happen()
+                        due = time.monotonic() + chance.expovariate(1 / options.every)
+                    time.sleep(LOOK_S)
+                if code not in (0, 130, -signal.SIGKILL):
+                    said = (night.folder / "said.log").read_text(errors="replace")
+                    night.faults.append(f"exit code {code}: {said.strip().splitlines()[-1]}")
+            if not night.faults:
+                night.audit()
+            faults += [f"run {n_runs}: {fault}" for fault in night.faults]
+            print(*night.faults, sep="\n", end="\n" if night.faults else "", flush=True)
+            night.faults.clear()
+            n_runs += 1
+    told = ", ".join(f"{name} {n}" for name, n in sorted(night.happened.items()))
+    print(f"{n_runs} runs, {n_starts} starts; {told}")
+    print_memory(night)
+    print(f"{len(faults)} faults", *faults, sep="\n")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
