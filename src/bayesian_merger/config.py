@@ -236,6 +236,12 @@ class Output(Section):
     artifacts: ArtifactsPlace | None = Field(None, exclude=True)
 
 
+class Workers(Section):
+    """[workers]: where the processes are that judge images."""
+
+    launch: Literal["here", "ray"] = "here"
+
+
 class Config(Section):
     """The whole file."""
 
@@ -249,6 +255,8 @@ class Config(Section):
     value: Value = Field(default_factory=lambda: Value.model_validate({}))
     guards: Guards = Field(default_factory=lambda: Guards.model_validate({}))
     output: Output = Field(default_factory=lambda: Output.model_validate({}))
+    # Where a run is worked on is no part of it.
+    workers: Workers = Field(Workers(), exclude=True)
     plugins: list[ConfigPath] = []
 
     def payload_files(self, folder: Path) -> list[Path]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from bayesian_merger import config
 from bayesian_merger.data import Prompt
 from bayesian_merger.errors import CheckpointError, RunError, TakenError, TrialError, first_line
 from bayesian_merger.gathering import gathering
 from bayesian_merger.judging import Silence, judge, judge_and_follow
 from bayesian_merger.outcome import open_study, yardstick_of
 from bayesian_merger.run import as_begun, place_of, take
-from bayesian_merger.setup import Setup
+from bayesian_merger.setup import Setup, prepare
 from bayesian_merger.study import Stage, Study
 from bayesian_merger.study.board import Task
 from bayesian_merger.study.seats import pulse
@@ -22,6 +25,14 @@ from bayesian_merger.values import Yardstick
 
 # How often it looks for work, and at least how often where there has been none for a while.
 _POLL_S, _IDLE_S = 0.05, 1.0
+
+
+def work_as_told(told: Mapping[str, Any], name: str, is_over: Callable[[], bool]) -> None:
+    """`work` for the run of the configuration that is told, opened anew as that run has opened it."""
+    path = Path(told["config"])
+    ready = prepare(config.load(path, told["overrides"]), path.parent, told["title"])
+    with closing(ready.backend):
+        work(ready, Path(told["run_dir"]), name, is_over)
 
 
 def work(setup: Setup, folder: Path, name: str, is_over: Callable[[], bool]) -> None:

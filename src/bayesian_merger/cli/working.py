@@ -8,18 +8,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
-from bayesian_merger import config, worker
-from bayesian_merger.crew import LEAVE_S, Pool, places
+from bayesian_merger import cluster
+from bayesian_merger.cli.screen import err
+from bayesian_merger.crew import LEAVE_S, Hands, Pool, places
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.scorers import Attended
-from bayesian_merger.setup import Setup, prepare
+from bayesian_merger.setup import Setup
 from bayesian_merger.study.storage import is_shared
+from bayesian_merger.worker import work_as_told
 
 # By "-m" modules would be looked for in the current folder first, which may be a stranger's.
 _WORK = """
@@ -32,12 +34,20 @@ main()
 
 def hiring(
     wanted: int | None, path: Path, overrides: Sequence[str], setup: Setup, run_dir: Path
-) -> Callable[[], Pool] | None:
+) -> Callable[[], Hands] | None:
     """What starts the workers of a run of the configuration at `path`; None if this process judges.
 
-    None `wanted` is one for each GPU that is to be seen. A run whose storage is on a server has at least
-    one, as other machines may lead it. ConfigError if there cannot be so many.
+    None `wanted` is one for each GPU that is to be seen, or that a cluster has. A run whose storage is
+    on a server has at least one, as other machines may lead it. ConfigError if there cannot be so many.
     """
+    told = {
+        "config": str(path.absolute()),
+        "overrides": list(overrides),
+        "title": setup.title,
+        "run_dir": str(run_dir.absolute()),
+    }
+    if setup.config.workers.launch == "ray":
+        return _hiring_on_ray(wanted, told, setup)
     device = setup.config.backend.options.get("device", "auto")
     gpus = _gpus() if device in ("auto", "cuda") else []
     fault = _fault(setup)
@@ -50,17 +60,27 @@ def hiring(
         raise ConfigError(
             f"{n} workers: there are {len(gpus)} GPUs to be seen, and a worker needs one for itself"
         )
-    told = json.dumps(
-        {
-            "config": str(path.absolute()),
-            "overrides": list(overrides),
-            "title": setup.title,
-            "run_dir": str(run_dir.absolute()),
-        }
-    )
     command = [sys.executable, "-c", _WORK, "work"]
     where = places(n, gpus, os.cpu_count() or 1)
-    return lambda: Pool(command, told.encode(), where, run_dir / "workers")
+    return lambda: Pool(command, json.dumps(told).encode(), where, run_dir / "workers")
+
+
+def _hiring_on_ray(
+    wanted: int | None, told: dict[str, Any], setup: Setup
+) -> Callable[[], cluster.Actors]:
+    """`hiring` of workers on a Ray cluster, which this process joins."""
+    if fault := _fault(setup):
+        raise ConfigError(f"workers.launch = 'ray': {fault}; leave that out")
+    shared = is_shared(setup.config.search.storage)
+    on_cpu = setup.config.backend.options.get("device") == "cpu"
+    found = cluster.places(wanted, on_cpu=on_cpu, is_shared=shared)
+    if found.n_free < found.n:
+        err.print(
+            f"note: the Ray cluster has {found.n_free} free {found.kind}s for {found.n} workers; the "
+            f"others begin when it has more",
+            soft_wrap=True,
+        )
+    return lambda: cluster.Actors(told, found, is_shared=shared)
 
 
 def _fault(setup: Setup) -> str:
@@ -91,10 +111,7 @@ def work_command(name: str) -> None:
     told = json.loads(sys.stdin.readline())
     is_over = threading.Event()
     threading.Thread(target=_listen, args=(is_over,), daemon=True).start()
-    path = Path(told["config"])
-    ready = prepare(config.load(path, told["overrides"]), path.parent, told["title"])
-    with closing(ready.backend):
-        worker.work(ready, Path(told["run_dir"]), name, is_over.is_set)
+    work_as_told(told, name, is_over.is_set)
 
 
 def _listen(is_over: threading.Event) -> None:
