@@ -356,7 +356,7 @@ none:
 
 @pytest.mark.parametrize(
     "value",
-    ["!!timestamp 2023-04-18", "!!binary aGk=", "!!set {a}", ".inf", '"\\ud800"'],
+    ["!!timestamp 2023-04-18", "!!binary aGk=", "!!set {a}", ".inf"],
 )
 @pytest.mark.parametrize("file", ["payloads/cargo.yaml", "config.yaml"])
 def test_value_that_is_none_of_json_is_refused_with_its_place(

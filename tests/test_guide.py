@@ -71,12 +71,6 @@ def test_mistake_in_a_guide_is_told_with_its_place(tmp_path: Path, text: str, sa
     assert said in line
 
 
-def test_guide_whose_aliases_stand_for_billions_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "guide.yaml").write_text("groups:\n- &a [x, x]\n- &b [*a, *a]\n- [*b, *b]\n")
-    with pytest.raises(ConfigError, match=r"the alias \*a; write out what it means"):
-        read(tmp_path / "guide.yaml")
-
-
 def test_missing_guide_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         read(tmp_path / "guide.yaml")

@@ -18,7 +18,7 @@ from bayesian_merger.cli import COMMANDS, commands
 PACKAGE = Path(bayesian_merger.__file__).parent
 PLUGINS = ("methods", "backends", "scorers")
 LAYERS = (
-    ("data", "errors", "choices", "guard", "toml", "yml", "demo"),
+    ("data", "errors", "choices", "guard", "toml", "demo"),
     (
         "checkpoint",
         "devices",
@@ -33,6 +33,7 @@ LAYERS = (
         "registry",
         "server",
         "workflow",
+        "yml",
     ),
     ("album", "desk", "handover", "hub", "pairs", "slopes", "stock", "towers"),
     ("delivery", "page"),

@@ -401,13 +401,6 @@ def test_pipe_is_not_waited_for(tmp_path: Path) -> None:
         read_wildcards(tmp_path)
 
 
-def test_yaml_whose_aliases_stand_for_billions_is_refused(tmp_path: Path) -> None:
-    lines = ["prompt: x", "a0: &a0 [x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
-    (line,) = mistakes(tmp_path, a__yaml="\n".join(lines))
-    assert "the alias *a0; write out what it means" in line
-
-
 # The panel
 
 

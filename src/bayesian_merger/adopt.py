@@ -232,22 +232,13 @@ def _says(given: Mapping[str, Any], key: str) -> bool:
     return str(given.get(key)).strip().casefold() not in _OFF
 
 
-class _Loader(yml.Loader):
-    """YAML as Hydra reads it: what looks like a date is a text."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, looks) for tag, looks in known if not tag.endswith(":timestamp")]
-        for first, known in yml.Loader.yaml_implicit_resolvers.items()
-    }
-
-
 def _yaml(path: Path) -> dict[str, Any]:
     """A file's table, keys and values; ConfigError if it is none."""
     try:
-        found = yml.loads(path.read_text(encoding="utf-8-sig"), _Loader)
+        found = yml.loads(path.read_text(encoding="utf-8-sig"), dates=False)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError, yml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: no table of settings")

@@ -60,7 +60,7 @@ def read(path: Path) -> Guide:
         data = yml.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{where}: no such file") from None
-    except (OSError, ValueError, RecursionError, yml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{where}: not valid YAML: {one_line(error)}") from error
     if not isinstance(data, dict | None):
         raise ConfigError(f"{where}: no table of frozen_params, custom_ranges, groups")
