@@ -432,3 +432,10 @@ def test_command_refuses_what_is_neither_settings_nor_a_log(
         assert (code, err.count("\n")) == (2, 1)
         assert f"{there / name}: {said}" in err
     assert not (there / "x.toml").exists()
+
+
+def test_line_that_is_no_setting_is_told_in_short(tmp_path: Path) -> None:
+    (tmp_path / "config.ini").write_text(f"{'x' * 5000}\n")
+    with pytest.raises(ConfigError, match="no section headers") as caught:
+        adopt.adopted(tmp_path / "config.ini")
+    assert len(str(caught.value)) < len(str(tmp_path)) + 350

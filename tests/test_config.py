@@ -317,6 +317,8 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 def test_long_value_is_shown_in_short(tmp_path: Path) -> None:
     (only,) = mistakes(tmp_path, SMALLEST + f"[search]\nseed = '{'x' * 500}'\n")
     assert len(only) < 250
+    (only,) = mistakes(tmp_path, SMALLEST + f"[search]\nseed = 0x{'f' * 9000}\n")
+    assert only.endswith("(found a number too long to tell)")
 
 
 def test_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:

@@ -84,6 +84,11 @@ def test_images_of_a_run_tell_their_prompt(tmp_path: Path) -> None:
         assert image.info["parameters"].endswith(", Size: 512x512, Recipe: 0123456789abcdef")
 
 
+def test_seed_of_more_digits_than_python_reads_is_none() -> None:
+    told = infotext.read({"parameters": f"a cat\nSteps: 2, Seed: {'9' * 5000}, Size: 8x8"})
+    assert told == ("a cat", "", None)
+
+
 def test_workflow_with_many_ways_to_nowhere_is_read_at_once() -> None:
     graph: dict[str, object] = {
         str(i): {"inputs": {"one": [str(i + 1), 0], "other": [str(i + 1), 1]}} for i in range(45)

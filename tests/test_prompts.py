@@ -247,6 +247,18 @@ def test_mistake_in_the_defaults_is_told_once_with_its_place(tmp_path: Path) -> 
     ]
 
 
+def test_value_that_cannot_be_written_out_is_told_in_short(tmp_path: Path) -> None:
+    huge = f"0x{'f' * 9000}"
+    found = mistakes(
+        tmp_path,
+        a__toml=f'prompt = "x"\nwidth = {huge}\nnumber = {huge}\n',
+        b__yaml=f"prompt: {{{', '.join(f'key {i}: {i}' for i in range(500))}}}",
+        c__yaml='prompt: "half a pair, \\ud800"',
+    )
+    assert len(found) == 4
+    assert all(len(line) < len(str(tmp_path)) + 200 for line in found)
+
+
 def test_two_payloads_of_one_name_are_a_mistake(tmp_path: Path) -> None:
     found = mistakes(tmp_path, lake__toml='prompt = "x"', lake__yaml="prompt: x")
     assert found == ["two payloads are called 'lake'; rename one"]

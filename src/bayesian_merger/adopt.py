@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bayesian_merger import methods, prompts, yml
-from bayesian_merger.errors import ConfigError, one_line
+from bayesian_merger.errors import ConfigError, one_line, shown
 from bayesian_merger.scorers import scorer
 
 SUFFIXES = (".yaml", ".yml", ".ini")
@@ -26,6 +26,7 @@ _NO_SCORER = """\
 # A scorer belongs here ({}). Take the # away and put a name for NAME: {},
 # or that of your own, which `plugins` brings. bayesian-merger list scorers tells what they look for.
 # [scorers.NAME]"""
+_LONGEST = 300  # characters of what another library says, which may quote the file
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _OFF = ("", "0", "no", "off", "false", "none")
 _OPTIMISERS = {"bayes": "bayes", "tpe": "tpe", "atpe": "tpe"}
@@ -247,7 +248,7 @@ def _yaml(path: Path) -> dict[str, Any]:
             json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError):
             raise ConfigError(
-                f"{path}: {key} is {value!r}, which is not of texts, numbers, lists and tables"
+                f"{path}: {key} is {shown(value)}, which is not of texts, numbers, lists and tables"
             ) from None
     return {str(key): value for key, value in found.items()}
 
@@ -259,7 +260,7 @@ def _ini(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, ValueError, configparser.Error) as error:
-        raise ConfigError(f"{path}: not valid: {one_line(error)}") from error
+        raise ConfigError(f"{path}: not valid: {one_line(error)[:_LONGEST]}") from error
     if not parser.has_section("options"):
         raise ConfigError(f"{path}: no section [options]")
     return dict(parser["options"])
@@ -323,7 +324,7 @@ def _count(path: Path, given: Mapping[str, Any], key: str, usual: int) -> int:
     except (TypeError, ValueError):
         found = -1
     if found < 0:
-        raise ConfigError(f"{path}: {key} is {given.get(key)!r}, no count")
+        raise ConfigError(f"{path}: {key} is {shown(given.get(key))}, no count")
     return found
 
 

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from bayesian_merger import toml
-from bayesian_merger.errors import ConfigError
+from bayesian_merger.errors import ConfigError, shown
 from bayesian_merger.registry import nearest
 
 _WINDOWS_HINT = "write Windows paths with / or in 'single quotes'"
@@ -341,7 +341,7 @@ def _mistakes(name: str, error: ValidationError) -> Iterator[str]:
         else:
             said = detail["msg"].removeprefix("Value error, ")
             # A password is looked for nowhere but in the storage's address.
-            found = "" if key == "search.storage" else f" (found {_shown(detail['input'])})"
+            found = "" if key == "search.storage" else f" (found {shown(detail['input'])})"
             yield f"{name}: {key}: {said}{found}"
 
 
@@ -355,11 +355,6 @@ def _known_keys(place: Sequence[str]) -> list[str]:
             (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), Config
         )
     return list(section.model_fields)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def as_plain(config: Config) -> Mapping[str, Any]:

@@ -10,6 +10,8 @@ MergerError
     └── NothingChangedError    different weights made the same images; the run stops as well
 """
 
+import reprlib
+
 
 class MergerError(Exception):
     """Any error of this program; its message is one line that a user can act on."""
@@ -45,6 +47,24 @@ class GradientError(TrialError):
 
 class NothingChangedError(TrialError):
     """Different weights made the very same images: the merge does not reach the back end."""
+
+
+class _Short(reprlib.Repr):
+    """Values in short."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out what has some thousand digits.
+        return super().repr_int(x, level) if x.bit_length() < 1000 else "a number too long to tell"
+
+
+_short = _Short()
+_short.maxstring = _short.maxother = 60
+
+
+def shown(value: object) -> str:
+    """A value as a message tells it: 60 characters of it at most."""
+    text = _short.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def one_line(error: BaseException) -> str:

@@ -60,7 +60,7 @@ def _of_webui(text: str) -> Told:
     settings = re.search(r"\n(Steps: \d+, .*)$", f"\n{text}", re.DOTALL)
     prompts = f"\n{text}"[: settings.start()] if settings else text
     prompt, _, negative = prompts.partition("\nNegative prompt:")
-    seed = re.search(r"\bSeed: (\d+)", settings[1]) if settings else None
+    seed = re.search(r"\bSeed: (\d{1,20})\b", settings[1]) if settings else None
     return Told(prompt.strip(), negative.strip(), int(seed[1]) if seed else None)
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bayesian_merger import toml, yml
 from bayesian_merger.data import Prompt
-from bayesian_merger.errors import ConfigError, one_line
+from bayesian_merger.errors import ConfigError, one_line, shown
 from bayesian_merger.registry import nearest
 
 _WILDCARD = re.compile(r"__(?!\s)([^\n]+?)(?<!\s)__")
@@ -234,7 +234,7 @@ def _mistakes(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for detail in error.errors():
             place = ".".join(str(part) for part in detail["loc"])
             field = str(detail["loc"][0])
-            yield field, f"{place}: {detail['msg']} (found {detail['input']!r})"
+            yield field, f"{place}: {detail['msg']} (found {shown(detail['input'])})"
     for name in (n for n in table if isinstance(n, str) and n not in _Fields.model_fields):
         meant = nearest(name, _Fields.model_fields, cutoff=0.85)
         if meant and not name.startswith("hr_"):  # fields of webuis: hr_scheduler
@@ -242,7 +242,7 @@ def _mistakes(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         try:
             json.dumps(table[name], allow_nan=False)
         except (TypeError, ValueError):
-            yield name, f"field {name!r} is {table[name]!r}, not JSON"
+            yield name, f"field {shown(name)} is {shown(table[name])}, not JSON"
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from bayesian_merger.errors import ConfigError, MergerError, one_line
+from bayesian_merger.errors import ConfigError, MergerError, one_line, shown
 
 _HERE = Path()
 T = TypeVar("T", bound=Callable[..., Any])
@@ -205,7 +205,7 @@ def _mistake(where: str, detail: Any, known: list[str]) -> str:
         return f"{where}: unknown option {key!r}{nearest(key, known)} (known: {_listed(known)})"
     if detail["type"] == "missing":
         return f"{where}: option {key!r} is missing"
-    return f"{where}: option {key!r}: {detail['msg']} (found {detail['input']!r})"
+    return f"{where}: option {key!r}: {detail['msg']} (found {shown(detail['input'])})"
 
 
 def _shown(value: object) -> str:
