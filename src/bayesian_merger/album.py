@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from PIL.Image import DecompressionBombError, Image
+from PIL.Image import Image
 from PIL.Image import open as open_image
 
 from bayesian_merger import infotext
 from bayesian_merger.checkpoint import whole_file
 from bayesian_merger.data import Result, Sample
+from bayesian_merger.pictures import pillow_errors
 
 _LONGEST = 60
 
@@ -53,9 +54,9 @@ def read(run: Path, result: Result, index: int) -> Image | None:
     if path is None:
         return None
     try:
-        with open_image(path, formats=["PNG"]) as file:
+        with pillow_errors(), open_image(path, formats=["PNG"]) as file:
             image = file.convert("RGB")
-    except (OSError, DecompressionBombError):
+    except OSError:
         return None
     return image if digest_of(image) == result.images[index] else None
 

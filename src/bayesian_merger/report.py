@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from bayesian_merger import pairs, plots
 from bayesian_merger.blocks import ARCHITECTURES, SD1
 from bayesian_merger.data import RIVALS, Estimate, Interval, Outcome, Prompt, Recipe
+from bayesian_merger.pictures import pillow_errors
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.values import Measure, mean_slopes
 
@@ -33,8 +34,6 @@ _MAX_SIDE = 1024
 _MAX_PIXELS = 24e6
 _MAX_BYTES = 13e6
 _REFRESH_S = 30
-# What Pillow raises for a picture that is none.
-_UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)
 # Of a picture on the contact sheet.
 _SHEET_SIDE, _SHEET_COLUMNS = 384, 8
 
@@ -253,13 +252,13 @@ def _picture(name: str, path: Path | None, side: int) -> _Picture | None:
         return None
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        with pillow_errors(), Image.open(io.BytesIO(data)) as image:
             image.load()
             if len(data) < _AS_IS_BYTES and image.format in ("PNG", "JPEG", "WEBP"):
                 return _Picture(name, _uri(data, image.format.lower()), *image.size)
             small = ImageOps.exif_transpose(image).convert("RGB")
             small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    except _UNREADABLE:
+    except OSError:
         # A report without one picture is worth more than none.
         return None
     buffer = io.BytesIO()
@@ -276,7 +275,8 @@ def sheet(outcome: Outcome) -> dict[str, list[Image.Image]]:
         row = {}
         for name, paths in kept.items():
             with (
-                suppress(*_UNREADABLE),
+                suppress(OSError),
+                pillow_errors(),
                 Image.open(paths[prompt.index]) as file,
             ):
                 row[_LABELS[name]] = file.convert("RGB")

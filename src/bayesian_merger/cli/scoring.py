@@ -21,10 +21,12 @@ from bayesian_merger.cli.screen import err, out, plain
 from bayesian_merger.data import Prompt, Sample
 from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
 from bayesian_merger.hub import CLIP_L14
+from bayesian_merger.pictures import pillow_errors
 from bayesian_merger.registry import import_file
 from bayesian_merger.scorers import Attended, Scorer, scorer
 
 _TYPES = (".png", ".jpg", ".jpeg", ".webp")
+_FORMATS = ("PNG", "JPEG", "WEBP")
 _AT_ONCE = 16
 
 _option = click.option(
@@ -232,11 +234,11 @@ def _prompts(
 def _opened(path: Path) -> Iterator[Image.Image]:
     """An image file, whose pixels are still to be read; ConfigError if it is none."""
     try:
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as file:
+        with pillow_errors(), Image.open(path, formats=_FORMATS) as file:
             yield file
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except OSError as error:
         raise ConfigError(f"{path}: not an image that can be read ({one_line(error)})") from error
 
 
@@ -361,7 +363,7 @@ def _answers(judge: Scorer, asked: Sequence[dict[str, Any]]) -> Iterator[dict[st
     samples: list[Sample] = []
     for one in asked:
         try:
-            with Image.open(one["image"], formats=["PNG", "JPEG", "WEBP"]) as file:
+            with pillow_errors(), Image.open(one["image"], formats=_FORMATS) as file:
                 image = file.convert("RGB")
             texts = {
                 key: str(one.get(key, "")) for key in ("payload", "prompt", "negative_prompt")
