@@ -93,6 +93,19 @@ def test_interrupted_trial_comes_back_with_its_scores(path: Path) -> None:
     assert again.result().seconds == {"generate": 3.0}
 
 
+def test_trial_goes_on_whose_process_was_killed_as_it_ended_it(path: Path) -> None:
+    trial = ask(path)
+    cut = optuna.load_study(storage=url_of(path), study_name="search")
+    cut.tell = lambda *_, **__: None  # is not reached any more
+    Trial(cut, cut.trials[trial.number]).fail("out of memory")
+    Trial(cut, cut.trials[trial.number]).complete(Estimate(1.0, 0.1, 2))
+    (result,) = Study(path).searched()
+    assert (result.state, result.value, result.reason) == ("running", None, "")
+    ask(path).complete(Estimate(2.0, 0.1, 2))
+    (result,) = Study(path).searched()
+    assert (result.state, result.value, result.reason) == ("complete", Estimate(2.0, 0.1, 2), "")
+
+
 def test_score_that_stands_is_not_replaced(path: Path) -> None:
     trial = ask(path)
     trial.record(0, {"taste": 1.5}, "aaaa")

@@ -152,19 +152,21 @@ def result_of(frozen: FrozenTrial) -> Result:
     measured = {
         int(key[len(SCORE) :]): found for key, found in attrs.items() if key.startswith(SCORE)
     }
-    value = attrs.get("value")
+    # A process that is killed as it ends a trial leaves what it was to end with; the trial goes on.
+    state = _STATES[frozen.state]
+    value = attrs.get("value") if state == "complete" else None
     return Result(
         stage=attrs["stage"],
         name=attrs["name"],
         number=frozen.number,
-        state=_STATES[frozen.state],
+        state=state,
         recipe=Recipe.from_dict(attrs["recipe"]),
         scores={i: found["scores"] for i, found in sorted(measured.items())},
         images={i: found["image"] for i, found in sorted(measured.items())},
         slopes=slopes_of(frozen),
         prompts={i: Prompt.from_dict(f["prompt"]) for i, f in measured.items() if f.get("prompt")},
         value=Estimate(**value) if value else None,
-        reason=attrs.get("reason", ""),
+        reason=attrs.get("reason", "") if state == "failed" else "",
         seconds=attrs.get("seconds", {}),
     )
 
