@@ -240,8 +240,11 @@ class Sleepers:
     def lost(self) -> Mapping[str, str]:
         return {}
 
-    def close(self) -> None:
+    def leave(self) -> None:
         self._over.set()
+
+    def close(self) -> None:
+        self.leave()
         self._thread.join(2 * IMAGE_S)
 
 

@@ -57,8 +57,11 @@ class Threads:
     def lost(self) -> Mapping[str, str]:
         return {}
 
-    def close(self) -> None:
+    def leave(self) -> None:
         self._over.set()
+
+    def close(self) -> None:
+        self.leave()
         for thread in self._threads:
             thread.join(30)
 
@@ -152,6 +155,8 @@ class Late:
             self._threads = Threads(self._folder, (), 2)
         return {}
 
+    def leave(self) -> None: ...
+
     def close(self) -> None:
         if self._threads:
             self._threads.close()
@@ -195,6 +200,8 @@ class Doomed:
                 return {}
         self._n_lost += 1
         return {name: "the driver went away"}
+
+    def leave(self) -> None: ...
 
     def close(self) -> None: ...
 

@@ -557,7 +557,10 @@ def can_mount(folder: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("disk", "reason"),
-    [("run", "database or disk is full"), ("run/images", "No space left on device")],
+    [
+        ("run", "database or disk is full"),
+        pytest.param("run/images", "No space left on device", marks=pytest.mark.slow),
+    ],
 )
 def test_run_goes_on_whenever_its_disk_was_full(folder: Path, disk: str, reason: str) -> None:
     if not can_mount(folder):

@@ -262,6 +262,8 @@ def test_what_ended_the_leader_ends_who_helps(own_study: Study, own_seats: Seats
             leader.leave("three trials failed", is_fatal=True)
             return {}
 
+        def leave(self) -> None: ...
+
         def close(self) -> None: ...
 
     leader = own_seats.sit(__version__, leads=True)

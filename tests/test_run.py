@@ -336,7 +336,7 @@ def test_confirmed_best_stays_until_an_extension_has_confirmed_its_own(folder: P
         assert (folder / "run" / name).read_bytes() == content
 
 
-@pytest.mark.parametrize("name", ["50%20off", "a?b", "{braces}", "ä #1 'x'", "100%"])
+@pytest.mark.parametrize("name", ["50%20off {braces} ä #1 'x'", "a?b 100%"])
 def test_run_folder_may_have_any_name(folder: Path, name: str) -> None:
     start(folder, "search.n_iters=1", into=name)
     assert (folder / name / "study.db").is_file()
@@ -428,7 +428,8 @@ def test_three_models_are_searched_with_add_difference(folder: Path) -> None:
     "optimiser", ["tpe", "cmaes", "random", "sobol", "optuna.samplers.GPSampler"]
 )
 def test_other_optimisers_run_too(folder: Path, optimiser: str) -> None:
-    assert start(folder, f"search.optimiser={optimiser}").finished
+    few = ("search.init_points=2", "search.n_iters=1")
+    assert start(folder, f"search.optimiser={optimiser}", *few).finished
 
 
 def test_optimiser_of_a_plugin_runs_too(folder: Path) -> None:

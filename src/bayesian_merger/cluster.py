@@ -87,6 +87,7 @@ class Actors:
         self._told = {**told, "version": __version__, "home": "" if is_shared else _machine()}
         self._where = where
         self._at: dict[Any, tuple[int, str, Any]] = {}
+        self._told_to_leave: dict[Any, Any] = {}
         self._number = 0
         for _ in range(where.n):
             self._start()
@@ -117,15 +118,24 @@ class Actors:
             self._start()
         return found
 
+    def leave(self) -> None:
+        """Tell them to end, which they do when the image is made that they are at."""
+        import ray
+
+        if ray.is_initialized() and not self._told_to_leave:
+            self._told_to_leave = {
+                actor.leave.remote(): ended for ended, (*_, actor) in self._at.items()
+            }
+
     def close(self) -> None:
-        """Have them end, which they do when the image is made that they are at."""
+        """Have them gone."""
         import ray
 
         if ray.is_initialized():
-            told = {actor.leave.remote(): ended for ended, (*_, actor) in self._at.items()}
+            self.leave()
             # Those that have not begun hear nothing, and have nothing to end.
-            heard = self._ended(list(told), _HEAR_S)
-            self._ended([told[one] for one in heard], LEAVE_S)
+            heard = self._ended(list(self._told_to_leave), _HEAR_S)
+            self._ended([self._told_to_leave[one] for one in heard], LEAVE_S)
             ray.shutdown()  # with which Ray ends what is left
         self._at.clear()
 

@@ -52,8 +52,12 @@ class Hands(Protocol):
         """Those that have ended since it was asked last, and the last thing that they said."""
         ...
 
+    def leave(self) -> None:
+        """Tell them to end, which they do when the image is made that they are at."""
+        ...
+
     def close(self) -> None:
-        """Let them go."""
+        """Have them gone."""
         ...
 
 
@@ -108,8 +112,13 @@ class Crew:
         self._n_vain = 0
         self._took_s = 0.0
 
+    def leave(self) -> None:
+        """Tell the workers to end."""
+        if self._hands:
+            self._hands.leave()
+
     def close(self) -> None:
-        """Let the workers go."""
+        """Have the workers gone."""
         if self._hands:
             self._hands.close()
 
@@ -261,12 +270,16 @@ class Pool:
                 self._start(place)
         return found
 
-    def close(self) -> None:
-        """Have them end, which they do when the image is made that they are at."""
+    def leave(self) -> None:
+        """Tell them to end, which they do when the image is made that they are at."""
         for _, process in self._at.values():
             if process.stdin:
                 with suppress(OSError):
                     process.stdin.close()
+
+    def close(self) -> None:
+        """Have them gone."""
+        self.leave()
         end = time.monotonic() + LEAVE_S
         for _, process in self._at.values():
             try:

@@ -232,6 +232,8 @@ def _lead(
         except (KeyboardInterrupt, MergerError, OSError):
             # Whatever ended it, somebody wants to see how far it came, and now.
             study.hurries()
+            if crew:
+                crew.leave()
             if report and time.monotonic() - begun > _WORTH_A_REPORT_S:
                 # The error that counts is raised.
                 with suppress(MergerError), storage_errors(), _noted(observer):

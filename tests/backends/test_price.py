@@ -139,7 +139,12 @@ def operations(work: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize(
     ("size", "spares", "limit"),
-    [(512, False, 8.5), (512, True, 4.5), (768, True, 7), (1024, True, 10.5)],
+    [
+        (512, False, 8.5),
+        pytest.param(512, True, 4.5, marks=pytest.mark.slow),
+        pytest.param(768, True, 7, marks=pytest.mark.slow),
+        (1024, True, 10.5),
+    ],
 )
 def test_image_with_its_gradient_fits_into_a_small_gpu(
     back_end: Diffusers, size: int, spares: bool, limit: float
@@ -196,7 +201,13 @@ def test_what_the_graph_of_a_call_needs_on_a_cpu_is_known_beforehand(back_end: D
 
 @pytest.mark.parametrize(
     ("last", "spares", "price"),
-    [(1, False, 1.2), (1, True, 1.3), (4, False, 1.6), (4, True, 1.9), (20, False, 3.9)],
+    [
+        (1, False, 1.2),
+        pytest.param(1, True, 1.3, marks=pytest.mark.slow),
+        pytest.param(4, False, 1.6, marks=pytest.mark.slow),
+        (4, True, 1.9),
+        (20, False, 3.9),
+    ],
 )
 def test_arithmetic_of_an_image_with_its_gradient_is_so_many_times_that_of_an_image(
     back_end: Diffusers, last: int, spares: bool, price: float
