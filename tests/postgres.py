@@ -15,7 +15,7 @@ _BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
 PG_CTL = str(_BINARIES[-1]) if _BINARIES else shutil.which("pg_ctl")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
@@ -31,7 +31,7 @@ class Postgres:
         self._user = "postgres" if os.geteuid() == 0 else None
         if self._user:
             shutil.chown(self._folder, self._user)
-        self.port, self.password = _free_port(), secrets.token_hex(8)
+        self.port, self.password = free_port(), secrets.token_hex(8)
         told = self._folder / "password"
         told.write_text(self.password)
         told.chmod(0o644)

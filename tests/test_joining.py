@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import optuna
 import postgres
@@ -43,6 +44,15 @@ seats.BEAT_S, seats.SILENCE_S, seats._SURE_S = 0.2, 3.0, 1.0
 from bayesian_merger.cli import main
 main()
 """
+
+
+class Server(Protocol):
+    """Where several machines have their study."""
+
+    @property
+    def url(self) -> str: ...
+
+
 IMAGES = 10 * 6 + 2 * 4 + 4 * 8
 
 
@@ -52,7 +62,7 @@ def server() -> Iterator[postgres.Postgres]:
         yield one
 
 
-def join(folder: Path, server: postgres.Postgres, into: str, *more: str) -> subprocess.Popen[str]:
+def join(folder: Path, server: Server, into: str, *more: str) -> subprocess.Popen[str]:
     """A process that works on the run, in a folder of its own, as another machine's would be."""
     run_dir = folder / into / folder.name
     told = ["--run-dir", str(run_dir), "--set", f"search.storage={server.url}", *more]
@@ -65,7 +75,7 @@ def join(folder: Path, server: postgres.Postgres, into: str, *more: str) -> subp
     )
 
 
-def tasks(folder: Path, server: postgres.Postgres) -> list[Task]:
+def tasks(folder: Path, server: Server) -> list[Task]:
     study = open_study(folder / "one" / folder.name, server.url)
     try:
         return [task for _, task in study.board().some(range(100_000))]
@@ -73,9 +83,7 @@ def tasks(folder: Path, server: postgres.Postgres) -> list[Task]:
         study.close()
 
 
-def wait_for(
-    folder: Path, server: postgres.Postgres, *, scores: int = 1, processes: int = 1
-) -> None:
+def wait_for(folder: Path, server: Server, *, scores: int = 1, processes: int = 1) -> None:
     """Until so many images were judged, and so many processes work on the run."""
     end = time.monotonic() + 120
     while time.monotonic() < end:
@@ -92,7 +100,7 @@ def wait_for(
 
 
 def leader_and_helper(
-    folder: Path, server: postgres.Postgres
+    folder: Path, server: Server
 ) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
     """Two processes that work on a run by now, in the folders "one" and "two"."""
     slow = ("--set", "backend.delay_s=0.1")
@@ -103,7 +111,7 @@ def leader_and_helper(
     return first, second
 
 
-def require_whole(folder: Path, server: postgres.Postgres, into: str) -> None:
+def require_whole(folder: Path, server: Server, into: str) -> None:
     """Every image was judged, and counts once."""
     found = json.loads((folder / into / folder.name / "result.json").read_text())
     assert found["finished"]

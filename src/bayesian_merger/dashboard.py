@@ -34,10 +34,11 @@ class Dashboard:
                 "pip install 'bayesian-merger[dashboard]'"
             ) from error
         opened = search_alone(folder / "study.db", storage, folder.absolute().name)
+        (only,) = opened.get_all_studies()
         self._server = listening(lambda place: _Server(place, _Quiet), port)
         self._gate = Gate(self._server.server_port)
         self._pages: Application = pages.wsgi(opened)
-        self._own = str(opened.number)
+        self._own = str(only._study_id)
         self._server.set_app(self._answer)
         self.url = self._gate.url
 

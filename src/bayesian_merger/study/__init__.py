@@ -24,9 +24,10 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
 
 from bayesian_merger.data import Compromise, Estimate, Recipe, Result, Slice
-from bayesian_merger.errors import ConfigError, RunError, first_line
+from bayesian_merger.errors import ConfigError
 from bayesian_merger.study import copies, storage
 from bayesian_merger.study.board import Board
+from bayesian_merger.study.patience import Patient
 from bayesian_merger.study.proposals import (
     FOREIGN,
     GIVEN_UP,
@@ -41,7 +42,7 @@ from bayesian_merger.study.proposals import (
     n_judged,
 )
 from bayesian_merger.study.seats import Seats
-from bayesian_merger.study.storage import SEARCH, PatientStorage, storage_errors, url_of
+from bayesian_merger.study.storage import SEARCH, storage_errors
 from bayesian_merger.study.trial import Stage as Stage
 from bayesian_merger.study.trial import Trial as Trial
 from bayesian_merger.study.trial import of_slopes, result_of
@@ -91,15 +92,12 @@ class Study:
     """
 
     def __init__(self, place: BaseStorage | Path, name: str = "") -> None:
-        """RunError if it cannot be opened, ConfigError if the file is no database."""
+        """RunError if it cannot be opened, ConfigError if the file is no database of this version."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         if isinstance(place, Path) and place.is_file() and not _is_database(place):
             raise ConfigError(f"{place} is no study; move it away, or choose another --run-dir")
         with storage_errors():
-            try:
-                self._storage = RDBStorage(url_of(place)) if isinstance(place, Path) else place
-            except RuntimeError as error:  # another version of Optuna's tables
-                raise RunError(first_line(error)) from error
+            self._storage = storage.at_file(place) if isinstance(place, Path) else place
             self._name = name
             self._file = place if isinstance(place, Path) else None
             self._search, self._judged = self._part(SEARCH), self._part("judged")
@@ -127,12 +125,12 @@ class Study:
         self, tell: Callable[[str], None], is_over: Callable[[], bool] = lambda: False
     ) -> None:
         """Tell when a server is waited for that does not answer; not once it `is_over`."""
-        if isinstance(self._storage, PatientStorage):
+        if isinstance(self._storage, Patient):
             self._storage.tell, self._storage.is_over = tell, is_over
 
     def hurries(self) -> None:
         """From now on wait for no server: this process ends."""
-        if isinstance(self._storage, PatientStorage):
+        if isinstance(self._storage, Patient):
             self._storage.is_over = lambda: True
 
     def keep_copy(self) -> None:

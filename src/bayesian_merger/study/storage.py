@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import optuna
 import psutil
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, RDBStorage
-from optuna.study._frozen import FrozenStudy
-from sqlalchemy import URL, make_url
+from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
+from sqlalchemy import URL, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
     InterfaceError,
@@ -26,16 +24,15 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from bayesian_merger.errors import ConfigError, RunError, TakenError, first_line
+from bayesian_merger.errors import ConfigError, RunError, TakenError
+from bayesian_merger.study.patience import Patient, reason
 
 SEARCH = "search"
-PATIENCE_S = 900.0
-"""How long a server is waited for that does not answer."""
-_TELL_S = 3.0
 _NO_URL = (
-    "is no URL of an SQL database; write it as sqlite:///FILE or "
-    "postgresql+psycopg://USER@HOST/DATABASE"
+    "is no URL of an SQL database or a proxy; write it as sqlite:///FILE, "
+    "postgresql+psycopg://USER@HOST/DATABASE, mysql+pymysql://USER@HOST/DATABASE or grpc://HOST:PORT"
 )
+_PROXY = "grpc"
 _CONNECT_S = 10
 # By driver. A server of MySQL may ask for any file of this machine, if that is not refused.
 _CONNECTED: Mapping[str, Mapping[str, Any]] = {
@@ -46,10 +43,12 @@ _CONNECTED: Mapping[str, Mapping[str, Any]] = {
     "mysqlconnector": {"allow_local_infile": False},
     "mariadbconnector": {"local_infile": False},
 }
+_ATTRIBUTES = {
+    f"{of}_{whose}_attributes" for of in ("study", "trial") for whose in ("user", "system")
+}
 _CLUSTERS = {"afs", "beegfs", "ceph", "gpfs", "lustre", "fuse.glusterfs", "fuse.juicefs"}
 _SHARES = {"nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afpfs", "fuse.sshfs"}
 _CLOUDS = {"webdav", "davfs", "fuse.davfs2", "fuse.gcsfuse", "fuse.rclone", "fuse.s3fs"}
-_T = TypeVar("_T")
 
 
 @contextmanager
@@ -63,112 +62,58 @@ def storage_errors() -> Iterator[None]:
         ) from error
     except (StorageInternalError, SQLAlchemyError) as error:
         raise RunError(
-            f"the study cannot be read or written ({_reason(error)}); what it holds is kept, "
+            f"the study cannot be read or written ({reason(error)}); what it holds is kept, "
             f"and the same command goes on from there"
         ) from error
 
 
-def _reason(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return first_line(getattr(cause, "orig", None) or cause)
+def search_alone(file: Path, storage: str | None, run: str) -> BaseStorage:
+    """The search of a run to look at, in an SQLite file, or by its name in the storage of that URL.
 
-
-class OneSearch(RDBStorage):  # type: ignore[misc]  # Optuna imports it lazily
-    """A storage that shows of all its studies the search of one run alone."""
-
-    run = ""
-
-    @property
-    def number(self) -> int:
-        """That of the search in the storage."""
-        (own,) = self.get_all_studies()
-        return int(own._study_id)
-
-    def get_all_studies(self) -> list[FrozenStudy]:
-        """That of the run of this name, or of the only one there is."""
-        wanted = f"{self.run}/{SEARCH}" if self.run else SEARCH
-        return [one for one in super().get_all_studies() if one.study_name == wanted]
-
-
-def search_alone(file: Path, storage: str | None, run: str) -> OneSearch:
-    """The search of a run to look at, in an SQLite file, or by its name in the storage of that URL."""
-    found = storage_at(storage or url_of(file), OneSearch)
-    assert isinstance(found, OneSearch)
-    found.run = run if storage else ""
-    return found
-
-
-class PatientStorage(RDBStorage):  # type: ignore[misc]
-    """A storage on a server, which is waited for while it does not answer.
-
-    A call that was cut off is made again, so one that adds may add twice where the server was lost after
-    it had heard it. `tell` is told when it is waited for, which it is no more once it `is_over`.
+    Of all studies in the storage it shows that alone.
     """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.tell: Callable[[str], None] = lambda text: None
-        self.is_over: Callable[[], bool] = lambda: False
-        self._is_told = False
-
-    def wait_for(self, call: Callable[[], _T]) -> _T:
-        """What the call returns, once the server answers it; its error when that takes too long."""
-        begun, pause = time.monotonic(), 0.5
-        while True:
-            try:
-                found = call()
-            except (StorageInternalError, SQLAlchemyError) as error:
-                if not _is_away(error) or self.is_over() or time.monotonic() - begun > PATIENCE_S:
-                    raise
-                if not self._is_told and time.monotonic() - begun > _TELL_S:
-                    self._is_told = True
-                    self.tell(f"the study's database does not answer ({_reason(error)}); waiting")
-            else:
-                if self._is_told:
-                    self._is_told = False
-                    self.tell("the study's database answers again")
-                return found
-            with suppress(SQLAlchemyError):  # what was cut off is not to be gone on with
-                self.remove_session()
-            time.sleep(pause)
-            pause = min(2 * pause, 5.0)
+    opened = storage_at(storage or url_of(file), is_patient=False)
+    wanted = f"{run}/{SEARCH}" if storage else SEARCH
+    every = opened.get_all_studies
+    opened.get_all_studies = lambda: [one for one in every() if one.study_name == wanted]
+    return opened
 
 
-def _patient(method: Callable[..., _T]) -> Callable[..., _T]:
-    @wraps(method)
-    def call(self: PatientStorage, *args: Any, **options: Any) -> _T:
-        return self.wait_for(lambda: method(self, *args, **options))
-
-    return call
-
-
-# All of which Optuna asks a database in a study's life.
-for _name in (
-    "create_new_study",
-    "set_study_user_attr",
-    "set_study_system_attr",
-    "get_study_id_from_name",
-    "get_study_name_from_id",
-    "get_study_directions",
-    "get_study_user_attrs",
-    "get_study_system_attrs",
-    "get_all_studies",
-    "get_trial",
-    "get_trial_id_from_study_id_trial_number",
-    "set_trial_state_values",
-    "set_trial_user_attr",
-    "set_trial_system_attr",
-    "_create_new_trial",
-    "_get_trials",
-    "_set_trial_param",
+class PatientStorage(
+    Patient,
+    RDBStorage,  # type: ignore[misc]  # Optuna imports it lazily
+    # All of which Optuna asks a database in a study's life.
+    waits=(
+        "create_new_study",
+        "set_study_user_attr",
+        "set_study_system_attr",
+        "get_study_id_from_name",
+        "get_study_name_from_id",
+        "get_study_directions",
+        "get_study_user_attrs",
+        "get_study_system_attrs",
+        "get_all_studies",
+        "get_trial",
+        "get_trial_id_from_study_id_trial_number",
+        "set_trial_state_values",
+        "set_trial_user_attr",
+        "set_trial_system_attr",
+        "_create_new_trial",
+        "_get_trials",
+        "_set_trial_param",
+    ),
 ):
-    setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
+    """A storage in a database on a server."""
 
+    what = "database"
 
-def _is_away(error: Exception) -> bool:
-    """Whether it is not the call that is wrong, but the server that cannot answer now."""
-    cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
-    return isinstance(cause, (OperationalError, InterfaceError, PendingRollbackError))
+    def _is_away(self, error: Exception) -> bool:
+        cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
+        return isinstance(cause, (OperationalError, InterfaceError, PendingRollbackError))
+
+    def _let_go(self) -> None:
+        with suppress(SQLAlchemyError):
+            self.remove_session()
 
 
 def is_shared(url: str | None) -> bool:
@@ -179,18 +124,24 @@ def is_shared(url: str | None) -> bool:
         return False  # which is told when it is opened
 
 
-def storage_at(url: str, kind: type[RDBStorage] = RDBStorage) -> RDBStorage:
-    """The storage at an URL that a user gave; ConfigError if it is none or does not answer."""
+def storage_at(url: str, *, is_patient: bool = True) -> BaseStorage:
+    """The storage at an URL that a user gave; ConfigError if it is none or does not answer.
+
+    From then on it is waited for if it is on a server, unless that is not to be.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     address = _address(url)
     # Without the query, which may hold a password as well.
     shown = address.set(query={}).render_as_string(hide_password=True)
+    if address.get_backend_name() == _PROXY:
+        return _behind_proxy(address, shown, is_patient)
     options: dict[str, Any] = {}
+    kind = RDBStorage
     try:
         if address.get_backend_name() != "sqlite":
             # A server may drop a connection at night.
             options["pool_pre_ping"] = True
-            kind = PatientStorage if kind is RDBStorage else kind
+            kind = PatientStorage if is_patient else kind
         if arguments := _CONNECTED.get(address.get_driver_name()):
             options["connect_args"] = dict(arguments)
         return _opened(_filled_in(url), options, kind)
@@ -198,12 +149,41 @@ def storage_at(url: str, kind: type[RDBStorage] = RDBStorage) -> RDBStorage:
         raise ConfigError(f"storage {shown} {_NO_URL}") from error
     except (ImportError, NoSuchModuleError) as error:
         raise ConfigError(
-            f"storage {shown}: {_reason(error)}; install what the URL names, for "
-            f"postgresql+psycopg:// with pip install 'psycopg[binary]'"
+            f"storage {shown}: {reason(error)}; install what the URL names, for postgresql+psycopg:// "
+            f"with pip install 'psycopg[binary]', for mysql+pymysql:// with pip install 'pymysql[rsa]'"
         ) from error
-    # No port, no answer, no permission, tables of another version.
+    # No port, no answer, no permission.
     except (SQLAlchemyError, RuntimeError, StorageInternalError, ValueError, TypeError) as error:
-        raise ConfigError(f"storage {shown} cannot be opened: {_reason(error)}") from error
+        raise ConfigError(f"storage {shown} cannot be opened: {reason(error)}") from error
+
+
+def _behind_proxy(address: URL, shown: str, is_patient: bool) -> BaseStorage:
+    if not address.host or address.username or address.database or address.query:
+        raise ConfigError(
+            f"storage {_PROXY}://...: a proxy of Optuna's is named by grpc://HOST:PORT alone; it "
+            f"knows no users and no databases"
+        )
+    try:
+        # Here, as few have it installed.
+        from bayesian_merger.study.proxy import PORT, ProxyStorage
+    except (ImportError, RuntimeError) as error:  # none, or one that is too old
+        raise ConfigError(
+            f"storage {shown} needs the packages grpcio and protobuf ({reason(error)}); pip install "
+            f"'bayesian-merger[grpc]'"
+        ) from error
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    try:
+        found = ProxyStorage(host, address.port or PORT)
+    except StorageInternalError as error:
+        raise ConfigError(f"storage {shown} cannot be opened: {reason(error)}") from error
+    if not is_patient:
+        found.is_over = lambda: True
+    return found
+
+
+def at_file(path: Path) -> RDBStorage:
+    """The storage in an SQLite file; ConfigError if it is that of another version."""
+    return _opened(url_of(path), {}, RDBStorage)
 
 
 def _address(url: str) -> URL:
@@ -228,15 +208,54 @@ def _address(url: str) -> URL:
 
 
 def _opened(url: str, options: Mapping[str, Any], kind: type[RDBStorage]) -> RDBStorage:
-    for wait in (0.2, 0.5, 1.0):
+    for wait in (0.2, 0.5, 1.0, None):
         try:
-            return kind(url, engine_kwargs=dict(options))
+            found = kind(url, engine_kwargs=dict(options), skip_compatibility_check=True)
+            break
         except SQLAlchemyError as error:
             # Another process makes the same tables just now.
-            if not re.search("already exists|unique|duplicate", _reason(error), re.IGNORECASE):
+            is_made = re.search("already exists|unique|duplicate", reason(error), re.IGNORECASE)
+            if not is_made or wait is None:
                 raise
             time.sleep(wait)
-    return kind(url, engine_kwargs=dict(options))
+    require_version(found)
+    if found.engine.dialect.name in ("mysql", "mariadb"):
+        _lengthen(found)
+    return found
+
+
+def require_version(storage: RDBStorage) -> None:
+    """ConfigError if the tables of a database are those of another version of Optuna."""
+    version = storage.get_current_version()
+    if version == storage.get_head_version():
+        return
+    shown = storage.engine.url.set(query={}).render_as_string(hide_password=True)
+    is_older = version in storage.get_all_versions()
+    close(storage)
+    if is_older:
+        raise ConfigError(
+            f"storage {shown} has the tables of an older Optuna ({version}); keep a copy, let nothing "
+            f"work on it, and bring them up to date: optuna storage upgrade --storage URL"
+        )
+    raise ConfigError(
+        f"storage {shown} has the tables of a newer Optuna ({version}) than is installed here "
+        f"({optuna.__version__}); update this program, or name another storage"
+    )
+
+
+def _lengthen(storage: RDBStorage) -> None:
+    """Make room in a MySQL for texts longer than 64 KiB, which is all that Optuna's tables have there.
+
+    A panel of many prompts is longer.
+    """
+    kinds = text(
+        "SELECT table_name FROM information_schema.columns WHERE table_schema = DATABASE() "
+        "AND column_name = 'value_json' AND data_type = 'text'"
+    )
+    with storage.engine.begin() as connection:
+        short = {name for (name,) in connection.execute(kinds)}
+        for table in sorted(short & _ATTRIBUTES):
+            connection.execute(text(f"ALTER TABLE {table} MODIFY value_json LONGTEXT"))
 
 
 def file_of(url: str) -> Path | None:
@@ -267,6 +286,8 @@ def close(storage: BaseStorage) -> None:
     storage.remove_session()
     if isinstance(storage, RDBStorage):
         storage.engine.dispose()
+    elif isinstance(storage, GrpcStorageProxy):
+        storage.close()
 
 
 def require_local(path: Path) -> None:

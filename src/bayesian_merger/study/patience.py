@@ -1,0 +1,85 @@
+"""Waiting for a server that does not answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
+
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import SQLAlchemyError
+
+from bayesian_merger.errors import first_line
+
+PATIENCE_S = 900.0
+"""How long a server is waited for that does not answer."""
+_TELL_S = 3.0
+_T = TypeVar("_T")
+
+
+class Patient:
+    """A storage on a server, which is waited for while it does not answer.
+
+    A call that was cut off is made again, so one that adds may add twice where the server was lost after
+    it had heard it. `tell` is told when it is waited for, which it is no more once it `is_over`.
+    """
+
+    what = "server"
+
+    def __init_subclass__(cls, *, waits: Sequence[str] = (), **more: Any) -> None:
+        """Let the methods `waits` of the storage wait."""
+        super().__init_subclass__(**more)
+        for name in waits:
+            setattr(cls, name, _patient(getattr(cls, name)))
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.tell: Callable[[str], None] = lambda text: None
+        self.is_over: Callable[[], bool] = lambda: False
+        self._is_told = False
+
+    def wait_for(self, call: Callable[[], _T]) -> _T:
+        """What the call returns, once the server answers it; its error when that takes too long."""
+        begun, pause = time.monotonic(), 0.5
+        while True:
+            try:
+                found = call()
+            except (StorageInternalError, SQLAlchemyError) as error:
+                waited_s = time.monotonic() - begun
+                if not self._is_away(error) or self.is_over() or waited_s > PATIENCE_S:
+                    raise
+                if not self._is_told and waited_s > _TELL_S:
+                    self._is_told = True
+                    self.tell(
+                        f"the study's {self.what} does not answer ({reason(error)}); waiting"
+                    )
+            else:
+                if self._is_told:
+                    self._is_told = False
+                    self.tell(f"the study's {self.what} answers again")
+                return found
+            self._let_go()
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    def _is_away(self, error: Exception) -> bool:
+        """Whether it is not the call that is wrong, but the server that cannot answer now."""
+        raise NotImplementedError
+
+    def _let_go(self) -> None:
+        """Leave what was cut off, which is not to be gone on with."""
+
+
+def _patient(method: Callable[..., _T]) -> Callable[..., _T]:
+    @wraps(method)
+    def call(self: Patient, *args: Any, **options: Any) -> _T:
+        return self.wait_for(lambda: method(self, *args, **options))
+
+    return call
+
+
+def reason(error: Exception) -> str:
+    """What a server has said, in a line."""
+    cause = error.__cause__ or error
+    return first_line(getattr(cause, "orig", None) or cause)
