@@ -43,7 +43,7 @@ class MariaDB:
     def start(self) -> None:
         assert MARIADBD
         network = (f"--port={self.port}", "--bind-address=127.0.0.1", "--skip-name-resolve")
-        told = (f"--socket={self._folder / 'socket'}", "--innodb-flush-log-at-trx-commit=0")
+        told = (f"--socket={self._folder / 'socket'}", "--innodb-flush-log-at-trx-commit=2")
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [MARIADBD, *self._common, self._user, *network, *told], stdout=log, stderr=log

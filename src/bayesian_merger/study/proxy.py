@@ -48,7 +48,7 @@ class ProxyError(StorageInternalError):  # type: ignore[misc]  # Optuna imports 
         self.is_away = code in _AWAY
         if code == grpc.StatusCode.UNKNOWN and any(text in said for text in _DATABASE):
             self.is_away = True
-            said = f"its database does not answer: {said.partition('application: ')[2] or said}"
+            said = "its database does not answer, of which it says more itself"
         elif code == grpc.StatusCode.UNIMPLEMENTED:
             said = f"it is none of Optuna's, or of another version of Optuna: {said}"
         super().__init__(said)
