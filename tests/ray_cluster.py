@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,16 +12,11 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
+from postgres import free_port
 
 RAY = Path(sys.executable).with_name("ray")
 # Nothing of a test is anybody's statistics, and it needs no token that lies in a home.
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 class Cluster:
@@ -31,7 +25,7 @@ class Cluster:
     def __init__(self) -> None:
         # Of a short name, as sockets lie in it.
         self._folder = Path(tempfile.mkdtemp(prefix="ray-"))
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         port = self.address.rpartition(":")[2]
         options = ("--head", f"--port={port}", "--include-dashboard=false")
         self._nodes: list[subprocess.Popen[str]] = []
