@@ -369,7 +369,7 @@ def test_check_tells_what_an_image_costs_with_its_gradient(folder: Path) -> None
 @pytest.mark.parametrize(
     ("differentiable", "said"),
     [
-        ("raise torch.OutOfMemoryError('CUDA out of memory')", "out of memory"),
+        ("raise torch.OutOfMemoryError('CUDA out of memory')", "out of GPU memory"),
         ("return -pixels.mean((1, 2, 3))", "gives an image 0.4"),
         ("return pixels.mean()", r"differentiable gave the shape \(\), not \(4,\)"),
         (
