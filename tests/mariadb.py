@@ -9,7 +9,6 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 
 from postgres import free_port
 
@@ -80,12 +79,7 @@ class MariaDB:
     def __enter__(self) -> MariaDB:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
             self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)

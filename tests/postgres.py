@@ -9,7 +9,6 @@ import socket
 import subprocess
 import tempfile
 from pathlib import Path
-from types import TracebackType
 
 _BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
 PG_CTL = str(_BINARIES[-1]) if _BINARIES else shutil.which("pg_ctl")
@@ -80,12 +79,7 @@ class Postgres:
     def __enter__(self) -> Postgres:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if (self._folder / "data" / "postmaster.pid").exists():
             self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)

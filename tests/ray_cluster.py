@@ -9,7 +9,6 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 from postgres import free_port
@@ -80,12 +79,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for node in reversed(self._nodes[:]):
             self.take_away(node)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -88,3 +90,32 @@ def test_copy_of_a_study_that_is_damaged_is_not_kept(file: Path) -> None:
         copies.keep(file)
     assert copy.read_bytes() == before
     assert sorted(path.name for path in file.parent.iterdir()) == ["study.db", "study.db.bak"]
+
+
+def test_study_that_cannot_be_looked_at_is_left_as_it_is(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in file.parent.iterdir()}
+    monkeypatch.setattr(copies, "_WAIT_S", 0.1)
+    with closing(sqlite3.connect(file)) as other:
+        other.execute("begin exclusive")
+        assert copies.mend(file) == ""
+        with pytest.raises(OSError, match="database is locked"):
+            copies.keep(file)
+    assert {path.name: path.read_bytes() for path in file.parent.iterdir()} == before
+
+
+def test_mending_that_was_cut_off_is_done_by_the_next_start(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overwrite(file)
+
+    def killed(source: object, target: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", killed)
+        with pytest.raises(KeyboardInterrupt):
+            copies.mend(file)
+    assert "was damaged" in copies.mend(file)
+    assert told(file) == {"told": "early" * 2000}

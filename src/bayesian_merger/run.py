@@ -278,19 +278,16 @@ def _gather(
     study: Study, setup: Setup, folder: Path, observer: Observer, *, is_over: bool = False
 ) -> None:
     """Bring the pictures of other machines into the folder, as far as pictures are kept."""
-    compared: list[Stage] = ["baseline", "heldout"]
-    results = [result for stage in compared for result in study.judged(stage)]
-    if place_of(setup, folder, is_compared=False):
-        results += [*study.searched(), *study.judged("select")]
-    if not place_of(setup, folder, is_compared=True):
-        return
     try:
-        if pictures := gathering(setup, folder):
-            n_missing = pictures.fetch(results, setup)
-            if n_missing and is_over:
-                observer.noted(
-                    f"{n_missing} pictures are missing, whose machines did not send them"
-                )
+        pictures = gathering(setup, folder)
+        if pictures is None or not place_of(setup, folder, is_compared=True):
+            return
+        results = [*study.judged("baseline"), *study.judged("heldout")]
+        if place_of(setup, folder, is_compared=False):
+            results += [*study.searched(), *study.judged("select")]
+        n_missing = pictures.fetch(results, setup)
+        if n_missing and is_over:
+            observer.noted(f"{n_missing} pictures are missing, whose machines did not send them")
     except (ConfigError, OSError) as error:
         observer.noted(f"the pictures of other machines could not be fetched ({error})")
 

@@ -23,15 +23,20 @@ def keep(file: Path) -> None:
 
     RunError if the study is damaged, whose last copy is kept; OSError if there is no room.
     """
-    copy = _copy_of(file)
+    copy, end = _copy_of(file), time.monotonic() + _WAIT_S
+
+    def hurries(*_: int) -> None:
+        """Asked between tries, of which there is no end by itself while the study is locked."""
+        if time.monotonic() > end:
+            raise sqlite3.OperationalError("database is locked")
+
     new = file.with_name(f".{copy.name}.{os.getpid()}.part")
     try:
         new.unlink(missing_ok=True)
         with closing(_opened(file)) as study, closing(_opened(new)) as database:
-            database.execute(
-                "pragma journal_mode = off"
-            )  # a copy that is not whole is thrown away
-            study.backup(database)
+            # A copy that is not whole is thrown away.
+            database.execute("pragma journal_mode = off")
+            study.backup(database, progress=hurries)
         if fault := _fault(new):
             raise sqlite3.DatabaseError(fault)
         new.replace(copy)
@@ -51,9 +56,12 @@ def mend(file: Path) -> str:
     The damaged file stays beside it. ConfigError if there is no copy.
     """
     copy = _copy_of(file)
-    has_copy = copy.is_file() and not _fault(copy, of_empty="it is empty")
-    # As a loss of power may leave a file; without a copy it is a new study.
-    fault = _fault(file, of_empty="it is empty" if has_copy else "") if file.is_file() else ""
+    try:
+        has_copy = copy.is_file() and not _fault(copy, of_empty="it is empty")
+        # As a loss of power may leave a file; without a copy it is a new study.
+        fault = _fault(file, of_empty="it is empty" if has_copy else "") if file.is_file() else ""
+    except sqlite3.OperationalError:
+        return ""  # it is locked, or the disk is full, which is told when it is opened
     if not fault:
         return ""
     if not has_copy:
@@ -66,10 +74,13 @@ def mend(file: Path) -> str:
         for number in count(1)
         if not (path := file.with_name(f"{file.stem}.damaged-{number}{file.suffix}")).exists()
     )
+    # The file itself stays until the copy takes its place: killed in between, the next start mends it.
     for suffix in ("", *_BESIDE):
         part = file.with_name(file.name + suffix)
         if part.is_file():
-            part.replace(damaged.with_name(damaged.name + suffix))
+            shutil.copy2(part, damaged.with_name(damaged.name + suffix))
+            if suffix:
+                part.unlink()
     with whole_file(file) as target, copy.open("rb") as source:
         shutil.copyfileobj(source, target)
     then = time.strftime("%Y-%m-%d %H:%M", time.localtime(copy.stat().st_mtime))
@@ -88,13 +99,16 @@ def _opened(file: Path) -> sqlite3.Connection:
 
 
 def _fault(file: Path, of_empty: str = "") -> str:
-    """What is wrong with a database, or nothing; `of_empty` of one without tables."""
+    """What is wrong with a database, or nothing; `of_empty` of one without tables.
+
+    sqlite3.OperationalError if it cannot be looked at.
+    """
     try:
         with closing(_opened(file)) as database:
             [said] = database.execute("pragma quick_check(1)").fetchone()
             is_empty = database.execute("select 1 from sqlite_master").fetchone() is None
     except sqlite3.OperationalError:
-        return ""  # it is locked, or the disk is full
+        raise
     except sqlite3.DatabaseError as error:
         return first_line(error)
     if said != "ok":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
@@ -14,11 +15,28 @@ from bayesian_merger.errors import first_line
 
 PATIENCE_S = 900.0
 """How long a server is waited for that does not answer."""
+ASKED = (
+    "create_new_study",
+    "set_study_user_attr",
+    "set_study_system_attr",
+    "get_study_id_from_name",
+    "get_study_name_from_id",
+    "get_study_directions",
+    "get_study_user_attrs",
+    "get_study_system_attrs",
+    "get_all_studies",
+    "get_trial",
+    "get_trial_id_from_study_id_trial_number",
+    "set_trial_state_values",
+    "set_trial_user_attr",
+    "set_trial_system_attr",
+)
+"""What Optuna asks every storage in a study's life, each by a method of its own."""
 _TELL_S = 3.0
 _T = TypeVar("_T")
 
 
-class Patient:
+class Patient(ABC):
     """A storage on a server, which is waited for while it does not answer.
 
     A call that was cut off is made again, so one that adds may add twice where the server was lost after
@@ -63,11 +81,11 @@ class Patient:
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
 
+    @abstractmethod
     def _is_away(self, error: Exception) -> bool:
         """Whether it is not the call that is wrong, but the server that cannot answer now."""
-        raise NotImplementedError
 
-    def _let_go(self) -> None:
+    def _let_go(self) -> None:  # noqa: B027 - there may be nothing to leave
         """Leave what was cut off, which is not to be gone on with."""
 
 

@@ -17,7 +17,7 @@ from optuna.storages._grpc.auto_generated.api_pb2_grpc import StorageServiceStub
 from optuna.storages._grpc.client import GrpcClientCache
 
 from bayesian_merger.errors import one_line
-from bayesian_merger.study.patience import Patient
+from bayesian_merger.study.patience import ASKED, Patient
 
 PORT = 13000
 _CONNECT_S, _ANSWER_S = 10.0, 60.0
@@ -57,25 +57,7 @@ class ProxyError(StorageInternalError):  # type: ignore[misc]  # Optuna imports 
 class ProxyStorage(
     Patient,
     GrpcStorageProxy,  # type: ignore[misc]
-    waits=(
-        "create_new_study",
-        "set_study_user_attr",
-        "set_study_system_attr",
-        "get_study_id_from_name",
-        "get_study_name_from_id",
-        "get_study_directions",
-        "get_study_user_attrs",
-        "get_study_system_attrs",
-        "get_all_studies",
-        "get_trial",
-        "get_all_trials",
-        "get_trial_id_from_study_id_trial_number",
-        "create_new_trial",
-        "set_trial_param",
-        "set_trial_state_values",
-        "set_trial_user_attr",
-        "set_trial_system_attr",
-    ),
+    waits=(*ASKED, "create_new_trial", "get_all_trials", "set_trial_param"),
 ):
     """A storage behind a proxy."""
 

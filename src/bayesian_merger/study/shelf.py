@@ -57,9 +57,7 @@ def _bucket(name: str) -> Boto3ArtifactStore:
         store.client.head_bucket(Bucket=name)
     except ImportError as error:
         raise ConfigError(f"{where} needs the package boto3; pip install boto3") from error
-    except (
-        Exception
-    ) as error:  # no credentials, no answer, no bucket: boto3 has errors of many kinds
+    except Exception as error:  # boto3 has errors of many kinds
         raise ConfigError(f"{where} cannot be had ({first_line(error)})") from error
     return store
 

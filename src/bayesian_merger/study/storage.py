@@ -25,7 +25,7 @@ from sqlalchemy.exc import (
 )
 
 from bayesian_merger.errors import ConfigError, RunError, TakenError
-from bayesian_merger.study.patience import Patient, reason
+from bayesian_merger.study.patience import ASKED, Patient, reason
 
 SEARCH = "search"
 _NO_URL = (
@@ -82,26 +82,7 @@ def search_alone(file: Path, storage: str | None, run: str) -> BaseStorage:
 class PatientStorage(
     Patient,
     RDBStorage,  # type: ignore[misc]  # Optuna imports it lazily
-    # All of which Optuna asks a database in a study's life.
-    waits=(
-        "create_new_study",
-        "set_study_user_attr",
-        "set_study_system_attr",
-        "get_study_id_from_name",
-        "get_study_name_from_id",
-        "get_study_directions",
-        "get_study_user_attrs",
-        "get_study_system_attrs",
-        "get_all_studies",
-        "get_trial",
-        "get_trial_id_from_study_id_trial_number",
-        "set_trial_state_values",
-        "set_trial_user_attr",
-        "set_trial_system_attr",
-        "_create_new_trial",
-        "_get_trials",
-        "_set_trial_param",
-    ),
+    waits=(*ASKED, "_create_new_trial", "_get_trials", "_set_trial_param"),
 ):
     """A storage in a database on a server."""
 
