@@ -64,6 +64,13 @@ def test_copy_takes_the_place_of_a_damaged_study(
     assert "study.damaged-2.db" in copies.mend(file)
 
 
+def test_damage_that_a_reader_meets_is_told_with_who_mends_it(file: Path) -> None:
+    overwrite(file)
+    with pytest.raises(RunError, match=r"the study is damaged .*bayesian-merger run") as said:
+        told(file)
+    assert len(str(said.value).splitlines()) == 1
+
+
 def test_study_that_is_whole_or_new_stays_as_it_is(file: Path) -> None:
     assert copies.mend(file) == ""
     assert told(file) == {"told": "late"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -61,10 +62,25 @@ def storage_errors() -> Iterator[None]:
             "another process works on this study; stop it, and the same command goes on"
         ) from error
     except (StorageInternalError, SQLAlchemyError) as error:
+        if _is_damaged(error):
+            raise RunError(
+                f"the study is damaged ({reason(error)}); `bayesian-merger run` goes on from its last "
+                f"good copy, where there is one"
+            ) from error
         raise RunError(
             f"the study cannot be read or written ({reason(error)}); what it holds is kept, "
             f"and the same command goes on from there"
         ) from error
+
+
+def _is_damaged(error: Exception) -> bool:
+    """Whether a file of SQLite is no whole database; other errors of SQLite are of narrower kinds."""
+    return type(getattr(_cause(error), "orig", None)) is sqlite3.DatabaseError
+
+
+def _cause(error: Exception) -> BaseException | None:
+    """What the database has said, which Optuna passes on as an error of its own."""
+    return error if isinstance(error, SQLAlchemyError) else error.__cause__
 
 
 def search_alone(file: Path, storage: str | None, run: str) -> BaseStorage:
@@ -89,8 +105,7 @@ class PatientStorage(
     what = "database"
 
     def _is_away(self, error: Exception) -> bool:
-        cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
-        return isinstance(cause, (OperationalError, InterfaceError, PendingRollbackError))
+        return isinstance(_cause(error), (OperationalError, InterfaceError, PendingRollbackError))
 
     def _let_go(self) -> None:
         with suppress(SQLAlchemyError):
