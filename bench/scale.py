@@ -2,7 +2,8 @@
 
 regret: simulated workers, whose images take a time that varies, on instances of bench/landscapes.py:
     the normalised regret (0: the best merge; 1: the mean of random ones) of what is recommended after so
-    many images, and the simulated hours until then, for each number of workers.
+    many images, and the simulated hours until then, for each number of workers. Proposals are made one
+    after another, and each takes in the simulation what it took this machine's processor.
 throughput: a run of the toy models of the tests by --workers 1 and 4, real processes whose images
     sleep: images a second of the search, and how many times that of one worker it is.
 asks: workers that only sleep, all in one thread, at the board of a run in a storage (--storage URL):
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -41,6 +43,14 @@ from bayesian_merger.study.search import SearchTrial
 from bayesian_merger.study.storage import storage_errors
 
 PANEL, IMAGE_S, MERGE_S = 50, 5.0, 4.0
+
+
+class Found(NamedTuple):
+    """What a search has come to: the regret, the simulated hours, and how long a proposal took since."""
+
+    regret: float
+    hours: float
+    ask_s: float
 
 
 def main() -> None:
@@ -63,10 +73,8 @@ def main() -> None:
             print_asks(n, options.storage)
 
 
-def searched(
-    family: str, seed: int, n_workers: int, marks: Sequence[int]
-) -> dict[int, tuple[float, float]]:
-    """Images -> regret of what is then recommended, and the simulated hours until then."""
+def searched(family: str, seed: int, n_workers: int, marks: Sequence[int]) -> dict[int, Found]:
+    """Images -> what is found by then."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     landscape = Landscape(family, seed)
     names = [f"w{i:02}" for i in range(landscape.d)]
@@ -75,14 +83,23 @@ def searched(
     chance = np.random.default_rng([seed, 2])
     study, proposer = search._study, search._proposer
     flight: list[tuple[float, int, SearchTrial]] = []
-    now = 0.0
-    found: dict[int, tuple[float, float]] = {}
+    now = free = 0.0  # when who proposes is free again
+    asks: list[float] = []
+    found: dict[int, Found] = {}
     while True:
-        while len(flight) < n_workers and not proposer.is_promised():
+        free = max(free, now)
+        is_idle = len(flight) < n_workers and (not flight or free <= flight[0][0])
+        if is_idle and not proposer.is_promised():
             taken = {number for _, number, _ in flight}
+            start = time.process_time()
             trial = SearchTrial(study, proposer.begin(taken=taken))
+            ask_s = time.process_time() - start
+            free += ask_s
+            if trial.number >= proposer.plan.n_first:
+                asks.append(ask_s)
             took = (IMAGE_S * len(trial._items) + MERGE_S) * chance.uniform(0.8, 1.25)
-            heapq.heappush(flight, (now + took, trial.number, trial))
+            heapq.heappush(flight, (free + took, trial.number, trial))
+            continue
         if not flight:
             return found
         now, _, trial = heapq.heappop(flight)
@@ -95,7 +112,10 @@ def searched(
             if mark not in found and search.spent >= mark:
                 best = search.best().weights
                 point = np.array([best[name] for name in names])
-                found[mark] = (landscape.regret(point), now / 3600)
+                hours = now / 3600
+                ask_s = statistics.median(asks) if asks else 0.0
+                found[mark] = Found(landscape.regret(point), hours, ask_s)
+                asks.clear()
 
 
 def print_regrets(options: argparse.Namespace) -> None:
@@ -109,22 +129,24 @@ def print_regrets(options: argparse.Namespace) -> None:
         waiting = [pool.submit(searched, *task, options.images) for task in tasks]
         table = dict(zip(tasks, (one.result() for one in waiting), strict=True))
     print(f"an image takes {IMAGE_S:g} s, a merge {MERGE_S:g} s; {options.instances} instances")
-    print("family     images  workers   regret ± se     to one worker      hours")
+    print("family     images  workers   regret ± se     to the first       hours    a proposal")
     for family in options.families:
         for mark in options.images:
             for n in options.workers:
                 of = [table[family, seed, n][mark] for seed in range(options.instances)]
                 alone = [
-                    table[family, seed, options.workers[0]][mark][0]
+                    table[family, seed, options.workers[0]][mark].regret
                     for seed in range(options.instances)
                 ]
-                regrets = [regret for regret, _ in of]
+                regrets = [one.regret for one in of]
                 apart = [one - other for one, other in zip(regrets, alone, strict=True)]
                 root = options.instances**0.5
                 print(
                     f"{family:10} {mark:6} {n:8}   {statistics.mean(regrets):.3f} ± "
                     f"{statistics.stdev(regrets) / root:.3f}   {statistics.mean(apart):+.3f} ± "
-                    f"{statistics.stdev(apart) / root:.3f}   {statistics.mean(h for _, h in of):8.3f}"
+                    f"{statistics.stdev(apart) / root:.3f}   "
+                    f"{statistics.mean(one.hours for one in of):8.3f}   "
+                    f"{statistics.median(one.ask_s for one in of):6.2f} s"
                 )
 
 
