@@ -11,30 +11,38 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import optuna
 import postgres
 import pytest
 import toy_plugin
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
 from test_cli import Command
 from test_cli import command as command
 from test_run import Silent, measured, start
 from test_run import folder as folder
 
-from bayesian_merger import __version__, run, setup
+from bayesian_merger import __version__, outcome, run, setup
 from bayesian_merger import config as configuration
+from bayesian_merger.crew import Hands
+from bayesian_merger.data import Estimate, Model, Recipe
 from bayesian_merger.errors import ConfigError, RunError, TakenError
 from bayesian_merger.joining import helps
 from bayesian_merger.outcome import open_study
 from bayesian_merger.study import Stage, Study, create, seats
 from bayesian_merger.study.board import Task
-from bayesian_merger.study.seats import Seats, Watch
-from bayesian_merger.study.storage import storage_at
+from bayesian_merger.study.patience import Patient
+from bayesian_merger.study.seats import Seat, Seats, Watch
+from bayesian_merger.study.storage import close, storage_at
 
 pytestmark = pytest.mark.skipif(not postgres.PG_CTL, reason="PostgreSQL is not installed")
+
+T = TypeVar("T")
 
 # A process whose seat is taken away soon, so that a test need not wait for it.
 HASTY = """
@@ -123,12 +131,13 @@ def require_whole(folder: Path, server: Server, into: str) -> None:
         assert all(result.state == "complete" for result in results)
         counted = {(r.stage, r.name, index): s for r in results for index, s in r.scores.items()}
         assert len(counted) == IMAGES
-        told = {
-            (task.stage, task.name, index): score
+        told = [
+            ((task.stage, task.name, index), score)
             for _, task in study.board().some(range(100_000))
             for index, score in task.scores.items()
-        }
-        assert counted == told
+        ]
+        assert counted == dict(told)
+        assert len(told) == IMAGES
     finally:
         study.close()
 
@@ -176,7 +185,7 @@ def test_leader_that_was_asleep_finds_another_and_helps(
     first.send_signal(signal.SIGCONT)
     said = [process.communicate(timeout=240)[0] for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], said
-    assert "another leads the run now" in said[0]
+    assert "another process has taken over" in said[0]
     for into in ("one", "two"):
         require_whole(folder, server, into)
 
@@ -255,11 +264,26 @@ def test_process_with_another_setup_is_turned_away(
 def test_process_that_cannot_help_is_turned_away(own_study: Study, own_seats: Seats) -> None:
     leader = own_seats.sit("0.0.9", leads=True)
     with pytest.raises(ConfigError, match=r"led by version 0\.0\.9"):
-        helps(own_study, own_seats, None, print)
+        helps(own_study, own_seats, None, print, agreed)
     leader.leave("")
     own_seats.sit(__version__, leads=True)
     with pytest.raises(ConfigError, match="for one process alone"):
-        helps(own_study, own_seats, None, print)
+        helps(own_study, own_seats, None, print, agreed)
+
+
+def test_process_that_came_at_once_with_another_setup_hires_nobody(
+    own_study: Study, own_seats: Seats
+) -> None:
+    def require_same() -> None:
+        own_study.require_same({"search": {"seed": 2}})
+
+    require_same()  # as nothing has begun
+    own_seats.sit(__version__, leads=True)
+    begins = threading.Timer(0.3, own_study.begin, ({"search": {"seed": 1}}, {}))
+    begins.start()
+    with pytest.raises(ConfigError, match=r"search\.seed was 1, is 2"):
+        helps(own_study, own_seats, unhired, print, require_same)
+    begins.join()
 
 
 def test_what_ended_the_leader_ends_who_helps(own_study: Study, own_seats: Seats) -> None:
@@ -274,9 +298,12 @@ def test_what_ended_the_leader_ends_who_helps(own_study: Study, own_seats: Seats
 
         def close(self) -> None: ...
 
-    leader = own_seats.sit(__version__, leads=True)
+    own_study.begin({"search": {}}, {})
+    found = own_seats.lead(__version__)
+    assert found
+    leader = found
     with pytest.raises(RunError, match="has stopped: three trials failed"):
-        helps(own_study, own_seats, Idle, print)
+        helps(own_study, own_seats, Idle, print, agreed)
     assert not own_seats.taken()
 
 
@@ -310,6 +337,133 @@ def own_seats(own_study: Study) -> Seats:
     return own_study.seats()
 
 
+def agreed() -> None:
+    """The run is the same."""
+
+
+def unhired() -> Hands:
+    raise AssertionError("workers were hired")
+
+
+def test_machines_that_join_at_once_have_one_study(
+    tmp_path: Path, server: postgres.Postgres
+) -> None:
+    folders = [tmp_path / str(n) / "at once" for n in range(8)]
+    for one in folders:
+        one.mkdir(parents=True)
+    studies = [open_study(one, server.url, create=True) for one in folders]
+    together = threading.Barrier(len(folders))
+    refused: list[Exception] = []
+
+    def come(own: Path, study: Study) -> None:
+        together.wait()
+        try:
+            outcome.join(study, own)
+        except ConfigError as error:
+            refused.append(error)
+
+    threads = [
+        threading.Thread(target=come, args=one) for one in zip(folders, studies, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not refused
+    assert len({outcome.mark_of(one) for one in folders}) == 1
+    for study in studies:
+        study.close()
+
+
+@pytest.mark.slow
+def test_extension_is_spent_once_by_all_that_were_told_to_extend(
+    folder: Path, server: postgres.Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = (f"search.storage={server.url}", "search.n_iters=4")
+    ready = setup.prepare(configuration.load(folder / "config.toml", told), folder, "toy")
+
+    def begin(into: str, more: int | None) -> int:
+        run_dir = folder / into / "extended"
+        return run.run(ready, run_dir, Silent(), more, report=False).images
+
+    n_before = begin("one", None)
+
+    def lead_later(own: Seats) -> Seat | None:
+        monkeypatch.undo()
+        assert begin("one", 10) >= n_before + 10
+        return own.lead(__version__)
+
+    monkeypatch.setattr(run, "leads", lead_later)
+    n_after = begin("two", 10)
+    assert n_after == begin("one", None)
+
+
+def test_leader_that_has_lost_its_seat_stores_nothing_of_a_trial(
+    own_study: Study, own_seats: Seats
+) -> None:
+    seat = own_seats.lead("1")
+    assert seat
+    own_study.fenced(seat.beat)
+    models = (Model("a", "0"), Model("b", "1"))
+    recipe = Recipe("weighted_sum", "sd1", models, {"alpha": {"base": 0.5}})
+    trial = own_study.book("baseline", "even", recipe)
+    trial.record(0, {"likeness": 1.0}, "0")
+    seat.leave("no sign of life")
+    acts: tuple[Callable[[], None], ...] = (
+        lambda: trial.record(1, {"likeness": 1.0}, "1"),
+        lambda: trial.follow([0], {}),
+        lambda: trial.complete(Estimate(1.0, 0.0, 1)),
+        lambda: trial.fail("of no use"),
+    )
+    for act in acts:
+        with pytest.raises(TakenError):
+            act()
+    (left,) = own_study.judged("baseline")
+    assert (left.state, set(left.scores)) == ("running", {0})
+
+
+def test_end_whose_answer_was_lost_is_an_end() -> None:
+    storage = Forgetful()
+    study = optuna.create_study(storage=storage)
+    for state, values in ((TrialState.COMPLETE, [1.0]), (TrialState.FAIL, None)):
+        trial = study.ask()
+        storage.is_lost = True
+        assert storage.set_trial_state_values(trial._trial_id, state, values)
+        assert storage.get_trial(trial._trial_id).state == state
+    # What another has ended otherwise is no end of this one's.
+    trial = study.ask()
+    study.tell(trial, 2.0)
+    storage.is_away = True
+    with pytest.raises(UpdateFinishedTrialError):
+        storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+
+
+class Forgetful(
+    Patient,
+    InMemoryStorage,  # type: ignore[misc]  # Optuna imports it lazily
+    waits=("set_trial_state_values",),
+):
+    """A server that does what it is told and goes away before it says so, or before it hears it."""
+
+    is_lost = is_away = False
+
+    def wait_for(self, call: Callable[[], T]) -> T:
+        def attempt() -> T:
+            if self.is_away:
+                self.is_away = False
+                raise StorageInternalError("it is away")
+            found = call()
+            if self.is_lost:
+                self.is_lost = False
+                raise StorageInternalError("the connection is lost")
+            return found
+
+        return super().wait_for(attempt)
+
+    def _is_away(self, error: Exception) -> bool:
+        return True
+
+
 def test_of_many_that_want_to_lead_one_does(server: postgres.Postgres) -> None:
     storage = storage_at(server.url)
     study = optuna.create_study(storage=storage)
@@ -328,8 +482,15 @@ def test_of_many_that_want_to_lead_one_does(server: postgres.Postgres) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    found = [seat for seat in Seats(storage, study).taken() if seat.leads]
-    assert len(found) == len(leading) == 1
+    every = Seats(storage, study)
+    (found,) = (seat for seat in every.taken() if seat.leads)
+    assert len(leading) == 1
+    # One may have sat down later and left, as it saw this one.
+    every.sit("1", leads=True).leave("another took it at the same time")
+    last = every.last()
+    assert last
+    assert last.number == found.number
+    close(storage)
 
 
 def test_silent_process_loses_its_seat_and_records_nothing_more(

@@ -199,6 +199,7 @@ class Crew:
         time.sleep(max(_POLL_S, self._took_s))
 
     def _post(self, trial: Trial, items: Sequence[int], follows: bool, n_lost: int = 0) -> None:
+        self._others.require()
         number = self._board.post(trial, items, follows=follows)
         self._offers[number] = _Offer(trial, items, follows, n_lost)
 

@@ -46,11 +46,15 @@ def leads(seats: Seats) -> Seat | None:
 
 
 def helps(
-    study: Study, seats: Seats, hire: Callable[[], Hands] | None, noted: Callable[[str], None]
+    study: Study,
+    seats: Seats,
+    hire: Callable[[], Hands] | None,
+    noted: Callable[[str], None],
+    require_same: Callable[[], None],
 ) -> Seat | None:
     """Have workers judge for the process that leads, until none does: the one that did so last.
 
-    ConfigError if they cannot; RunError if the run cannot go on.
+    ConfigError if they cannot, or by `require_same` if the run is another; RunError if it cannot go on.
     """
     leader = seats.leader()
     if leader is None:
@@ -64,6 +68,11 @@ def helps(
         raise ConfigError(
             f"another {leader} works on this run, which is for one process alone: wait for it or stop it"
         )
+    while not study.identity:  # it is about to begin
+        if not seats.leader():
+            return seats.last()
+        time.sleep(_LOOK_S)
+    require_same()
     noted(f"the run is led by {leader}; this one helps, and takes over when that is lost")
     hands = hire()
     seat = seats.sit(__version__, hands.n)

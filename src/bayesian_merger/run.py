@@ -128,20 +128,28 @@ def _together(
         study = open_study(folder, setup.config.search.storage, create=True)
         stack.callback(study.close)
         study.waits(observer.noted)
-        study.require_same(as_begun(setup, study).identity)
+
+        def require_same() -> None:
+            study.require_same(as_begun(setup, study).identity)
+
+        require_same()
+        n_joined = study.n_judged
         join(study, folder)
         gathering(setup, folder)  # which tells if its place cannot be had
         seats = study.seats()
         while True:
             seat = leads(seats)
             if seat is None:
-                last = helps(study, seats, kept if hire else None, observer.noted)
+                last = helps(study, seats, kept if hire else None, observer.noted, require_same)
                 if last and last.is_done:
                     return _shown(study, setup, folder, observer, report)
                 continue
+            if more and study.n_judged != n_joined:
+                more = None  # another process has spent them, or was about to
             try:
                 with pulse(seat.beat), storage_errors():
                     others = Leading(seats, seat)
+                    study.fenced(seat.require)
                     outcome = _lead(
                         setup,
                         folder,
@@ -154,7 +162,10 @@ def _together(
                 seat.leave("the run is over", is_done=True)
                 return outcome
             except TakenError:
-                observer.noted(f"{seat} was silent for too long, and another leads the run now")
+                observer.noted(f"{seat} leads the run no more, as another process has taken over")
+                study.fenced(lambda: None)
+                with storage_errors():
+                    seat.leave("another process has taken over")
             except BaseException as error:
                 study.hurries()
                 is_fatal = isinstance(error, (MergerError, OSError))

@@ -99,6 +99,7 @@ class Study:
         with storage_errors():
             self._storage = storage.at_file(place) if isinstance(place, Path) else place
             self._name = name
+            self._fence: Callable[[], None] = lambda: None
             self._file = place if isinstance(place, Path) else None
             self._search, self._judged = self._part(SEARCH), self._part("judged")
 
@@ -128,6 +129,10 @@ class Study:
         if isinstance(self._storage, Patient):
             self._storage.tell, self._storage.is_over = tell, is_over
 
+    def fenced(self, require: Callable[[], None]) -> None:
+        """Ask `require` before anything of a trial is stored; it raises if that is for another to do."""
+        self._fence = require
+
     def hurries(self) -> None:
         """From now on wait for no server: this process ends."""
         if isinstance(self._storage, Patient):
@@ -148,7 +153,13 @@ class Study:
     def own(self, mark: str) -> str:
         """The mark of the run folders that this is the study of: the first that was given."""
         if "folder" not in self._search.user_attrs:
-            self._search.set_user_attr("folder", mark)
+            # Several may give theirs at once: each storage knows which trial of a study was the first.
+            marks = self._part("marks")
+            marks.add_trial(
+                optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"mark": mark})
+            )
+            first = marks.get_trials(deepcopy=False)[0]
+            self._search.set_user_attr("folder", first.user_attrs["mark"])
         found: str = self._search.user_attrs["folder"]
         return found
 
@@ -238,11 +249,13 @@ class Study:
     ) -> Trial:
         """A trial that was interrupted, or else a new proposal; none of those `taken`."""
         name = f"trial {len(begun(self._search)) + 1}"
-        frozen = proposer.begin(
-            lambda params: {"name": name, "recipe": recipe_of(params).to_dict()},
-            {trial.number for trial in taken},
-        )
-        return Trial(self._search, frozen)
+
+        def about(params: Params) -> Mapping[str, Any]:
+            self._fence()  # it may have taken long to find them
+            return {"name": name, "recipe": recipe_of(params).to_dict()}
+
+        frozen = proposer.begin(about, {trial.number for trial in taken})
+        return Trial(self._search, frozen, self._fence)
 
     def is_interrupted(self, taken: Collection[Trial] = ()) -> bool:
         """Whether a trial of the search has begun and is judged by nobody, none of those `taken`."""
@@ -379,14 +392,14 @@ class Study:
                 result = result_of(frozen)
                 is_same = (result.stage, result.recipe.digest()) == (stage, recipe.digest())
                 if is_same and result.name not in apart:
-                    return Trial(self._judged, frozen)
+                    return Trial(self._judged, frozen, self._fence)
         self._judged.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.RUNNING,
                 user_attrs={"stage": stage, "name": name, "recipe": recipe.to_dict()},
             )
         )
-        return Trial(self._judged, self._judged.get_trials(deepcopy=False)[-1])
+        return Trial(self._judged, self._judged.get_trials(deepcopy=False)[-1], self._fence)
 
     def searched(self) -> list[Result]:
         """The search's trials in order, the one in progress included."""

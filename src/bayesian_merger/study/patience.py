@@ -6,9 +6,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, TypeVar
+from itertools import count
+from typing import Any, TypeVar, cast
 
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from bayesian_merger.errors import first_line
@@ -92,9 +95,30 @@ class Patient(ABC):
 def _patient(method: Callable[..., _T]) -> Callable[..., _T]:
     @wraps(method)
     def call(self: Patient, *args: Any, **options: Any) -> _T:
-        return self.wait_for(lambda: method(self, *args, **options))
+        attempts = count()
+
+        def attempt() -> _T:
+            is_again = next(attempts) > 0
+            try:
+                return method(self, *args, **options)
+            except UpdateFinishedTrialError:
+                # The server may have heard the call whose answer was lost.
+                is_end = is_again and method.__name__ == "set_trial_state_values"
+                if is_end and _has_ended_so(cast(BaseStorage, self), *args, **options):
+                    return cast(_T, True)
+                raise
+
+        return self.wait_for(attempt)
 
     return call
+
+
+def _has_ended_so(
+    storage: BaseStorage, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+) -> bool:
+    """Whether a trial is in the state already that it is to be brought into, with these values."""
+    trial = storage.get_trial(trial_id)
+    return trial.state == state and (values is None or trial.values == list(values))
 
 
 def reason(error: Exception) -> str:

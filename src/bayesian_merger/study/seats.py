@@ -34,7 +34,7 @@ _SURE_S = 10.0
 _LOOK_S = 5.0
 
 _LEADS, _HOST, _PID, _VERSION, _N = "leads", "host", "pid", "version", "workers"
-_BEAT, _ENDED, _FATAL = "beat", "ended", "fatal"
+_BEAT, _ENDED, _FATAL, _LED = "beat", "ended", "fatal", "led"
 
 
 def clock() -> float:
@@ -91,7 +91,9 @@ class Seat:
         self._storage, self._id = storage, frozen._trial_id
         attrs = frozen.user_attrs
         self.number = frozen.number
+        # Whether it is there to lead, and whether it came to do so.
         self.leads: bool = attrs[_LEADS]
+        self.led: bool = attrs.get(_LED, False)
         self.host: str = attrs[_HOST]
         self.pid: int = attrs[_PID]
         self.version: str = attrs[_VERSION]
@@ -183,7 +185,7 @@ class Seats:
     def last(self) -> Seat | None:
         """The one that led last."""
         seats = (Seat(self._storage, t) for t in self._study.get_trials(deepcopy=False))
-        return max((s for s in seats if s.leads), key=lambda s: s.number, default=None)
+        return max((s for s in seats if s.led), key=lambda s: s.number, default=None)
 
     def lead(self, version: str) -> Seat | None:
         """A seat that leads, unless another process has it."""
@@ -194,5 +196,9 @@ class Seats:
         if any(seat.leads and seat.number != own.number for seat in self.taken()):
             own.leave("another took it at the same time")
             time.sleep(random.uniform(0.1, 1.0))
+            return None
+        try:
+            self._storage.set_trial_user_attr(own._id, _LED, True)
+        except UpdateFinishedTrialError:  # it was silent for too long already
             return None
         return own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import optuna
@@ -25,8 +25,11 @@ _STATES: Mapping[TrialState, State] = {
 class Trial:
     """A recipe being judged; what is recorded is stored before the call returns."""
 
-    def __init__(self, study: optuna.Study, frozen: FrozenTrial) -> None:
-        self._study = study
+    def __init__(
+        self, study: optuna.Study, frozen: FrozenTrial, fence: Callable[[], None] = lambda: None
+    ) -> None:
+        """`fence` is asked before anything is stored, and raises if the trial is another's by now."""
+        self._study, self._fence = study, fence
         self._trial = optuna.trial.Trial(study, frozen._trial_id)
         self._result = result_of(frozen)
         self.stage, self.name, self.recipe = (
@@ -73,6 +76,7 @@ class Trial:
         The `prompt` of an image that no panel has is stored beside them.
         """
         if index not in self.scores:
+            self._fence()
             told = {"scores": dict(scores), "image": image}
             if prompt:
                 told["prompt"] = dict(prompt)
@@ -82,6 +86,7 @@ class Trial:
 
     def follow(self, items: Sequence[int], slopes: Mapping[str, float]) -> None:
         """Store the derivative of the images' mean value by each parameter; none if it told nothing."""
+        self._fence()
         self._slopes.append(Slopes(tuple(items), dict(slopes)))
         self._trial.set_user_attr(*of_slopes(self._slopes[-1]))
 
@@ -123,12 +128,14 @@ class Trial:
 
     def complete(self, value: Estimate) -> None:
         """End the trial with its value."""
+        self._fence()
         self._value, self._state = value, "complete"
         self._trial.set_user_attr("value", {"mean": value.mean, "se": value.se, "n": value.n})
         self._study.tell(self._trial, value.mean)
 
     def fail(self, reason: str) -> None:
         """End the trial without a value."""
+        self._fence()
         self._reason, self._state = reason, "failed"
         self._trial.set_user_attr("reason", reason)
         self._study.tell(self._trial, state=TrialState.FAIL)
