@@ -217,10 +217,13 @@ def test_runs_share_a_storage_by_their_names(path: Path) -> None:
         ("redis://me:secret@host", "is no URL of an SQL database"),
         ("postgresql://me:secret@host:port/x", "cannot be opened"),
         ("sqlite:////no/such/{folder}/x.db", "unable to open database file"),
-        ("oracle://me:sec/ret@host/x?password=secret", "install what the URL names"),
+        ("oracle://me:sec/ret@host/x?password=secret", "is no URL of an SQL database"),
         ("sqlite:////no/such/folder/x.db", "unable to open database file"),
-        ("oracle://me:secret@host/x", "install what the URL names"),
+        ("oracle://me:secret@host/x", "is no URL of an SQL database"),
         ("postgresql+nope://me:secret@127.0.0.1:1/x", "nope"),
+        ("postgresql+psycopg://me/x?sec=ret@127.0.0.1", "may not say after the ?"),
+        ("mysql+pymysql://me:secret@127.0.0.1:1/x?ssl_ca=/no/such.pem", "No such file"),
+        ("mysql+pymysql://me:secret@127.0.0.1:1/x?charset=nope", "cannot be opened"),
         ("postgresql+psycopg://me:p@sec@127.0.0.1:1/x", "@ as %40"),
         ("postgresql+psycopg://me/sec@127.0.0.1:1/x", "/ as %2F"),
         ("postgresql+psycopg://me:sec", "no number as its port"),
@@ -236,6 +239,32 @@ def test_storage_that_does_not_answer_is_told_in_one_line_without_its_password(
     assert said in str(told.value)
     assert "\n" not in str(told.value)
     assert "sec" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        # libpq loads the library ./evil.so to look for the key in it.
+        ("postgresql+psycopg://me@127.0.0.1:1/x?sslcert=a.pem&sslkey=./evil.so:k", "sslcert"),
+        ("postgresql://me@127.0.0.1:1/x?sslmode=require&sslkey=./evil.so:k", "sslkey"),
+        ("postgresql+psycopg2://me@127.0.0.1:1/x?service=mine", "service"),
+        ("postgresql+psycopg://me@127.0.0.1:1/x?plugin=mine", "plugin"),
+        ("mysql+pymysql://me@127.0.0.1:1/x?read_default_file=/etc/my.cnf", "read_default_file"),
+        ("mysql+pymysql://me@127.0.0.1:1/x?local_infile=1", "local_infile"),
+        ("sqlite:///x.db?uri=true", "uri"),
+    ],
+)
+def test_address_of_a_storage_says_nothing_that_its_driver_would_load(
+    given: str, refused: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"may not say '{refused}' after the \?; known are"):
+        storage_at(given)
+
+
+@pytest.mark.parametrize("given", ["mysql://u@h/x", "mssql+pyodbc://u@h/x", "sqlite+evil:///x"])
+def test_storage_of_a_driver_that_is_not_known_is_not_opened(given: str) -> None:
+    with pytest.raises(ConfigError, match="is no URL of an SQL database or a proxy"):
+        storage_at(given)
 
 
 def test_server_of_mysql_cannot_ask_for_a_file() -> None:
@@ -256,7 +285,7 @@ def test_server_of_mysql_cannot_ask_for_a_file() -> None:
         thread.start()
         port = one.getsockname()[1]
         with pytest.raises(ConfigError):
-            storage_at(f"mysql+pymysql://me:x@127.0.0.1:{port}/x?local_infile=1")
+            storage_at(f"mysql+pymysql://me:x@127.0.0.1:{port}/x")
         thread.join()
     assert not int.from_bytes(asked[0][4:8], "little") & 1 << 7  # CLIENT_LOCAL_FILES
 

@@ -26,6 +26,7 @@ from sqlalchemy.exc import (
 )
 
 from bayesian_merger.errors import ConfigError, RunError, TakenError
+from bayesian_merger.errors import shown as value_shown
 from bayesian_merger.study.patience import ASKED, Patient, reason
 
 SEARCH = "search"
@@ -35,14 +36,25 @@ _NO_URL = (
 )
 _PROXY = "grpc"
 _CONNECT_S = 10
-# By driver. A server of MySQL may ask for any file of this machine, if that is not refused.
-_CONNECTED: Mapping[str, Mapping[str, Any]] = {
-    "psycopg": {"connect_timeout": _CONNECT_S},
-    "psycopg2": {"connect_timeout": _CONNECT_S},
-    "pymysql": {"connect_timeout": _CONNECT_S, "local_infile": False},
-    "mysqldb": {"connect_timeout": _CONNECT_S, "local_infile": 0},
-    "mysqlconnector": {"allow_local_infile": False},
-    "mariadbconnector": {"local_infile": False},
+# What an address may say after its "?". Drivers have options that name libraries to load and files to
+# hand over, and the address may be a stranger's; these harm nobody.
+_LIBPQ = {
+    *("user", "password", "host", "hostaddr", "port", "options", "application_name"),
+    *("sslmode", "sslrootcert", "sslcrl", "sslsni", "channel_binding", "gssencmode"),
+    *("connect_timeout", "target_session_attrs", "load_balance_hosts", "tcp_user_timeout"),
+    *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
+}
+_PYMYSQL = {
+    *("charset", "unix_socket", "connect_timeout", "read_timeout", "write_timeout"),
+    *("ssl_ca", "ssl_cert", "ssl_key", "ssl_check_hostname"),
+}
+_QUERIES: Mapping[str, set[str]] = {
+    "sqlite": set(),
+    "postgresql": _LIBPQ,
+    "postgresql+psycopg": _LIBPQ,
+    "postgresql+psycopg2": _LIBPQ,
+    "mysql+pymysql": _PYMYSQL,
+    "mariadb+pymysql": _PYMYSQL,
 }
 _ATTRIBUTES = {
     f"{of}_{whose}_attributes" for of in ("study", "trial") for whose in ("user", "system")
@@ -131,6 +143,7 @@ def storage_at(url: str, *, is_patient: bool = True) -> BaseStorage:
     shown = address.set(query={}).render_as_string(hide_password=True)
     if address.get_backend_name() == _PROXY:
         return _behind_proxy(address, shown, is_patient)
+    _require_harmless(address, shown)
     options: dict[str, Any] = {}
     kind = RDBStorage
     try:
@@ -138,8 +151,8 @@ def storage_at(url: str, *, is_patient: bool = True) -> BaseStorage:
             # A server may drop a connection at night.
             options["pool_pre_ping"] = True
             kind = PatientStorage if is_patient else kind
-        if arguments := _CONNECTED.get(address.get_driver_name()):
-            options["connect_args"] = dict(arguments)
+            if "connect_timeout" not in address.query:
+                options["connect_args"] = {"connect_timeout": _CONNECT_S}
         return _opened(_filled_in(url), options, kind)
     except ArgumentError as error:
         raise ConfigError(f"storage {shown} {_NO_URL}") from error
@@ -148,9 +161,27 @@ def storage_at(url: str, *, is_patient: bool = True) -> BaseStorage:
             f"storage {shown}: {reason(error)}; install what the URL names, for postgresql+psycopg:// "
             f"with pip install 'psycopg[binary]', for mysql+pymysql:// with pip install 'pymysql[rsa]'"
         ) from error
-    # No port, no answer, no permission.
-    except (SQLAlchemyError, RuntimeError, StorageInternalError, ValueError, TypeError) as error:
+    # No port, no answer, no permission; pymysql raises AttributeError for a charset that is none.
+    except (
+        *(SQLAlchemyError, RuntimeError, StorageInternalError),
+        *(ValueError, TypeError, OSError, AttributeError),
+    ) as error:
         raise ConfigError(f"storage {shown} cannot be opened: {reason(error)}") from error
+
+
+def _require_harmless(address: URL, shown: str) -> None:
+    """ConfigError for a database that is not known, or for what its driver should not be told."""
+    known = _QUERIES.get(address.drivername)
+    if known is None:
+        raise ConfigError(f"storage {shown} {_NO_URL}")
+    for key in address.query:
+        if key not in known:
+            # Where an @ comes so late, it may be a piece of a password.
+            told = "" if "@" in str(address.query) else f" {value_shown(key)}"
+            raise ConfigError(
+                f"storage {shown}: its address may not say{told} after the ?; known are "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
 
 
 def _behind_proxy(address: URL, shown: str, is_patient: bool) -> BaseStorage:
