@@ -13,6 +13,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from bayesian_merger.errors import ConfigError
 from bayesian_merger.gate import Gate, listening
+from bayesian_merger.premises import require_plain
 from bayesian_merger.study.storage import search_alone
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -33,6 +34,7 @@ class Dashboard:
                 "the dashboard needs the package optuna-dashboard, which is not installed; "
                 "pip install 'bayesian-merger[dashboard]'"
             ) from error
+        require_plain(folder)
         opened = search_alone(folder / "study.db", storage, folder.absolute().name)
         (only,) = opened.get_all_studies()
         self._server = listening(lambda place: _Server(place, _Quiet), port)

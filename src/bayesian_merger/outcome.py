@@ -12,6 +12,7 @@ from bayesian_merger import album, pairs, plots, report
 from bayesian_merger.checkpoint import whole_file
 from bayesian_merger.data import Estimate, Model, Outcome, Prompt, Recipe, Result
 from bayesian_merger.errors import ConfigError
+from bayesian_merger.premises import require_plain
 from bayesian_merger.recipes import to_toml
 from bayesian_merger.setup import BASELINES
 from bayesian_merger.study import Stage, Study, copies
@@ -30,6 +31,7 @@ def open_study(folder: Path, storage: str | None = None, *, create: bool = False
 
     It lies in the folder, or in the storage of that URL under the folder's name.
     """
+    require_plain(folder)
     path, name = folder / _STUDY, folder.absolute().name
     if create and (file := file_of(storage) if storage else path):
         require_local(file)

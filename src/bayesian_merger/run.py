@@ -52,6 +52,7 @@ from bayesian_merger.outcome import (
     write_page,
     write_recipe,
 )
+from bayesian_merger.premises import require_plain
 from bayesian_merger.scorers import Attended
 from bayesian_merger.setup import BASELINES, Setup
 from bayesian_merger.study import Stage, Study, Trial
@@ -800,6 +801,7 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be made a run folder ({error.strerror})") from error
+    require_plain(folder)
 
 
 def is_alive(folder: Path, storage: str | None = None) -> bool:
