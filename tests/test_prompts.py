@@ -259,6 +259,17 @@ def test_value_that_cannot_be_written_out_is_told_in_short(tmp_path: Path) -> No
     assert all(len(line) < len(str(tmp_path)) + 200 for line in found)
 
 
+def test_field_that_is_nested_without_end_is_a_mistake(tmp_path: Path) -> None:
+    nested = ".".join("a" * 1200)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        read(tmp_path, deep__toml=f'prompt = "a lake"\n{nested} = 1')
+    deep: dict[str, Any] = {}
+    for _ in range(5000):
+        deep = {"a": deep}
+    with pytest.raises(ConfigError, match=r"panel\.defaults: field 'a' is .*, not JSON"):
+        read(tmp_path, deep, lake__toml='prompt = "a lake"')
+
+
 def test_two_payloads_of_one_name_are_a_mistake(tmp_path: Path) -> None:
     found = mistakes(tmp_path, lake__toml='prompt = "x"', lake__yaml="prompt: x")
     assert found == ["two payloads are called 'lake'; rename one"]

@@ -30,6 +30,11 @@ def test_file_may_be_as_long_as_what_it_spells_out() -> None:
         *((f"a: {tag}", "its tag") for tag in ("!!int ''", "!!bool x", "!!timestamp x")),
         ('\na: "\\ud800"', "the text in line 2 holds what is no character"),
         ("\na: &x [*x]", "what begins in line 2 is endless"),
+        ("a: [" + "1," * 200_000 + "]", "more than 100000 lines and commas"),
+        ("- 1\n" * 200_000, "more than 100000 lines and commas"),
+        ("x" * 2**24, "more than 8388608 characters"),
+        ("\na: " + ":".join("1" * 80_000), "the number in line 2 has more than 1000 digits"),
+        ("\na: " + ":".join("1" * 80_000) + ".5", "the number in line 2 has more than 1000"),
     ],
 )
 def test_what_is_no_yaml_is_told_in_one_short_line(text: str, said: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def read_payloads(paths: Sequence[Path], defaults: Mapping[str, Any]) -> tuple[P
         except ConfigError as error:
             mistakes.append(str(error))
     names = [payload.name for payload in payloads]
-    for name in dict.fromkeys(n for n in names if names.count(n) > 1):
+    for name in (name for name, n in Counter(names).items() if n > 1):
         mistakes.append(f"two payloads are called {name!r}; rename one")
     if payloads and not any(payload.fields.score_weight for payload in payloads):
         mistakes.append("every payload has score_weight 0, so nothing would be judged")
@@ -241,7 +242,7 @@ def _mistakes(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, f"unknown field {name!r}{meant}"
         try:
             json.dumps(table[name], allow_nan=False)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             yield name, f"field {shown(name)} is {shown(table[name])}, not JSON"
 
 

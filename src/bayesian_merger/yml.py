@@ -7,7 +7,9 @@ from typing import Any
 from yaml import MappingNode, Node, SafeLoader, YAMLError
 
 from bayesian_merger.errors import one_line
+from bayesian_merger.toml import require_short
 
+_MOST_DIGITS = 1000
 _GROWTH = 1_000_000  # characters and values that aliases may stand for in any file
 _LONGEST = 300  # characters of what PyYAML says, which may quote the file
 
@@ -26,6 +28,7 @@ def loads(text: str, *, dates: bool = True) -> Any:
 
     Without `dates`, what looks like one is a text.
     """
+    require_short(text)
     try:
         loader = SafeLoader(text) if dates else _Dateless(text)
         root = loader.get_single_node()
@@ -51,6 +54,9 @@ def _require_small(node: Node, most: int, known: dict[int, int]) -> int:
             node.value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text in line {line} holds what is no character") from error
+        if node.tag.endswith((":int", ":float")) and len(node.value) > _MOST_DIGITS:
+            # Of base 60 ("1:30:00") it is read in a time by the square of its length.
+            raise ValueError(f"the number in line {line} has more than {_MOST_DIGITS} digits")
         size = 1 + len(node.value)
     else:
         is_table = isinstance(node, MappingNode)
