@@ -144,6 +144,50 @@ def test_windows_path_with_backslashes_is_answered_with_how_to_write_it(
     assert config(tmp_path, changed('"a.safetensors"', f"'{path}.safetensors'")).models.a
 
 
+@pytest.mark.parametrize(
+    ("link", "to", "pattern"),
+    [
+        ("lake.toml", "../home/id_rsa", "*.toml"),
+        ("lake.toml", "{}/home/id_rsa", "lake.toml"),
+        ("more", "../home", "*/*.toml"),
+        ("more", "{}/home", "more/lake.toml"),
+    ],
+)
+def test_link_beside_the_configuration_leads_to_no_prompts_elsewhere(
+    tmp_path: Path, link: str, to: str, pattern: str
+) -> None:
+    home, pack = tmp_path / "home", tmp_path / "pack"
+    home.mkdir()
+    pack.mkdir()
+    for name in ("id_rsa", "lake.toml", "hair.txt"):
+        (home / name).write_text("secret")
+    (pack / link).symlink_to(to.format(tmp_path))
+    found = config(pack, changed("*.toml", pattern))
+    with pytest.raises(ConfigError, match=r"panel\.payloads: .* leads out of the configuration's"):
+        found.payload_files(pack)
+    if link == "more":
+        with pytest.raises(ConfigError, match=r"wildcards_dir: .*more is a link that leads out"):
+            load(pack / "config.toml", ["panel.wildcards_dir=more"])
+
+
+def test_payloads_and_wildcards_may_lie_elsewhere_and_be_links_beside(tmp_path: Path) -> None:
+    home, pack = tmp_path / "home", tmp_path / "pack"
+    home.mkdir()
+    (pack / "own").mkdir(parents=True)
+    (home / "lake.toml").touch()
+    (home / "sea.toml").symlink_to("lake.toml")
+    (pack / "own" / "hill.toml").touch()
+    (pack / "near").symlink_to("own")
+    (tmp_path / "linked").symlink_to("pack")
+    for folder in (pack, tmp_path / "linked"):
+        config(pack, changed("*.toml", "near/*.toml"))
+        for given in ("../home", str(home), "near", "own"):
+            found = load(folder / "config.toml", [f"panel.wildcards_dir={given}"])
+            assert found.panel.wildcards_dir == folder / given
+            found = load(folder / "config.toml", [f"panel.payloads=['{given}/*.toml']"])
+            assert found.payload_files(folder)
+
+
 def test_payload_files_are_found_by_pattern_in_order_and_once(tmp_path: Path) -> None:
     for name in ("b.yaml", "a.yaml", "sub/c.txt", "sub/d.txt", "sub/e.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -50,6 +50,15 @@ def legend(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]  # type: ignore[union-attr]
 
 
+def test_figures_are_the_same_whatever_a_matplotlibrc_says(finished: Outcome) -> None:
+    expected = plots.png(plots.convergence(finished)), plots.svg(plots.convergence(finished))
+    given: Any = {"text.usetex": True, "axes.facecolor": "red", "savefig.bbox": "tight"}
+    with mpl.rc_context(given):
+        drawn = plots.convergence(finished)
+        assert (plots.png(drawn), plots.svg(drawn)) == expected
+        assert {name: mpl.rcParams[name] for name in given} == given
+
+
 def contrast(one: Any, other: Any) -> float:
     """Contrast ratio by WCAG 2.2."""
     shades = []

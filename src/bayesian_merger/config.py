@@ -46,6 +46,31 @@ def _beside_config(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+def _plainly_beside_config(value: Any, info: ValidationInfo) -> Any:
+    """Such a path, which a link leads nowhere else."""
+    path = _beside_config(value, info)
+    if isinstance(path, Path):
+        _require_beside(value, [path], (info.context or {}).get("folder", Path()))
+    return path
+
+
+def _require_beside(given: str, paths: Sequence[Path], folder: Path) -> None:
+    """ValueError if what is written as a path beside the configuration is a link that leads elsewhere.
+
+    What is in it becomes prompts, and the folder may be a stranger's. A path from the root or with ".."
+    in it is seen to lead where it does.
+    """
+    written = Path(given).expanduser()
+    if written.is_absolute() or ".." in written.parts:
+        return
+    for path in paths:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{path} is a link that leads out of the configuration's folder, to {path.resolve()}; "
+                f"name that itself if it is meant"
+            )
+
+
 ConfigPath = Annotated[Path, BeforeValidator(_beside_config)]
 
 
@@ -142,7 +167,7 @@ class Panel(Section):
     """[panel]: the prompts that every trial is judged on."""
 
     payloads: list[str] = Field(min_length=1)
-    wildcards_dir: ConfigPath | None = None
+    wildcards_dir: Annotated[Path, BeforeValidator(_plainly_beside_config)] | None = None
     batch_size: PositiveInt = 1
     defaults: dict[str, Any] = {}
 
@@ -270,9 +295,10 @@ class Config(Section):
                     base = Path(path.anchor)
                     relative = path.relative_to(base).as_posix()
                 hits = sorted(p for p in base.glob(relative) if p.is_file())
+                _require_beside(pattern, hits, folder)
             except (ValueError, IndexError, RuntimeError) as error:  # as pathlib likes
                 raise ConfigError(
-                    f"panel.payloads: {pattern!r} is neither a file nor a pattern ({error})"
+                    f"panel.payloads: {pattern!r} names no files ({error})"
                 ) from error
             if not hits:
                 raise ConfigError(

@@ -8,13 +8,14 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps, font_manager, rc_context
+from matplotlib import colormaps, font_manager, rc_context, rcdefaults
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
@@ -91,6 +92,15 @@ _MOST_LABELS = 45
 _ROUNDING = 1e-9
 
 
+@contextmanager
+def _as_it_comes() -> Iterator[None]:
+    """Matplotlib's own settings; a matplotlibrc, which may be in a stranger's folder, says others."""
+    with rc_context():
+        rcdefaults()
+        yield
+
+
+@_as_it_comes()
 def png(figure: Figure, dpi: int = 150) -> bytes:
     """The figure as a PNG; the same figure gives the same bytes."""
     buffer = io.BytesIO()
@@ -98,6 +108,7 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
     return buffer.getvalue()
 
 
+@_as_it_comes()
 def svg(figure: Figure) -> bytes:
     """The figure as an SVG, its letters as shapes; the same figure gives the same bytes."""
     buffer = io.BytesIO()
@@ -113,6 +124,7 @@ def save(figure: Figure, path: Path) -> None:
         file.write(svg(figure) if path.suffix.lower() == ".svg" else png(figure))
 
 
+@_as_it_comes()
 def convergence(outcome: Outcome, *, dark: bool = False) -> Figure:
     """The value of each trial with its standard error, and the baselines as lines.
 
@@ -167,6 +179,7 @@ def convergence(outcome: Outcome, *, dark: bool = False) -> Figure:
     return figure
 
 
+@_as_it_comes()
 def parallel(outcome: Outcome, *, dark: bool = False) -> Figure:
     """Each trial that has a value as a line over the weights of its blocks, coloured by the value.
 
@@ -274,6 +287,7 @@ def _line(result: Result, places: Sequence[tuple[str, str]]) -> list[float]:
     return [weights.get(weight, {}).get(block, math.nan) for weight, block in places]
 
 
+@_as_it_comes()
 def front(outcome: Outcome, *, dark: bool = False) -> Figure:
     """What is expected of each compromise between several objectives, with its standard error.
 
@@ -353,6 +367,7 @@ def _draw_lines(
     axes.set_ylabel("difference to the even merge ± standard error", **_text(theme.ink, 10))
 
 
+@_as_it_comes()
 def path(
     outcome: Outcome, slopes: Mapping[str, Estimate], where: str, *, dark: bool = False
 ) -> Figure:
@@ -413,6 +428,7 @@ def path(
     return figure
 
 
+@_as_it_comes()
 def slices(outcome: Outcome, *, n: int = 12, dark: bool = False) -> Figure:
     """What the value does as one weight leaves that of the best merge, with its standard error.
 
@@ -499,6 +515,7 @@ def _label(parameter: str) -> str:
     return parameter.replace("_alpha", "")
 
 
+@_as_it_comes()
 def unet(
     weights: Mapping[str, float],
     *,
@@ -551,6 +568,7 @@ def unet(
     return figure
 
 
+@_as_it_comes()
 def contact_sheet(pictures: Mapping[str, Sequence[Image]], *, dark: bool = False) -> Figure:
     """A labelled row of pictures for each name; one column holds the same prompt and seed."""
     theme = _DARK if dark else _LIGHT
