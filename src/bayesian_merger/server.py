@@ -12,6 +12,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -53,6 +54,41 @@ class Slow(Exception):
 
 class _Lost(Exception):
     """No connection, or one that broke."""
+
+
+class _Deadline:
+    """Hangs up a request's connection when its time is over; httpx limits each wait alone.
+
+    `trace` is to be told by httpcore what it does for the request.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self._stream: Any = None
+        self._timer = threading.Timer(seconds, self._hang_up)
+        self._timer.daemon = True
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._end
+
+    def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            self._stream = info["return_value"]
+
+    def _hang_up(self) -> None:
+        if self._stream:
+            with suppress(OSError):
+                found = self._stream.get_extra_info("socket")
+                # Not that of an SSLSocket, which another thread is reading.
+                socket.socket.shutdown(found, socket.SHUT_RDWR)
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
 
 
 def _seconds(text: str | float, option: str) -> float:
@@ -196,6 +232,8 @@ class Server:
             headers=header,
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_S, write=_WRITE_S),
             trust_env=not is_near(address.host),
+            # A connection is of one request, as its deadline hangs up.
+            limits=httpx.Limits(max_keepalive_connections=0),
         )
 
     def get(self, path: str) -> Any:
@@ -314,21 +352,26 @@ class Server:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def _once(self, method: str, path: str, body: Any, raw: bool = False) -> Any:
-        end = time.monotonic() + self._timeout_s
         content = bytearray()
-        try:
-            with self._client.stream(method, path, json=body) as answer:
-                for piece in answer.iter_bytes():
-                    content += piece
-                    if len(content) > _MOST_BYTES:
-                        raise Strange(f"{path}: an answer of more than {_MOST_BYTES >> 20} MiB")
-                    # httpx limits the time between two pieces only.
-                    if time.monotonic() > end:
-                        raise Slow(f"{path}: no whole answer in {self._timeout_s:g} s")
-        except self._lib.ReadTimeout as error:
-            raise Slow(f"{path}: no answer in {self._timeout_s:g} s") from error
-        except self._lib.HTTPError as error:
-            raise _Lost(f"{path}: {one_line(error)}") from error
+        late = Slow(f"{path}: no whole answer in {self._timeout_s:g} s")
+        with _Deadline(self._timeout_s) as deadline:
+            try:
+                told = {"trace": deadline.trace}
+                with self._client.stream(method, path, json=body, extensions=told) as answer:
+                    for piece in answer.iter_bytes():
+                        content += piece
+                        if len(content) > _MOST_BYTES:
+                            raise Strange(
+                                f"{path}: an answer of more than {_MOST_BYTES >> 20} MiB"
+                            )
+            except self._lib.ReadTimeout as error:
+                raise late from error
+            except self._lib.HTTPError as error:
+                if deadline.is_over:
+                    raise late from error
+                raise _Lost(f"{path}: {one_line(error)}") from error
+            if deadline.is_over:  # an answer without a length looks whole
+                raise late
         if answer.status_code in _AWAY:
             raise _Lost(f"{path}: HTTP {answer.status_code}")
         if not answer.is_success:
