@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from bayesian_merger import delivery
+from bayesian_merger.errors import ConfigError
+from bayesian_merger.guard import JOURNAL
 from bayesian_merger.server import Server, Slow
 
 
@@ -41,3 +47,23 @@ def test_answer_that_drips_is_waited_for_no_longer_than_said(begun: bytes, piece
         is_over.set()
         thread.join()
         server.close()
+
+
+def test_what_a_server_had_stays_noted_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "user_state_path", lambda *_, **__: tmp_path)
+    server = Server("http://127.0.0.1:1", 1.0, 0, "BAYESIAN_MERGER_AUTH", True)
+    journal = tmp_path / "servers" / server.key / JOURNAL
+    journal.parent.mkdir(parents=True)
+    noted = '{"path": "/x", "settings": {"sd_model_checkpoint": "mine"}}'
+    journal.write_text(noted)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        delivery.Claim(server, tmp_path / "models").take()
+    assert journal.read_text() == noted
+    server.close()

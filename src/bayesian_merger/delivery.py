@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from filelock import FileLock, Timeout
 from platformdirs import user_state_path
 
-from bayesian_merger.checkpoint import require_space
+from bayesian_merger.checkpoint import require_space, whole_file
 from bayesian_merger.data import Recipe
 from bayesian_merger.errors import ConfigError, RunError, TrialError
 from bayesian_merger.guard import JOURNAL, STEM, Former, Guard, clear, journal_of, sweep
@@ -112,7 +112,8 @@ class Claim:
 
     def _note(self, former: Former) -> None:
         text = json.dumps({**former._asdict(), "url": self._server.url, "token": self._token})
-        (self._home / JOURNAL).write_text(text, encoding="utf-8")
+        with whole_file(self._home / JOURNAL) as file:
+            file.write(text.encode())
 
 
 def _former(journal: Mapping[str, Any]) -> Former:
