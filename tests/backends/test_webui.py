@@ -920,6 +920,20 @@ def test_extension_without_a_place_leaves_files_as_the_way(
     assert ("our extension" in chosen.notes[0]) == bool(said)
 
 
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [("http://192.0.2.1:7860", "own.safetensors"), ("http://127.0.0.1:1", "notes")],
+)
+def test_server_elsewhere_or_with_other_files_names_no_folder_for_merges(
+    tmp_path: Path, url: str, name: str
+) -> None:
+    (tmp_path / name).touch()
+    backend = WebUI(url)
+    with pytest.raises(ConfigError, match=r"name it as backend\.models_dir"):
+        backend._folder([{"filename": str(tmp_path / name)}])
+    backend.close()
+
+
 def test_extension_may_be_left_aside(folder: Path, begin: Begin) -> None:
     chosen = ready(folder, begin(home=folder / "home"), "backend.extension=false")
     chosen.backend.close()

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -33,7 +34,7 @@ from bayesian_merger.delivery import (
 from bayesian_merger.errors import ConfigError, RunError, TrialError, one_line
 from bayesian_merger.guard import Former, is_given, is_ours, spellings
 from bayesian_merger.pictures import decoded
-from bayesian_merger.server import Refused, Server, Slow, Strange
+from bayesian_merger.server import Refused, Server, Slow, Strange, is_here
 from bayesian_merger.stock import (
     API,
     AUTOMATIC,
@@ -51,6 +52,7 @@ _log = logging.getLogger(__name__)
 # A field that payloads have since 1.6 of stable-diffusion-webui.
 _OF_1_6 = "refiner_checkpoint"
 # How long a server that is away at the end is waited for; then its guard does so.
+_MODELS = (".safetensors", ".ckpt", ".pt", ".pth")
 _LAST_WAIT_S = 3.0
 # How often an image is begun anew, and why.
 _ROUNDS = 5
@@ -261,8 +263,10 @@ class WebUI:
                     f"server lists (first: {min(names)}); name the folder in which it finds them"
                 )
             return folder
-        seen = [Path(file) for file in files if file and not is_of_network(Path(file))]
-        folders = [file.parent for file in seen if file.is_file()]
+        # A server elsewhere may name any folder of ours.
+        is_own = is_here(urlsplit(self._server.url).hostname or "")
+        seen = [Path(file) for file in files if is_own and not is_of_network(Path(file))]
+        folders = [file.parent for file in seen if file.suffix in _MODELS and file.is_file()]
         if not folders:
             first = f" (it has {files[0]})" if files else ""
             raise ConfigError(
