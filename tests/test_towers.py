@@ -159,6 +159,20 @@ def test_code_in_the_folder_of_a_tower_is_not_run(clip: Path, tmp_path: Path) ->
     assert not (folder / "own.py.ran").exists()
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("part", ["", "text_config"])
+@pytest.mark.parametrize("kernel", ["evil/kernel", {"": "evil/kernel"}, "flash_attention_2"])
+def test_code_of_the_hub_is_no_attention(
+    clip: Path, tmp_path: Path, key: str, part: str, kernel: object
+) -> None:
+    folder = Path(shutil.copytree(clip, tmp_path / "clip"))
+    told = json.loads((folder / "config.json").read_text())
+    (told[part] if part else told)[key] = kernel
+    (folder / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ConfigError, match="only eager and sdpa are taken"):
+        Tower(folder, CPU, torch.float32)
+
+
 def test_folder_that_holds_no_tower_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"preprocessor_config\.json: no such file"):
         Tower(tmp_path, CPU, torch.float32)

@@ -7,6 +7,7 @@ that several scorers of one picture cost little more than one.
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from bayesian_merger.errors import ConfigError, first_line
+from bayesian_merger.errors import ConfigError, first_line, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -262,6 +263,7 @@ def loaded(kind: Any, folder: Path) -> Any:
     """
     from transformers.utils import logging
 
+    _require_own_attention(folder)
     is_model = hasattr(kind, "from_config")
     before, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -305,3 +307,24 @@ def tower(folder: Path, device: torch.device, precision: str) -> Tower:
     if found is None:
         found = _towers[key] = Tower(folder, device, DTYPES[precision])
     return found
+
+
+def _require_own_attention(folder: Path) -> None:
+    """ConfigError if config.json names an attention whose code transformers would fetch from the hub."""
+    try:
+        left = [json.loads((folder / "config.json").read_text(encoding="utf-8"))]
+    except (OSError, ValueError, RecursionError):
+        return  # which transformers tells
+    while left:
+        found = left.pop()
+        if isinstance(found, dict):
+            for key, value in found.items():
+                is_told = re.fullmatch(r"_?(attn|experts)_implementation(_internal)?", key)
+                if is_told and value not in (None, "eager", "sdpa"):
+                    raise ConfigError(
+                        f"{folder}: config.json wants {key} {shown(value)}, which may be code of "
+                        f"others; only eager and sdpa are taken"
+                    )
+                left.append(value)
+        elif isinstance(found, list):
+            left += found

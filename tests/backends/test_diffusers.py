@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -298,6 +300,47 @@ def test_checkpoint_of_another_shape_is_refused_before_it_is_loaded(live: Diffus
 def test_folder_without_a_tokenizer_is_refused(tmp_path: Path, merger: Merger) -> None:
     with pytest.raises(ConfigError, match=r"lacks .*tokenizer/tokenizer\.json"):
         check(Diffusers(device="cpu", config=tmp_path), prompts())
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("unet", "block_out_channels", "x"),
+        ("unet", "down_block_types", ["Evil"]),
+        ("unet", "attention_head_dim", 0),
+        ("vae", "latent_channels", None),
+        ("text_encoder", "hidden_size", "x"),
+        ("text_encoder", "num_hidden_layers", "9"),
+        ("scheduler", "num_train_timesteps", "x"),
+        ("unet", "", None),
+    ],
+)
+def test_configuration_that_cannot_be_followed_is_told_in_one_line(
+    tmp_path: Path, part: str, key: str, value: object
+) -> None:
+    folder = changed_configuration(tmp_path, part, key, value)
+    with pytest.raises(ConfigError) as caught:
+        check(Diffusers(device="cpu", config=folder), prompts())
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_text_encoder_takes_no_attention_of_the_hub(tmp_path: Path, key: str) -> None:
+    folder = changed_configuration(tmp_path, "text_encoder", key, "evil/kernel")
+    back_end = Diffusers(device="cpu", config=folder)
+    check(back_end, prompts())
+    assert back_end._pipe.text_encoder.config._attn_implementation == "sdpa"
+
+
+def changed_configuration(folder: Path, part: str, key: str, value: object) -> Path:
+    """The demo's, with another value at a key, or with no JSON for no key."""
+    shutil.copytree(DEMO / "config", folder / "config")
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    path = folder / "config" / part / name
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {key: value}) if key else "{nonsense")
+    return folder / "config"
 
 
 def test_bundled_configuration_is_that_of_sd15() -> None:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from bayesian_merger import devices
 from bayesian_merger.backends import Followed, Judge, Key, Merge, backend
 from bayesian_merger.data import Prompt, Recipe, Sample
-from bayesian_merger.errors import ConfigError, GradientError, TrialError
+from bayesian_merger.errors import ConfigError, GradientError, TrialError, first_line
 from bayesian_merger.names import COMPONENTS, Component, Target
 from bayesian_merger.registry import nearest
 
@@ -51,6 +51,7 @@ _SCHEDULES: Mapping[str, Mapping[str, Any]] = {
 # What a model predicts, by the scheduler's name for it.
 _PREDICTIONS = {"auto": "", "epsilon": "epsilon", "v": "v_prediction"}
 _log = logging.getLogger(__name__)
+_LONGEST = 300  # characters of what diffusers says
 _CONFIGS = Path(__file__).parent / "configs"
 # Bytes for each pixel of an image whose graph is kept whole, or where parts of it are made again; the
 # VAE has the most of it.
@@ -498,11 +499,17 @@ class Diffusers:
             )
         if self._config is not None:
             _require_files(folder, parts)
-        self._pipe = _pipeline(self._lib, folder, parts)
+        encoders = [part.name for part in parts if part.name.startswith("text_encoder")]
+        try:
+            self._pipe = _pipeline(self._lib, folder, parts)
+            n_layers = min(getattr(self._pipe, name).config.num_hidden_layers for name in encoders)
+        except Exception as error:  # diffusers and transformers raise what they like
+            raise ConfigError(
+                f"backend.config: {folder} holds no configuration that diffusers can follow "
+                f"({type(error).__name__}: {first_line(error)[:_LONGEST]})"
+            ) from error
         self._schedule, self._unusual = self._pipe.scheduler.config, self._predicted(shapes)
         self._live, self._held = {}, None
-        encoders = [part.name for part in parts if part.name.startswith("text_encoder")]
-        n_layers = min(getattr(self._pipe, name).config.num_hidden_layers for name in encoders)
         if self._clip_skip > n_layers:
             raise ConfigError(
                 f"backend.clip_skip: {self._clip_skip} is more than the {n_layers} layers of "
@@ -691,6 +698,12 @@ def _pipeline(diffusers: Any, folder: Path, parts: Sequence[Component]) -> Any:
     """The pipeline that the configuration in `folder` describes, without memory for its tensors."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    def encoder_config(part: str) -> Any:
+        found = CLIPTextConfig.from_pretrained(folder / part)
+        # Where it names another, transformers would fetch that code from the hub.
+        found._attn_implementation = "sdpa"
+        return found
+
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(
             diffusers.UNet2DConditionModel.load_config(folder / "unet")
@@ -698,11 +711,12 @@ def _pipeline(diffusers: Any, folder: Path, parts: Sequence[Component]) -> Any:
         vae = diffusers.AutoencoderKL.from_config(
             diffusers.AutoencoderKL.load_config(folder / "vae")
         )
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        text_encoder = CLIPTextModel(encoder_config("text_encoder"))
         others: dict[str, Any] = {}
         if any(part.name == "text_encoder_2" for part in parts):
-            config = CLIPTextConfig.from_pretrained(folder / "text_encoder_2")
-            others["text_encoder_2"] = CLIPTextModelWithProjection(config)
+            others["text_encoder_2"] = CLIPTextModelWithProjection(
+                encoder_config("text_encoder_2")
+            )
     made = partial(
         diffusers.StableDiffusionPipeline,
         safety_checker=None,
