@@ -111,3 +111,11 @@ def test_pictures_are_kept_as_the_configuration_says(
     assert outcome.finished
     # The page is written all the same.
     assert (folder / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("payload", ["\U0001d41a" * 60, "x" * 500, "é" * 60])
+def test_name_of_a_picture_is_no_longer_than_disks_take(tmp_path: Path, payload: str) -> None:
+    scores = {str(n): (-1) ** n * 1e99 for n in range(40)}
+    name = album.file_name(7, payload, scores)
+    (tmp_path / f".{name}.12345678901234567890.part").touch()
+    assert album.file_name(7, "", {"a": 1e99, "b": 0.5}) == "007-1e+99-0.500.png"

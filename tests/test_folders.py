@@ -337,6 +337,14 @@ def test_other_architecture_is_refused(handmade: Path) -> None:
     refused(handmade, "'SomePipeline' is not SD1.5")
 
 
+def test_long_name_of_a_pipeline_is_told_in_short(handmade: Path) -> None:
+    save_file({"transformer_blocks.0.norm.weight": torch.ones(1)}, weights(handmade))
+    (handmade / "model_index.json").write_text(json.dumps({"_class_name": "A" * 1_000_000}))
+    with pytest.raises(CheckpointError) as caught:
+        Folder(handmade)
+    assert len(str(caught.value)) < 600
+
+
 def test_foreign_tensor_is_refused(handmade: Path) -> None:
     tensors = load_file(weights(handmade))
     save_file({**tensors, "encoder_hid_proj.weight": torch.ones(1)}, weights(handmade))

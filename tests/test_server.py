@@ -49,6 +49,31 @@ def test_answer_that_drips_is_waited_for_no_longer_than_said(begun: bytes, piece
         server.close()
 
 
+@pytest.mark.parametrize("url", ["http://x:99999", "http://x:-1", "http://xn--a:80"])
+def test_address_that_is_none_is_told_with_its_key(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"backend\.url is no address"):
+        Server(url, 1.0, 0, "BAYESIAN_MERGER_AUTH", True)
+
+
+@pytest.mark.parametrize("name", ["ALL_PROXY", "HTTP_PROXY"])
+@pytest.mark.parametrize(
+    "proxy", ["socks5://u:secret@h:1", "foo://u:secret@h", "http://u:h@h:secret"]
+)
+def test_proxy_that_is_none_is_told_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, name: str, proxy: str
+) -> None:
+    monkeypatch.setenv(name, proxy)
+    with pytest.raises(ConfigError, match=r"backend\.url: .*_PROXY") as caught:
+        Server("http://example.com:7860", 1.0, 0, "BAYESIAN_MERGER_AUTH", True)
+    assert "secret" not in str(caught.value)
+
+
+def test_certificates_that_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/such.pem")
+    with pytest.raises(ConfigError, match="SSL_CERT_FILE"):
+        Server("https://example.com", 1.0, 0, "BAYESIAN_MERGER_AUTH", True)
+
+
 def test_what_a_server_had_stays_noted_where_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

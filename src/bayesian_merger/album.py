@@ -15,7 +15,8 @@ from bayesian_merger.checkpoint import whole_file
 from bayesian_merger.data import Result, Sample
 from bayesian_merger.pictures import pillow_errors
 
-_LONGEST = 60
+_LONGEST = 60  # letters of a payload, and twice as many bytes
+_MOST_BYTES = 200  # of a name; disks take 255, of which some are for a part of a file
 
 
 def folder_of(run: Path, stage: str, name: str) -> Path:
@@ -63,10 +64,15 @@ def read(run: Path, result: Result, index: int) -> Image | None:
 
 def file_name(index: int, payload: str, scores: Mapping[str, float]) -> str:
     """What the picture of an image is called."""
-    payload = re.sub(r"[^\w.+-]+", "_", payload)[:_LONGEST].strip(".")
+    payload = re.sub(r"[^\w.+-]+", "_", payload)[:_LONGEST]
+    payload = _cut(payload, 2 * _LONGEST).strip(".")
     told = [f"{index:03}", *([payload] if payload else [])]
-    told += [f"{score:.3f}" for score in scores.values()]
-    return f"{'-'.join(told)}.png"
+    told += [f"{score:.3f}" if abs(score) < 1e6 else f"{score:.3g}" for score in scores.values()]
+    return f"{_cut('-'.join(told), _MOST_BYTES)}.png"
+
+
+def _cut(name: str, n_bytes: int) -> str:
+    return name.encode()[:n_bytes].decode("utf-8", "ignore")
 
 
 def save(sample: Sample, folder: Path, scores: Mapping[str, float], recipe: str = "") -> Path:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bayesian_merger.checkpoint import Checkpoint, Layout, sha256_of
-from bayesian_merger.errors import CheckpointError
+from bayesian_merger.errors import CheckpointError, shown
 from bayesian_merger.names import COMPONENTS, Component, Target
 
 _SHARD = re.compile(r"[\w.-]+-\d{5}-of-\d{5}\.safetensors")
@@ -66,7 +66,7 @@ class Folder:
         architecture = _architecture({n: e for file in denoiser for n, e in file.layout.items()})
         if not architecture:
             raise CheckpointError(
-                f"{path}: {model!r} is not SD1.5, SD2, SDXL, SD3 or Flux, whose folders can be read"
+                f"{path}: {shown(model)} is not SD1.5, SD2, SDXL, SD3 or Flux, whose folders can be read"
             )
         for part in COMPONENTS[architecture]:
             if part.name == name:
@@ -120,7 +120,7 @@ class Folder:
         if strange:
             raise CheckpointError(
                 f"{self.name}/{part.name}: {len(strange)} tensors have no place in a checkpoint "
-                f"(first: {strange[0]!r}); is this {model!r} of another architecture, or quantised?"
+                f"(first: {strange[0]!r}); is this {shown(model)} of another architecture, or quantised?"
             )
 
     def _joined(self, tensor: str) -> Layout:
@@ -187,7 +187,7 @@ def _shards(index: Path) -> Sequence[Checkpoint]:
     for file in listed.values():
         # The index comes from elsewhere, and must not lead out of its folder.
         if not isinstance(file, str) or not _SHARD.fullmatch(file):
-            raise CheckpointError(f"{index.name}: {file!r} is no name of a part of a model")
+            raise CheckpointError(f"{index.name}: {shown(file)} is no name of a part of a model")
     files = [Checkpoint(index.parent / name) for name in sorted(set(listed.values()))]
     found = [(name, file.name) for file in files for name in file.layout]
     if different := sorted(set(found) ^ set(listed.items())):

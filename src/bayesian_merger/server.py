@@ -194,10 +194,11 @@ class Server:
             )
         try:
             address = httpx.URL(url.strip().rstrip("/"))
-        except httpx.InvalidURL as error:
+            self.key, host = key_of(str(address)), address.host
+        except (httpx.InvalidURL, ValueError) as error:
             # Without it, as a password may be in its place for the port.
             raise ConfigError(
-                "backend.url is no address, or has no number as its port; write it as "
+                "backend.url is no address, or has no number from 1 to 65535 as its port; write it as "
                 "http://127.0.0.1:7860"
             ) from error
         if address.query or address.fragment:
@@ -205,7 +206,7 @@ class Server:
                 "backend.url goes on after a ? or #, which the run folder would keep; leave that out, "
                 f"and put a token as 'Bearer TOKEN' into the environment variable {auth_env}"
             )
-        if address.scheme not in ("http", "https") or not address.host:
+        if address.scheme not in ("http", "https") or not host:
             raise ConfigError(
                 f"backend.url: {url!r} is no address; write it as http://127.0.0.1:7860"
             )
@@ -220,21 +221,33 @@ class Server:
                 f"the environment variable {auth_env} holds no token that can be sent"
             )
         self.url, self.auth_env, self.verify = str(address), auth_env, verify
-        self.key = key_of(str(address))
         self.n_lost = 0
         self._header = header
         self._has_given_up = threading.Event()
         self.wait_s = _seconds(wait_for_server, "backend.wait_for_server")
         self._timeout_s = timeout_s
-        self._client = httpx.Client(
-            base_url=address,
-            verify=verify,
-            headers=header,
-            timeout=httpx.Timeout(timeout_s, connect=_CONNECT_S, write=_WRITE_S),
-            trust_env=not is_near(address.host),
-            # A connection is of one request, as its deadline hangs up.
-            limits=httpx.Limits(max_keepalive_connections=0),
-        )
+        try:
+            self._client = httpx.Client(
+                base_url=address,
+                verify=verify,
+                headers=header,
+                timeout=httpx.Timeout(timeout_s, connect=_CONNECT_S, write=_WRITE_S),
+                trust_env=not is_near(host),
+                # A connection is of one request, as its deadline hangs up.
+                limits=httpx.Limits(max_keepalive_connections=0),
+            )
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            # Without what is said, which may hold the proxy's password.
+            raise ConfigError(
+                f"backend.url: {host} would be asked by the proxy that HTTP_PROXY, HTTPS_PROXY or "
+                f"ALL_PROXY names, which is no address of HTTP, or is of SOCKS (pip install "
+                f"'httpx[socks]'); mend it, or add {host} to NO_PROXY"
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"backend.url: the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read "
+                f"({error.strerror})"
+            ) from error
 
     def get(self, path: str) -> Any:
         """What is at `path`; Refused, Strange, Slow or RunError."""
