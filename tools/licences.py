@@ -56,7 +56,7 @@ def table() -> Mapping[str, tuple[str, list[str]]]:
     """Each package's name -> its licence, and which extras need it; none for the program itself."""
     found: dict[str, tuple[str, list[str]]] = {}
     extras = distribution(PROGRAM).metadata.get_all("Provides-Extra") or ()
-    for extra in ("", *(extra for extra in extras if extra != "dev")):
+    for extra in ("", *extras):
         for one in needed(extra):
             name = canonicalize_name(one.metadata["Name"])
             _, of = found.setdefault(name, (licence(one), []))
