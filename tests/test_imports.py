@@ -30,6 +30,7 @@ LAYERS = (
         "metadata",
         "names",
         "pictures",
+        "premises",
         "registry",
         "server",
         "workflow",
