@@ -137,7 +137,7 @@ class Crew:
             # Whoever had it does not work for this process.
             task.withdraw("the run was begun anew")
             trial.gather(task)
-        done = trial.followed if follows else trial.scores.keys()
+        done = trial.judged(follows=follows)
         items = [prompt.index for prompt in panel if prompt.index not in done]
         self._listener.judged(len(panel) - len(items), made=False)
         if items and not self._hands:
@@ -226,7 +226,7 @@ class Crew:
     def _again(self, number: int, lost_by: str = "") -> None:
         """Offer what is left of a task that was not done, unless it loses one worker after another."""
         offer = self._offers.pop(number)
-        done = offer.trial.followed if offer.follows else offer.trial.scores.keys()
+        done = offer.trial.judged(follows=offer.follows)
         left = [item for item in offer.items if item not in done]
         n_lost = (offer.n_lost if left == list(offer.items) else 0) + bool(lost_by)
         if left and n_lost >= _MOST_LOST:

@@ -118,7 +118,7 @@ def judge(
     `others` are what its images must differ from, and what they are compared with in pairs. TrialError
     if the merge, an image, a score or any slope is not to be had, or if an image is junk that fails it.
     """
-    done = trial.scores.keys() if yardstick is None else trial.followed
+    done = trial.judged(follows=yardstick is not None)
     # What a person has skipped is missing from a complete one.
     todo = [p for p in panel if p.index not in done] if not trial.is_complete else []
     if yardstick and trial.fault:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import optuna
@@ -105,6 +105,10 @@ class Trial:
     def followed(self) -> set[int]:
         """Images whose slopes are stored."""
         return {item for slopes in self._slopes for item in slopes.items}
+
+    def judged(self, *, follows: bool) -> Set[int]:
+        """Images of which all is stored: their scores or, where it `follows` them, their slopes."""
+        return self.followed if follows else self.scores.keys()
 
     def gather(self, other: Trial) -> list[int]:
         """Take over what `other` has of the same recipe and this one lacks; which images that are."""
