@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +299,68 @@ def test_task_that_is_withdrawn_while_it_is_taken_is_passed_over(folder: Path) -
     task = board.take("w0")
     assert task
     assert task.number == second
+
+
+def test_score_that_is_recorded_while_a_task_is_withdrawn_is_kept(folder: Path) -> None:
+    ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
+    (folder / "run").mkdir()
+    with contextlib.closing(open_study(folder / "run", create=True)) as study:
+        trial = study.book("baseline", "a", ready.baseline("a"))
+        board = study.board()
+        board.post(trial, [0, 1])
+        task = board.take("w0")
+        assert task
+        of = board.of
+
+        def late(key: str) -> Iterator[Task]:
+            for found in of(key):
+                if not found.is_over:
+                    task.record(0, {"likeness": 1.0}, "digest")
+                yield found
+
+        board.of = late  # type: ignore[method-assign]
+        hired = crew.Crew(board, lambda: Doomed(folder), Silent(), crew.Alone())
+        hired.offer(trial, ready.panel[:2])
+        assert trial.scores.keys() == {0}
+        assert [found.items for found in of(trial.key)] == [[0, 1], [1]]
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_what_a_worker_says_of_its_task_stands_whoever_takes_it_away(
+    folder: Path, is_done: bool
+) -> None:
+    ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
+    (folder / "run").mkdir()
+    with contextlib.closing(open_study(folder / "run", create=True)) as study:
+        trial = study.book("baseline", "a", ready.baseline("a"))
+        board, said = study.board(), Silent()
+        hired = crew.Crew(board, lambda: Doomed(folder), said, crew.Alone())
+        hired.offer(trial, ready.panel[:1])
+        task = board.take("w9")
+        assert task
+        turn = board.turn
+
+        def late(number: int, state: TrialState) -> bool:
+            board.turn = turn  # type: ignore[method-assign]
+            task.note(["it was slow"])
+            if is_done:
+                task.record(0, {"likeness": 1.0}, "digest")
+                task.done()
+            else:
+                task.fail("NaN in the merge")
+            return turn(number, state)
+
+        board.turn = late  # type: ignore[method-assign]
+        (_, found), *_ = board.some([task.number])
+        assert not found.withdraw("no sign of life")
+        hired.tend()
+        assert hired.is_ready(trial)
+        assert said.lines == ["it was slow"]
+        if is_done:
+            hired.conclude(trial)
+        else:
+            with pytest.raises(TrialError, match="NaN in the merge"):
+                hired.conclude(trial)
 
 
 def test_workers_of_another_configuration_are_refused(folder: Path) -> None:

@@ -86,7 +86,7 @@ class Alone:
 class _Offer:
     """Images of a trial that were offered in a task, and for how long its worker has been silent.
 
-    `n_lost` workers were lost on these very images before.
+    `n_lost` workers were lost on these very images before, and this one by what `lost_by` says.
     """
 
     trial: Trial
@@ -95,6 +95,7 @@ class _Offer:
     n_lost: int
     watch: Watch = field(default_factory=Watch)
     is_waiting: bool = True
+    lost_by: str = ""
 
 
 class Crew:
@@ -136,6 +137,7 @@ class Crew:
         for task in self._board.of(trial.key):
             # Whoever had it does not work for this process.
             task.withdraw("the run was begun anew")
+        for task in self._board.of(trial.key):  # looked at when nothing can be added any more
             trial.gather(task)
         done = trial.judged(follows=follows)
         items = [prompt.index for prompt in panel if prompt.index not in done]
@@ -184,9 +186,9 @@ class Crew:
             if task.is_over:
                 self._end(number, task)
             elif task.worker in lost:
-                self._take_away(number, task, lost[task.worker])
+                self._take_away(offer, task, lost[task.worker])
             elif silent_s > PATIENCE_S and not task.is_waiting:
-                self._take_away(number, task, f"no sign of life for {PATIENCE_S:.0f} s")
+                self._take_away(offer, task, f"no sign of life for {PATIENCE_S:.0f} s")
         for name, said in lost.items():
             self._n_vain += 1
             self._listener.noted(f"worker {name} has ended and is replaced: {said}")
@@ -203,34 +205,33 @@ class Crew:
         number = self._board.post(trial, items, follows=follows)
         self._offers[number] = _Offer(trial, items, follows, n_lost)
 
-    def _take_away(self, number: int, task: Task, reason: str) -> None:
-        """End a task whose worker is lost; it may have ended it just now."""
+    def _take_away(self, offer: _Offer, task: Task, reason: str) -> None:
+        """End a task whose worker is lost; what that has recorded until now is seen at the next look."""
         if task.withdraw(reason):
-            self._again(number, lost_by=reason)
+            offer.lost_by = reason
 
     def _end(self, number: int, task: Task) -> None:
         """What follows from a task that is over."""
         if task.fatal:
             raise RunError(f"a worker has stopped: {task.fatal}")
-        if task.ended:
-            self._again(number)
-            return
         offer = self._offers.pop(number)
         result = task.result()
         offer.trial.spend(**result.seconds)
         for text in task.notes:
             self._listener.noted(text)
-        if result.state == "failed":
+        # Who took it away may have been too late, whatever is stored of that.
+        if result.reason:
             self._faults.setdefault(offer.trial.key, result.reason)
+        elif result.state == "failed":
+            self._again(offer)
 
-    def _again(self, number: int, lost_by: str = "") -> None:
+    def _again(self, offer: _Offer) -> None:
         """Offer what is left of a task that was not done, unless it loses one worker after another."""
-        offer = self._offers.pop(number)
         done = offer.trial.judged(follows=offer.follows)
         left = [item for item in offer.items if item not in done]
-        n_lost = (offer.n_lost if left == list(offer.items) else 0) + bool(lost_by)
+        n_lost = (offer.n_lost if left == list(offer.items) else 0) + bool(offer.lost_by)
         if left and n_lost >= _MOST_LOST:
-            said = f"{n_lost} workers were lost on it: {lost_by}"
+            said = f"{n_lost} workers were lost on it: {offer.lost_by}"
             self._faults.setdefault(offer.trial.key, said)
         elif left:
             self._post(offer.trial, left, offer.follows, n_lost)
