@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from test_run import folder as folder
 import bayesian_merger
 from bayesian_merger import config as configuration
 from bayesian_merger import crew, run, setup, worker
+from bayesian_merger.cli.working import hiring
 from bayesian_merger.data import Outcome
 from bayesian_merger.errors import ConfigError, RunError, TakenError, TrialError
 from bayesian_merger.outcome import open_study
@@ -511,3 +513,14 @@ def test_workers_that_cannot_be_are_told(
     code, _, err = command("run", folder / "config.toml", *fault)
     assert code == 2
     assert said in " ".join(err.split())
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "mps"])
+def test_workers_on_one_named_gpu_are_refused(folder: Path, device: str) -> None:
+    ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
+    engine = type(ready.config.backend)(name="stripes", device=device)
+    ready = replace(ready, config=ready.config.model_copy(update={"backend": engine}))
+    path, run_dir = folder / "config.toml", folder / "run"
+    with pytest.raises(ConfigError, match=f"2 workers: .* = '{device}' is one GPU, .* leave"):
+        hiring(2, path, [], ready, run_dir)
+    assert hiring(None, path, [], ready, run_dir) is None

@@ -50,12 +50,18 @@ def hiring(
         return _hiring_on_ray(wanted, told, setup)
     device = setup.config.backend.options.get("device", "auto")
     gpus = _gpus() if device in ("auto", "cuda") else []
+    is_one = device not in ("auto", "cuda") and not str(device).startswith("cpu")
     fault = _fault(setup)
     n = wanted or (1 if fault else max(1, len(gpus)))
     if n == 1 and (not is_shared(setup.config.search.storage) or _attended(setup)):
         return None
     if n > 1 and fault:
         raise ConfigError(f"{n} workers: {fault}; leave --workers out")
+    if n > 1 and is_one:
+        raise ConfigError(
+            f"{n} workers: backend.device = {device!r} is one GPU, and a worker needs one for itself; "
+            f"leave backend.device out, or --workers"
+        )
     if gpus and n > len(gpus):
         raise ConfigError(
             f"{n} workers: there are {len(gpus)} GPUs to be seen, and a worker needs one for itself"
