@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import signal
@@ -27,7 +28,8 @@ from test_run import folder as folder
 
 import bayesian_merger
 from bayesian_merger import config as configuration
-from bayesian_merger import crew, run, setup, worker
+from bayesian_merger import crew, judging, run, setup, worker
+from bayesian_merger.backends import diffusers
 from bayesian_merger.cli.working import hiring
 from bayesian_merger.data import Outcome
 from bayesian_merger.errors import ConfigError, RunError, TakenError, TrialError
@@ -365,6 +367,26 @@ def test_what_a_worker_says_of_its_task_stands_whoever_takes_it_away(
                 hired.conclude(trial)
 
 
+def test_what_workers_warn_of_is_told_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = judging.judge
+
+    def warning(*args: Any, **more: Any) -> None:
+        logging.getLogger(diffusers.__name__).warning("out of GPU memory with %d images", 4)
+        judge(*args, **more)
+
+    monkeypatch.setattr(worker, "judge", warning)
+    ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
+    (folder / "run").mkdir()
+    with contextlib.closing(open_study(folder / "run", create=True)) as study:
+        study.begin(ready.identity, ready.about())
+        said = Silent()
+        hired = crew.Crew(study.board(), lambda: Threads(folder, (), 1), said, crew.Alone())
+        with contextlib.closing(hired):
+            for name in ("a", "b"):
+                hired.judge(study.book("baseline", name, ready.baseline(name)), ready.panel[:1])
+    assert said.lines == ["out of GPU memory with 4 images"]
+
+
 def test_workers_of_another_configuration_are_refused(folder: Path) -> None:
     start(folder)
     config = configuration.load(folder / "config.toml", ["panel.batch_size=4"])
@@ -518,7 +540,8 @@ def test_workers_that_cannot_be_are_told(
 @pytest.mark.parametrize("device", ["cuda:0", "mps"])
 def test_workers_on_one_named_gpu_are_refused(folder: Path, device: str) -> None:
     ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
-    engine = type(ready.config.backend)(name="stripes", device=device)
+    told = {"name": "stripes", "device": device}
+    engine = type(ready.config.backend).model_validate(told)
     ready = replace(ready, config=ready.config.model_copy(update={"backend": engine}))
     path, run_dir = folder / "config.toml", folder / "run"
     with pytest.raises(ConfigError, match=f"2 workers: .* = '{device}' is one GPU, .* leave"):

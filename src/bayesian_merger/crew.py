@@ -110,6 +110,7 @@ class Crew:
         self._offers: dict[int, _Offer] = {}
         self._known: set[str] = set()
         self._faults: dict[str, str] = {}
+        self._noted: set[str] = set()
         self._n_vain = 0
         self._took_s = 0.0
 
@@ -218,7 +219,9 @@ class Crew:
         result = task.result()
         offer.trial.spend(**result.seconds)
         for text in task.notes:
-            self._listener.noted(text)
+            if text not in self._noted:  # every worker may say it
+                self._noted.add(text)
+                self._listener.noted(text)
         # Who took it away may have been too late, whatever is stored of that.
         if result.reason:
             self._faults.setdefault(offer.trial.key, result.reason)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bayesian_merger
 from bayesian_merger import config
 from bayesian_merger.data import Prompt
 from bayesian_merger.errors import CheckpointError, RunError, TakenError, TrialError, first_line
@@ -68,7 +70,7 @@ def work(setup: Setup, folder: Path, name: str, is_over: Callable[[], bool]) -> 
 def _do(task: Task, setup: Setup, study: Study, folder: Path, notes: _Notes) -> None:
     """Judge one task, or as much of it as there is time for, and record what became of it."""
     try:
-        with storage_errors(), pulse(task.beat):
+        with storage_errors(), pulse(task.beat), _heard(notes.texts):
             try:
                 _judge(task, setup, study, folder, notes)
             except TrialError as error:
@@ -110,6 +112,26 @@ def _judge(task: Task, setup: Setup, study: Study, folder: Path, notes: _Notes) 
         judge_and_follow(task, panel, setup, notes, keep, measure, others)
     else:
         judge(task, panel, setup, notes, keep, others=others)
+
+
+@contextmanager
+def _heard(texts: list[str]) -> Iterator[None]:
+    """Meanwhile add to the texts what this program warns of: its log is read by nobody."""
+    log, handler = logging.getLogger(bayesian_merger.__name__), _Warnings(texts)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+class _Warnings(logging.Handler):
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._texts = texts
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(record.getMessage())
 
 
 class _LeaveError(Exception):
