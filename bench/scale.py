@@ -226,6 +226,7 @@ class Sleepers:
 
     def __init__(self, n: int, board_of: Callable[[], Board]) -> None:
         self.n = n
+        self.names = [f"sleeper {number}" for number in range(n)]
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(board_of,), daemon=True)
         self._thread.start()

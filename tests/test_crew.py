@@ -44,6 +44,7 @@ class Threads:
 
     def __init__(self, folder: Path, overrides: tuple[str, ...], n: int) -> None:
         self.n = n
+        self.names = [f"w{number}" for number in range(n)]
         self._over = threading.Event()
         self._threads = []
         for number in range(n):
@@ -147,6 +148,7 @@ class Late:
     """Workers that come when another has taken the first task, and is never heard of again."""
 
     n = 2
+    names = ("w0", "w1")
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -192,6 +194,7 @@ class Doomed:
     """A worker that is lost as soon as it has a task, and replaced by one like it."""
 
     n = 1
+    names = ("w0",)
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -385,6 +388,33 @@ def test_what_workers_warn_of_is_told_once(folder: Path, monkeypatch: pytest.Mon
             for name in ("a", "b"):
                 hired.judge(study.book("baseline", name, ready.baseline(name)), ready.panel[:1])
     assert said.lines == ["out of GPU memory with 4 images"]
+
+
+def test_what_stops_a_worker_of_another_machine_stops_no_run(folder: Path) -> None:
+    ready = setup.prepare(configuration.load(folder / "config.toml"), folder, "toy")
+    (folder / "run").mkdir()
+    with contextlib.closing(open_study(folder / "run", create=True)) as study:
+        trial, board, said = (
+            study.book("baseline", "a", ready.baseline("a")),
+            study.board(),
+            Silent(),
+        )
+        hired = crew.Crew(board, lambda: Doomed(folder), said, crew.Alone())
+        hired.offer(trial, ready.panel[:1])
+        task = board.take("elsewhere")
+        assert task
+        task.stop_run("No space left on device")
+        hired.tend()
+        assert not hired.is_ready(trial)
+        assert (
+            said.lines[0]
+            == "worker elsewhere of another machine has stopped: No space left on device"
+        )
+        task = board.take("w0")
+        assert task
+        task.stop_run("No space left on device")
+        with pytest.raises(RunError, match="a worker has stopped: No space left"):
+            hired.tend()
 
 
 def test_workers_of_another_configuration_are_refused(folder: Path) -> None:

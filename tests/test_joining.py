@@ -22,12 +22,13 @@ import toy_plugin
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
+from outcomes import a_recipe
 from test_cli import Command
 from test_cli import command as command
 from test_run import Silent, measured, start
 from test_run import folder as folder
 
-from bayesian_merger import __version__, outcome, run, setup
+from bayesian_merger import __version__, joining, outcome, run, setup
 from bayesian_merger import config as configuration
 from bayesian_merger.crew import Hands
 from bayesian_merger.data import Estimate, Model, Recipe
@@ -289,6 +290,7 @@ def test_process_that_came_at_once_with_another_setup_hires_nobody(
 def test_what_ended_the_leader_ends_who_helps(own_study: Study, own_seats: Seats) -> None:
     class Idle:
         n = 1
+        names = ()
 
         def lost(self) -> Mapping[str, str]:
             leader.leave("three trials failed", is_fatal=True)
@@ -305,6 +307,61 @@ def test_what_ended_the_leader_ends_who_helps(own_study: Study, own_seats: Seats
     with pytest.raises(RunError, match="has stopped: three trials failed"):
         helps(own_study, own_seats, Idle, print, agreed)
     assert not own_seats.taken()
+
+
+class Dying:
+    """Two workers of which one dies at each look, once it has judged an image or could not keep one."""
+
+    n = 2
+
+    def __init__(self, study: Study, leader: Seat, n_looks: int, fatal: str = "") -> None:
+        self.names: list[str] = []
+        self._study, self._leader, self._left, self._fatal = study, leader, n_looks, fatal
+        self._trial = study.book("baseline", "a", a_recipe())
+
+    def lost(self) -> Mapping[str, str]:
+        self._left -= 1
+        if not self._left:
+            self._leader.leave("over", is_done=True)
+        board = self._study.board()
+        board.post(self._trial, [0])
+        task = board.take(f"w{self._left}")
+        assert task
+        if self._fatal:
+            task.stop_run(self._fatal)
+        else:
+            task.record(0, {"likeness": 1.0}, "digest")
+        return {f"w{self._left}": "exit code -9"}
+
+    def leave(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_workers_that_end_once_they_have_judged_are_replaced_for_ever(
+    own_study: Study, own_seats: Seats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "_LOOK_S", 0.0)
+    own_study.begin({"search": {}}, {})
+    leader = own_seats.lead(__version__)
+    assert leader
+    dying = Dying(own_study, leader, 10)
+    last = helps(own_study, own_seats, lambda: dying, lambda text: None, agreed)
+    assert last
+    assert last.is_done
+
+
+def test_machine_whose_disk_is_full_leaves_and_the_run_goes_on(
+    own_study: Study, own_seats: Seats
+) -> None:
+    own_study.begin({"search": {}}, {})
+    leader = own_seats.lead(__version__)
+    assert leader
+    dying = Dying(own_study, leader, 9, "No space left on device")
+    with pytest.raises(RunError, match="a worker has stopped: No space left on device"):
+        helps(own_study, own_seats, lambda: dying, print, agreed)
+    (left,) = own_seats.taken()
+    assert left.number == leader.number
 
 
 def test_wrong_password_and_a_database_to_read_only_are_told(

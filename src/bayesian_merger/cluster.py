@@ -8,7 +8,7 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +96,11 @@ class Actors:
     def n(self) -> int:
         """How many there are."""
         return self._where.n
+
+    @property
+    def names(self) -> Collection[str]:
+        """What they are called."""
+        return {name for _, name, _ in self._at.values()}
 
     def lost(self) -> Mapping[str, str]:
         """Those that have ended, which are replaced, and the last thing that they or Ray said.

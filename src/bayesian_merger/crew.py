@@ -26,8 +26,8 @@ _POLL_S = 0.05
 PATIENCE_S = 60.0
 # A trial that has lost so many workers to the same images, and none was judged, is at fault itself.
 _MOST_LOST = 3
-MOST_VAIN = 3
-"""So many times all workers may end before one has judged an image."""
+# So many times all workers may end before one has judged an image.
+_MOST_VAIN = 3
 LEAVE_S = 6.0
 """How long a worker may take to leave when its run is over: who ends a program may wait ten seconds."""
 
@@ -46,6 +46,11 @@ class Hands(Protocol):
     @property
     def n(self) -> int:
         """How many there are."""
+        ...
+
+    @property
+    def names(self) -> Collection[str]:
+        """What those are called that there are now."""
         ...
 
     def lost(self) -> Mapping[str, str]:
@@ -82,6 +87,38 @@ class Alone:
     def require(self) -> None: ...
 
 
+class Team:
+    """The workers of this process, by their names, and how many of them have ended in vain."""
+
+    def __init__(self, hands: Hands, noted: Callable[[str], None]) -> None:
+        self._hands, self._noted = hands, noted
+        self._names: set[str] = set()
+        self._n_vain = self._n_found = 0
+
+    def has(self, worker: str) -> bool:
+        """Whether it is one of these, or was."""
+        return worker in self._names or worker in self._hands.names
+
+    def lost(self) -> Mapping[str, str]:
+        """Those that have ended since it was asked last, and the last thing that they said."""
+        found = self._hands.lost()
+        self._names |= found.keys()
+        return found
+
+    def count(self, lost: Mapping[str, str], n_found: int) -> None:
+        """Note those that are lost; RunError if they end again and again while no image is found.
+
+        `n_found` is how many images have been found so far.
+        """
+        if n_found > self._n_found:
+            self._n_vain, self._n_found = 0, n_found
+        for name, said in lost.items():
+            self._n_vain += 1
+            self._noted(f"worker {name} has ended and is replaced: {said}")
+            if self._n_vain > _MOST_VAIN * self._hands.n:
+                raise RunError(f"workers end as soon as they begin, the last with: {said}")
+
+
 @dataclass
 class _Offer:
     """Images of a trial that were offered in a task, and for how long its worker has been silent.
@@ -107,11 +144,12 @@ class Crew:
         """The workers are hired when there is something to do, beside those of the `others`."""
         self._board, self._hire, self._listener, self._others = board, hire, listener, others
         self._hands: Hands | None = None
+        self._team: Team | None = None
         self._offers: dict[int, _Offer] = {}
         self._known: set[str] = set()
         self._faults: dict[str, str] = {}
         self._noted: set[str] = set()
-        self._n_vain = 0
+        self._n_found = 0
         self._took_s = 0.0
 
     def leave(self) -> None:
@@ -145,6 +183,7 @@ class Crew:
         self._listener.judged(len(panel) - len(items), made=False)
         if items and not self._hands:
             self._hands = self._hire()
+            self._team = Team(self._hands, self._listener.noted)
         n_workers = (self._hands.n if self._hands else 0) + self._others.n_workers()
         size = max(1, -(-len(items) // max(1, n_workers)))
         for some in (items[i : i + size] for i in range(0, len(items), size)):
@@ -170,17 +209,17 @@ class Crew:
     def tend(self) -> None:
         """Gather what the workers have found, and offer again what those have had that are lost.
 
-        RunError if a worker has met what ends a run, or if workers end before they judge anything;
+        RunError if one of its own has met what ends a run, or if they end before they judge anything;
         TakenError if another process leads the run by now.
         """
         start = time.monotonic()
         self._others.require()
-        lost = self._hands.lost() if self._hands else {}
+        lost = self._team.lost() if self._team else {}
         for number, task in list(self._board.some(self._offers)):
             offer = self._offers[number]
             fresh = offer.trial.gather(task)
             if fresh:
-                self._n_vain = 0
+                self._n_found += len(fresh)
                 self._listener.judged(len(fresh), made=True)
             offer.is_waiting = task.is_waiting
             silent_s = offer.watch.silence((task.is_waiting, task.sign))
@@ -190,11 +229,8 @@ class Crew:
                 self._take_away(offer, task, lost[task.worker])
             elif silent_s > PATIENCE_S and not task.is_waiting:
                 self._take_away(offer, task, f"no sign of life for {PATIENCE_S:.0f} s")
-        for name, said in lost.items():
-            self._n_vain += 1
-            self._listener.noted(f"worker {name} has ended and is replaced: {said}")
-            if self._hands and self._n_vain > MOST_VAIN * self._hands.n:
-                raise RunError(f"workers end as soon as they begin, the last with: {said}")
+        if self._team:
+            self._team.count(lost, self._n_found)
         self._took_s = time.monotonic() - start
 
     def rest(self) -> None:
@@ -214,7 +250,11 @@ class Crew:
     def _end(self, number: int, task: Task) -> None:
         """What follows from a task that is over."""
         if task.fatal:
-            raise RunError(f"a worker has stopped: {task.fatal}")
+            if self._team is None or self._team.has(task.worker):
+                raise RunError(f"a worker has stopped: {task.fatal}")
+            self._listener.noted(
+                f"worker {task.worker} of another machine has stopped: {task.fatal}"
+            )
         offer = self._offers.pop(number)
         result = task.result()
         offer.trial.spend(**result.seconds)
@@ -265,6 +305,11 @@ class Pool:
     def n(self) -> int:
         """How many there are."""
         return len(self._places)
+
+    @property
+    def names(self) -> Collection[str]:
+        """What they are called."""
+        return {name for name, _ in self._at.values()}
 
     def lost(self) -> Mapping[str, str]:
         """Those that have ended, which are replaced, and the last thing that they said."""

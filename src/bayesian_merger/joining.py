@@ -7,15 +7,13 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from bayesian_merger import __version__
-from bayesian_merger.crew import MOST_VAIN, Hands
+from bayesian_merger.crew import Hands, Team
 from bayesian_merger.errors import ConfigError, MergerError, RunError
 from bayesian_merger.study import Study
 from bayesian_merger.study.seats import Seat, Seats, pulse
 from bayesian_merger.study.storage import storage_errors
 
 _LOOK_S = 1.0
-# So long without a lost worker, and those before are forgotten.
-_CALM_S = 300.0
 # The others are counted anew so often.
 _COUNT_S = 5.0
 
@@ -54,7 +52,8 @@ def helps(
 ) -> Seat | None:
     """Have workers judge for the process that leads, until none does: the one that did so last.
 
-    ConfigError if they cannot, or by `require_same` if the run is another; RunError if it cannot go on.
+    ConfigError if they cannot, or by `require_same` if the run is another; RunError if it cannot go on,
+    or they cannot on this machine.
     """
     leader = seats.leader()
     if leader is None:
@@ -74,22 +73,20 @@ def helps(
         time.sleep(_LOOK_S)
     require_same()
     noted(f"the run is led by {leader}; this one helps, and takes over when that is lost")
-    hands = hire()
+    hands, board = hire(), study.board()
+    team = Team(hands, noted)
     seat = seats.sit(__version__, hands.n)
-    n_vain, latest = 0, time.monotonic()
     try:
         with pulse(seat.beat):
             while now := seats.leader():
                 if now.number != leader.number:
                     leader = now
                     noted(f"the run is led by {leader} now")
-                for name, said in hands.lost().items():
-                    n_vain, latest = n_vain + 1, time.monotonic()
-                    noted(f"worker {name} has ended and is replaced: {said}")
-                    if n_vain > MOST_VAIN * hands.n:
-                        raise RunError(f"workers end again and again, the last with: {said}")
-                if time.monotonic() - latest > _CALM_S:
-                    n_vain = 0
+                if lost := team.lost():
+                    own = [task for task in board.all() if team.has(task.worker)]
+                    if fatal := next((task.fatal for task in own if task.fatal), ""):
+                        raise RunError(f"a worker has stopped: {fatal}")
+                    team.count(lost, sum(len(task.scores) for task in own))
                 time.sleep(_LOOK_S)
         last = seats.last()
     except BaseException:

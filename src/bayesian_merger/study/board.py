@@ -138,6 +138,11 @@ class Board:
             if frozen.number in numbers:
                 yield frozen.number, Task(self, frozen)
 
+    def all(self) -> Iterator[Task]:
+        """All tasks, as they stand."""
+        for frozen in self.study.get_trials(deepcopy=False):
+            yield Task(self, frozen)
+
     def of(self, key: str) -> Iterator[Task]:
         """The tasks of a trial, as they stand."""
         for frozen in self.study.get_trials(deepcopy=False):
