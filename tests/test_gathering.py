@@ -106,6 +106,37 @@ def test_picture_that_is_there_is_not_fetched_again(ready: setup.Setup, tmp_path
     assert not list((tmp_path / "shelf").iterdir())
 
 
+def test_pictures_that_were_not_sent_are_sent_in_the_end(
+    ready: setup.Setup, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = judged(ready, tmp_path / "one")
+    one, two = (Gathering(shelf, tmp_path / name) for name in ("one", "two"))
+    one.send_left([trial.result()])
+    assert two.fetch([trial.result()], ready) == 0
+    monkeypatch.setattr(shelf, "put", None)  # what is there is not sent again
+    one.send_left([trial.result()])
+
+
+def test_pictures_that_could_not_be_sent_go_with_the_next(
+    ready: setup.Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = judged(ready, tmp_path / "one")
+    shelf = Shelf(str(tmp_path / "shelf"), "run-1")
+    one, two = (Gathering(shelf, tmp_path / name) for name in ("one", "two"))
+
+    def away(name: str, file: Path) -> None:
+        raise OSError("the bucket is away")
+
+    monkeypatch.setattr(shelf, "put", away)
+    with pytest.raises(OSError, match="away"):
+        one.send(trial)
+    monkeypatch.undo()
+    monkeypatch.setattr(album, "saved", lambda place: {})  # of another trial, which has none
+    one.send(trial)
+    monkeypatch.undo()
+    assert two.fetch([trial.result()], ready) == 0
+
+
 def test_bucket_that_cannot_be_had_is_told_in_one_line(bucket: str) -> None:
     with pytest.raises(ConfigError, match=r"output\.artifacts: s3://none cannot be had") as said:
         Shelf("s3://none/x", "run-1")

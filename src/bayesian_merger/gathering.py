@@ -28,14 +28,28 @@ class Gathering:
     def __init__(self, shelf: Shelf, folder: Path) -> None:
         self._shelf, self._folder = shelf, folder
         self._sent: set[str] = set()
+        # What is to be sent still: also what could not be, as the shelf was away.
+        self._left: dict[str, Path] = {}
 
     def send(self, trial: Trial) -> None:
         """Put the pictures of a trial there whose scores are recorded; OSError if that fails."""
         for index, file in album.saved(self._place(trial)).items():
             name = _name(trial, index)
             if index in trial.scores and name not in self._sent:
+                self._left[name] = file
+        for name, file in list(self._left.items()):
+            if file.is_file():
                 self._shelf.put(name, file)
-                self._sent.add(name)
+            self._sent.add(name)
+            del self._left[name]
+
+    def send_left(self, results: Iterable[Result]) -> None:
+        """Put those of the results there that the shelf lacks, as it was away; OSError if that fails."""
+        for result in results:
+            for index, file in album.saved(self._place(result)).items():
+                name = _name(result, index)
+                if index in result.images and not self._shelf.has(name):
+                    self._shelf.put(name, file)
 
     def fetch(self, results: Iterable[Result], setup: Setup) -> int:
         """Take the pictures of the results that are there; how many are missing still.

@@ -297,6 +297,8 @@ def _gather(
         results = [*study.judged("baseline"), *study.judged("heldout")]
         if place_of(setup, folder, is_compared=False):
             results += [*study.searched(), *study.judged("select")]
+        if is_over:
+            pictures.send_left(results)
         n_missing = pictures.fetch(results, setup)
         if n_missing and is_over:
             observer.noted(f"{n_missing} pictures are missing, whose machines did not send them")

@@ -39,6 +39,15 @@ class Shelf:
         with _os_errors(), file.open("rb") as opened:
             self._store.write(f"{self._start}-{name}", opened)
 
+    def has(self, name: str) -> bool:
+        """Whether anything is stored under a name; OSError if that is not known."""
+        with _os_errors():
+            try:
+                self._store.open_reader(f"{self._start}-{name}").close()
+            except ArtifactNotFound:
+                return False
+        return True
+
     def get(self, name: str) -> bytes | None:
         """What is stored under a name, if anything is; OSError if it cannot be read."""
         with _os_errors():
