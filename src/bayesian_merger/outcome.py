@@ -49,8 +49,12 @@ def open_study(folder: Path, storage: str | None = None, *, create: bool = False
     if not storage:
         return Study(path)
     study = Study(storage_at(storage), name)
-    if create and not is_shared(storage):
-        _require_own(study, folder)
+    try:
+        if create and not is_shared(storage):
+            _require_own(study, folder)
+    except ConfigError:
+        study.close()
+        raise
     return study
 
 

@@ -44,6 +44,14 @@ def work(setup: Setup, folder: Path, name: str, is_over: Callable[[], bool]) -> 
     """
     with storage_errors():
         study = open_study(folder, setup.config.search.storage)
+    with closing(study):
+        _work(setup, study, folder, name, is_over)
+
+
+def _work(
+    setup: Setup, study: Study, folder: Path, name: str, is_over: Callable[[], bool]
+) -> None:
+    with storage_errors():
         study.waits(lambda text: None, is_over)
         while not study.identity:  # the process that leads the run is about to begin it
             if is_over():

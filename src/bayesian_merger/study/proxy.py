@@ -69,8 +69,12 @@ class ProxyStorage(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             super().__init__(host=host, port=port)
-        with suppress(KeyError):  # there is no such study, which is an answer
-            self._asked(lambda: GrpcStorageProxy.get_study_id_from_name(self, ""))
+        try:
+            with suppress(KeyError):  # there is no such study, which is an answer
+                self._asked(lambda: GrpcStorageProxy.get_study_id_from_name(self, ""))
+        except ProxyError:
+            self.close()
+            raise
         self._answer_s = _ANSWER_S
 
     def _setup(self) -> None:
