@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import bayesian_merger
 from bayesian_merger import config
 from bayesian_merger.data import Prompt
 from bayesian_merger.errors import CheckpointError, RunError, TakenError, TrialError, first_line
@@ -125,7 +124,7 @@ def _judge(task: Task, setup: Setup, study: Study, folder: Path, notes: _Notes) 
 @contextmanager
 def _heard(texts: list[str]) -> Iterator[None]:
     """Meanwhile add to the texts what this program warns of: its log is read by nobody."""
-    log, handler = logging.getLogger(bayesian_merger.__name__), _Warnings(texts)
+    log, handler = logging.getLogger(__name__.partition(".")[0]), _Warnings(texts)
     log.addHandler(handler)
     try:
         yield
