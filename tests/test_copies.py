@@ -12,6 +12,7 @@ import pytest
 
 from bayesian_merger.errors import ConfigError, RunError
 from bayesian_merger.study import Study, copies
+from bayesian_merger.study.storage import storage_errors
 
 
 def told(file: Path) -> object:
@@ -36,10 +37,24 @@ def overwrite(file: Path) -> None:
     file.write_bytes(data)
 
 
+def replaced(old: bytes, new: bytes) -> Callable[[Path], None]:
+    """A damage to a text, of which SQLite knows nothing."""
+
+    def damage(file: Path) -> None:
+        data = file.read_bytes()
+        assert old in data
+        file.write_bytes(data.replace(old, new))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (overwrite, "(Page"),
+        (replaced(b'"told": "l', b'"told": "\xff'), "(a text in study_user_attributes"),
+        (replaced(b'{"told"', b'{"told\0'), "(a text in study_user_attributes"),
+        (replaced(b"trial_params", b"trial_parans"), "(it has no table trial_params)"),
         (lambda file: file.write_text("<html>"), "(file is not a database)"),
         (lambda file: file.write_bytes(b""), "(it is empty)"),
         (lambda file: file.write_bytes(file.read_bytes()[:50_000]), "(database disk image"),
@@ -64,9 +79,28 @@ def test_copy_takes_the_place_of_a_damaged_study(
     assert "study.damaged-2.db" in copies.mend(file)
 
 
-def test_damage_that_a_reader_meets_is_told_with_who_mends_it(file: Path) -> None:
-    overwrite(file)
-    with pytest.raises(RunError, match=r"the study is damaged .*bayesian-merger run") as said:
+def test_copy_takes_the_place_of_a_study_that_is_gone(file: Path) -> None:
+    file.unlink()
+    note = copies.mend(file)
+    assert note.startswith(
+        "study.db was missing beside study.db.bak; the run goes on from the copy"
+    )
+    assert told(file) == {"told": "early" * 2000}
+    assert sorted(path.name for path in file.parent.iterdir()) == ["study.db", "study.db.bak"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [overwrite, replaced(b'"told"', b'"told\xff'), replaced(b'{"told', b"{\0told")],
+)
+def test_damage_that_a_reader_meets_is_told_with_who_mends_it(
+    file: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(file)
+    with (
+        pytest.raises(RunError, match=r"the study is damaged .*bayesian-merger run") as said,
+        storage_errors(),
+    ):
         told(file)
     assert len(str(said.value).splitlines()) == 1
 
@@ -89,10 +123,13 @@ def test_damaged_study_without_a_good_copy_is_told(file: Path) -> None:
     assert len(str(said.value).splitlines()) == 1
 
 
-def test_copy_of_a_study_that_is_damaged_is_not_kept(file: Path) -> None:
+@pytest.mark.parametrize("damage", [overwrite, replaced(b'"told"', b'"told\xff')])
+def test_copy_of_a_study_that_is_damaged_is_not_kept(
+    file: Path, damage: Callable[[Path], None]
+) -> None:
     copy = file.with_name("study.db.bak")
     before = copy.read_bytes()
-    overwrite(file)
+    damage(file)
     with pytest.raises(RunError, match="the same command goes on from the last good copy"):
         copies.keep(file)
     assert copy.read_bytes() == before

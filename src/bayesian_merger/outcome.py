@@ -59,7 +59,10 @@ def open_study(folder: Path, storage: str | None = None, *, create: bool = False
 
 
 def mend(folder: Path) -> str:
-    """Put the last good copy in the place of the folder's study if that is damaged, and say so."""
+    """Put the last good copy in the place of the folder's study if that is damaged or gone.
+
+    What was done is said; nothing if it is whole.
+    """
     return copies.mend(folder / _STUDY)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
 import time
+from collections.abc import Set
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -16,6 +18,14 @@ from bayesian_merger.errors import ConfigError, RunError, first_line
 _WAIT_S = 60.0
 # What SQLite may leave beside a file, and would take for a part of another of its name.
 _BESIDE = ("-journal", "-wal", "-shm")
+# Where Optuna's tables hold JSON, which SQLite takes for any text.
+_JSON = {
+    "study_user_attributes": "value_json",
+    "study_system_attributes": "value_json",
+    "trial_user_attributes": "value_json",
+    "trial_system_attributes": "value_json",
+    "trial_params": "distribution_json",
+}
 
 
 def keep(file: Path) -> None:
@@ -51,15 +61,16 @@ def keep(file: Path) -> None:
 
 
 def mend(file: Path) -> str:
-    """Put the last good copy in the place of a study that is damaged, and say so; else nothing.
+    """Put the last good copy in the place of a study that is damaged or gone, and say so; else nothing.
 
-    The damaged file stays beside it. ConfigError if there is no copy.
+    A damaged file stays beside it. ConfigError if there is no copy.
     """
-    copy = _copy_of(file)
+    copy, is_gone = _copy_of(file), not file.is_file()
     try:
         has_copy = copy.is_file() and not _fault(copy, of_empty="it is empty")
-        # As a loss of power may leave a file; without a copy it is a new study.
-        fault = _fault(file, of_empty="it is empty" if has_copy else "") if file.is_file() else ""
+        # As a loss of power may leave a file; without a copy it is a new study, as one that is gone.
+        of_empty = "it is empty" if has_copy else ""
+        fault = of_empty if is_gone else _fault(file, of_empty)
     except sqlite3.OperationalError:
         return ""  # it is locked, or the disk is full, which is told when it is opened
     if not fault:
@@ -69,6 +80,8 @@ def mend(file: Path) -> str:
             f"{file} is damaged ({fault}), and there is no good copy of it; move it away to begin anew, "
             f"or choose another --run-dir"
         )
+    then = time.strftime("%Y-%m-%d %H:%M", time.localtime(copy.stat().st_mtime))
+    goes_on = f"the run goes on from the copy of {then}, and makes again what came later"
     damaged = next(
         path
         for number in count(1)
@@ -83,11 +96,9 @@ def mend(file: Path) -> str:
                 part.unlink()
     with whole_file(file) as target, copy.open("rb") as source:
         shutil.copyfileobj(source, target)
-    then = time.strftime("%Y-%m-%d %H:%M", time.localtime(copy.stat().st_mtime))
-    return (
-        f"{file.name} was damaged ({fault}); the run goes on from the copy of {then}, and makes again "
-        f"what came later; the damaged file is {damaged.name}"
-    )
+    if is_gone:
+        return f"{file.name} was missing beside {copy.name}; {goes_on}"
+    return f"{file.name} was damaged ({fault}); {goes_on}; the damaged file is {damaged.name}"
 
 
 def _copy_of(file: Path) -> Path:
@@ -105,12 +116,27 @@ def _fault(file: Path, of_empty: str = "") -> str:
     """
     try:
         with closing(_opened(file)) as database:
-            [said] = database.execute("pragma quick_check(1)").fetchone()
-            is_empty = database.execute("select 1 from sqlite_master").fetchone() is None
+            # The index of a table knows its names and numbers as well, so what differs is seen.
+            [said] = database.execute("pragma integrity_check(1)").fetchone()
+            if said != "ok":
+                return str(said).splitlines()[-1]
+            tables = {name for (name,) in database.execute("select name from sqlite_master")}
+            return _fault_of_texts(database, tables) if tables else of_empty
     except sqlite3.OperationalError:
         raise
     except sqlite3.DatabaseError as error:
         return first_line(error)
-    if said != "ok":
-        return str(said).splitlines()[-1]
-    return of_empty if is_empty else ""
+
+
+def _fault_of_texts(database: sqlite3.Connection, tables: Set[str]) -> str:
+    """The first text that cannot be read, or nothing."""
+    if lacking := sorted(_JSON.keys() - tables):
+        return f"it has no table {lacking[0]}"
+    database.text_factory = bytes
+    for table, column in _JSON.items():
+        for (text,) in set(database.execute(f"select {column} from {table}")):
+            try:
+                json.loads(str(text, "utf-8"))
+            except (ValueError, TypeError):
+                return f"a text in {table} cannot be read"
+    return ""

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,11 @@ def storage_errors() -> Iterator[None]:
         raise TakenError(
             "another process works on this study; stop it, and the same command goes on"
         ) from error
-    except (StorageInternalError, SQLAlchemyError) as error:
+    except (StorageInternalError, SQLAlchemyError, JSONDecodeError) as error:
         if _is_damaged(error):
             raise RunError(
-                f"the study is damaged ({reason(error)}); `bayesian-merger run` goes on from its last "
-                f"good copy, where there is one"
+                f"the study is damaged ({reason(error)[:200]}); `bayesian-merger run` goes on from its "
+                f"last good copy, where there is one"
             ) from error
         raise RunError(
             f"the study cannot be read or written ({reason(error)}); what it holds is kept, "
@@ -86,8 +87,12 @@ def storage_errors() -> Iterator[None]:
 
 
 def _is_damaged(error: Exception) -> bool:
-    """Whether a file of SQLite is no whole database; other errors of SQLite are of narrower kinds."""
-    return type(getattr(_cause(error), "orig", None)) is sqlite3.DatabaseError
+    """Whether a file of SQLite is no whole database, or holds a text that cannot be read."""
+    if isinstance(error, JSONDecodeError):
+        return True
+    said = getattr(_cause(error), "orig", None)
+    # Other errors of SQLite are of narrower kinds.
+    return type(said) is sqlite3.DatabaseError or "Could not decode" in str(said)
 
 
 def _cause(error: Exception) -> BaseException | None:
