@@ -9,9 +9,11 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import toy_plugin
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_run import Silent, measured, start
 from test_run import folder as folder
 from torch import Tensor
+from webui_fake import A1111, FakeWebUI
 
 from bayesian_merger import config as configuration
 from bayesian_merger import judging, run, setup, study
@@ -578,3 +581,82 @@ def test_run_goes_on_whenever_its_disk_was_full(folder: Path, disk: str, reason:
     assert all(reason in one and len(one.splitlines()) == 1 for one in said), said
     whole = start(folder, "output.save_images=all", into="whole")
     assert found == repr((measured(whole), whole.gain))
+
+
+SLOW = """
+import os, time
+from pathlib import Path
+
+def slow(folder):
+    Path(folder, "asked").write_text(str(os.getpid()))
+    time.sleep(60)
+"""
+SLOW_PLUGIN = (
+    SLOW
+    + """
+from bayesian_merger.scorers import scorer
+
+@scorer
+class Slow:
+    'Takes its time.'
+    def __call__(self, samples):
+        slow(Path(__file__).parent)
+"""
+)
+SLOW_PROGRAM = (
+    SLOW
+    + """
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["payload"] != "first":
+        slow(".")
+    print(json.dumps({"id": asked["id"], "score": 1}))
+"""
+)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to hear")
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (SLOW_PROGRAM, 'scorers.process = { command = ["python", "slow.py"], timeout_s = 90 }'),
+        pytest.param(
+            SLOW_PLUGIN,
+            'scorers.slow = {}\nplugins = ["slow.py"]',
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_signal_to_end_does_not_wait_for_a_slow_scorer_beside_a_server(
+    folder: Path, source: str, told: str
+) -> None:
+    server = FakeWebUI(A1111, folder)
+    server.chosen = server.loaded = "zero.safetensors"
+    (folder / "slow.py").write_text(source)
+    (folder / "lake.toml").write_text('prompt = "a lake"\nwidth = 64\nheight = 64\n')
+    (folder / "config.toml").write_text(
+        f"{told}\n"
+        'models = { a = "zero.safetensors", b = "one.safetensors" }\n'
+        'panel = { payloads = ["lake.toml"] }\n'
+        f'backend = {{ name = "webui", url = "{server.url}" }}\n'
+        "search = { images = 4 }\n"
+        "heldout = { images = 2, select_images = 2 }\n"
+    )
+    command = [sys.executable, "-m", "bayesian_merger", "run", str(folder / "config.toml")]
+    with (folder / "said.log").open("w") as log:
+        run = subprocess.Popen(
+            [*command, "--run-dir", str(folder / "run")], stdout=log, stderr=log
+        )
+    try:
+        asked = folder / "asked"
+        end = time.monotonic() + 60
+        while not (asked.is_file() and asked.read_text()) and time.monotonic() < end:
+            assert run.poll() is None, (folder / "said.log").read_text()
+            time.sleep(0.1)
+        run.terminate()
+        assert run.wait(10) == 130
+    finally:
+        run.kill()
+        server.stop()
+    assert not psutil.pid_exists(int(asked.read_text()))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -135,7 +137,7 @@ def judge(
     keep = album.folder_of(folder, trial.stage, trial.name) if folder else None
     rivals = Rivals(setup, trial, others, folder)
     # Whatever fails, no image is made any more afterwards: an error keeps what it passes alive.
-    with closing(_scored(setup, pieces, rivals)) as scored:
+    with _Beside() as beside, closing(_scored(setup, pieces, rivals, beside)) as scored:
         for (samples, slopes, fault), scores, spent in scored:
             fresh = sum(sample.prompt in todo for sample in samples)
             for sample, found in zip(samples, scores, strict=True):
@@ -189,8 +191,40 @@ class _Scored(NamedTuple):
     spent: Mapping[str, float]
 
 
+class _Beside:
+    """Calls done one after the other in a thread, for whose end is waited unless by an interruption."""
+
+    def __init__(self) -> None:
+        self._last: Thread | None = None
+
+    def submit(self, call: Callable[[], _T]) -> Future[_T]:
+        """What the call will give."""
+        found: Future[_T] = Future()
+
+        def work(earlier: Thread | None = self._last) -> None:
+            if earlier:
+                earlier.join()
+            try:
+                found.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                found.set_exception(error)
+
+        # A daemon, as Python waits at its end for every other thread.
+        self._last = Thread(target=work, daemon=True)
+        self._last.start()
+        return found
+
+    def __enter__(self) -> _Beside:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A scorer may take minutes.
+        if self._last and kind is not KeyboardInterrupt:
+            self._last.join()
+
+
 def _scored(
-    setup: Setup, pieces: Generator[_Piece, None, None], rivals: Rivals
+    setup: Setup, pieces: Generator[_Piece, None, None], rivals: Rivals, beside: _Beside
 ) -> Generator[_Scored, None, None]:
     """The pieces with their scores; while one is scored the next is made, if that is done elsewhere."""
     made = _timed(pieces)
@@ -199,7 +233,7 @@ def _scored(
             yield from (_score_of(setup, rivals, *one) for one in made)
         return
     # A person who is still asked would hold up the end.
-    with closing(pieces), ThreadPoolExecutor(1) as scoring, _withdrawing(setup):
+    with closing(pieces), _withdrawing(setup):
         waiting: Future[_Scored] | None = None
         while True:
             try:
@@ -213,7 +247,7 @@ def _scored(
                     if done:
                         yield done
                 raise
-            following = scoring.submit(_score_of, setup, rivals, *one) if one else None
+            following = beside.submit(partial(_score_of, setup, rivals, *one)) if one else None
             if waiting:
                 yield waiting.result()
             if following is None:

@@ -211,6 +211,8 @@ class _Child:
                     f"longer"
                 ) from None
             if line is None:
+                if not self._finalizer.alive:  # by us, as the whole run ends
+                    raise TrialError(f"{self.name} was ended")
                 raise _DeadError(self._last_words())
             told = _answer_in(line)
             if told is None:
