@@ -54,6 +54,7 @@ def replaced(old: bytes, new: bytes) -> Callable[[Path], None]:
         (overwrite, "(Page"),
         (replaced(b'"told": "l', b'"told": "\xff'), "(a text in study_user_attributes"),
         (replaced(b'{"told"', b'{"told\0'), "(a text in study_user_attributes"),
+        (replaced(b"MAXIMIZE", b"MAXIMIZ\xff"), "(a direction in study_directions is none)"),
         (replaced(b"trial_params", b"trial_parans"), "(it has no table trial_params)"),
         (lambda file: file.write_text("<html>"), "(file is not a database)"),
         (lambda file: file.write_bytes(b""), "(it is empty)"),

@@ -26,6 +26,11 @@ _JSON = {
     "trial_system_attributes": "value_json",
     "trial_params": "distribution_json",
 }
+_WORDS = {
+    ("trials", "state"): {"RUNNING", "COMPLETE", "PRUNED", "FAIL", "WAITING"},
+    ("trial_values", "value_type"): {"FINITE", "INF_POS", "INF_NEG"},
+    ("study_directions", "direction"): {"NOT_SET", "MINIMIZE", "MAXIMIZE"},
+}
 
 
 def keep(file: Path) -> None:
@@ -130,9 +135,13 @@ def _fault(file: Path, of_empty: str = "") -> str:
 
 def _fault_of_texts(database: sqlite3.Connection, tables: Set[str]) -> str:
     """The first text that cannot be read, or nothing."""
-    if lacking := sorted(_JSON.keys() - tables):
+    if lacking := sorted({*_JSON, *(table for table, _ in _WORDS)} - tables):
         return f"it has no table {lacking[0]}"
     database.text_factory = bytes
+    for (table, column), known in _WORDS.items():
+        found = {word for (word,) in database.execute(f"select distinct {column} from {table}")}
+        if found - {word.encode() for word in known}:
+            return f"a {column} in {table} is none"
     for table, column in _JSON.items():
         for (text,) in set(database.execute(f"select {column} from {table}")):
             try:
