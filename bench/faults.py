@@ -2,9 +2,11 @@
 
 Runs of the embedded example, one after another, each by several workers and in a folder of its own.
 Every now and then something happens to one: a worker or the whole run is killed, told to end, put to
-sleep, or its study is damaged on the disk; where it has ended, the same command is given again. When a
-run is over its study is audited: every image was scored, once, and counts once, and nothing failed. Ends
-with what happened how often, and how the memory of the processes grew that lived longest. For Linux.
+sleep, or its study is damaged on the disk; where it has ended, the same command is given again. Every
+second run is longer, and only its workers suffer, so that its leading process grows old. When a run is
+over its study is audited: every image was scored, once, and counts once, and nothing failed. Ends with
+what happened how often, and how the memory of the processes grew; more than a twentieth is a fault. The
+folders of runs with faults are kept. For Linux.
 """
 
 from __future__ import annotations
@@ -13,23 +15,29 @@ import argparse
 import contextlib
 import os
 import random
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bayesian_merger import demo
+from bayesian_merger.data import Outcome, Result
 from bayesian_merger.outcome import open_study, read_outcome
 from bayesian_merger.study import Stage
 
 CONFIG = Path(demo.__file__).parent / "config.toml"
 LOOK_S = 5.0
-# What a process takes at first is no growth.
-YOUNG_S = 120.0
+# What a process takes at first is no growth, and what it takes in a few minutes more is none yet.
+YOUNG_S, OLD_S = 120.0, 600.0
+MOST_GROWTH = 0.05
+# Of a run whose leading process suffers as well, and of one in which it is left alone.
+IMAGES = {False: 240, True: 960}
 # SIGTERM is to be heeded within that.
 PATIENCE_S = 10.0
 
@@ -39,6 +47,7 @@ class Night:
 
     def __init__(self, folder: Path, workers: int, chance: random.Random) -> None:
         self.folder, self.workers, self.chance = folder, workers, chance
+        self.is_calm = False
         self.happened: Counter[str] = Counter()
         self.faults: list[str] = []
         # Of each process the seconds that it has lived, and its MiB then.
@@ -48,7 +57,8 @@ class Night:
 
     def start(self, turn: int) -> None:
         """The run's command, for the first time or once more."""
-        told = [f"search.seed={turn}", "search.images=240", "heldout.images=32"]
+        images = IMAGES[self.is_calm]
+        told = [f"search.seed={turn}", f"search.images={images}", "heldout.images=32"]
         with (self.folder / "said.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
@@ -93,7 +103,8 @@ class Night:
         """One of the things that happen at night."""
         of_workers = [self.kill_worker, self.kill_worker, self.sleep_worker]
         of_runs = [self.kill_run, self.end_run, self.sleep_all, self.damage]
-        what: Callable[[], None] = self.chance.choice([*of_workers, *of_runs])
+        chosen = [*of_workers, *([] if self.is_calm else of_runs)]
+        what: Callable[[], None] = self.chance.choice(chosen)
         self.happened[what.__name__] += 1
         what()
 
@@ -125,41 +136,57 @@ class Night:
         # Before the first copy a damaged study is the user's to move away.
         if file.with_name("study.db.bak").is_file():
             data = bytearray(file.read_bytes())
-            at = self.chance.randrange(4096, len(data) - 4096)
-            data[at : at + 4096] = self.chance.randbytes(4096)
+            n_bytes = self.chance.choice([1, 512, 4096])
+            at = self.chance.randrange(len(data) - n_bytes)
+            data[at : at + n_bytes] = self.chance.randbytes(n_bytes)
             file.write_bytes(data)
 
     def _wait(self) -> int:
         assert self._process
-        return self._process.wait(120)
+        try:
+            return self._process.wait(120)
+        except subprocess.TimeoutExpired:
+            self.faults.append("the run does not end")
+            self._process.kill()
+            return self._process.wait()
 
     def audit(self) -> None:
-        """Whether every image was scored, once, and counts once; what is wrong is a fault."""
+        """What is wrong with the run that is over is a fault."""
         run_dir = self.folder / "run"
         with contextlib.closing(open_study(run_dir)) as study:
             outcome = read_outcome(run_dir, study)
             stages: tuple[Stage, ...] = ("baseline", "select", "heldout")
             results = [*study.searched(), *(r for s in stages for r in study.judged(s))]
-            times = Counter(
+            scored = [
                 (task.of, index)
                 for _, task in study.board().some(range(10**9))
                 for index in task.scores
-            )
-        twice = {key: n for key, n in times.items() if n > 1}
-        lacking = [
-            f"{r.stage} {r.name}: {r.state} {r.reason}" for r in results if r.state != "complete"
-        ]
-        spent = sum(len(r.scores) for r in results if r.stage in ("explore", "exploit"))
-        for wrong, what in (
-            (not outcome.finished, "the run is not finished"),
-            (twice, f"images scored twice: {twice}"),
-            (lacking, f"trials without a value: {lacking}"),
-            (len(times) != outcome.images, f"{len(times)} scored, but {outcome.images} count"),
-            (spent != 240, f"the search has spent {spent} images of 240"),
-        ):
-            if wrong:
-                self.faults.append(what)
+            ]
+        self.faults += audited(outcome, results, scored, IMAGES[self.is_calm])
         print(f"audited: {outcome.images} images, {len(results)} trials", flush=True)
+
+
+def audited(
+    outcome: Outcome, results: Sequence[Result], scored: Sequence[tuple[str, int]], images: int
+) -> list[str]:
+    """What is wrong with a run whose search had so many `images`, by what its workers `scored`.
+
+    Every image is to be scored, once, and to count once.
+    """
+    times = Counter(scored)
+    twice = {key: n for key, n in times.items() if n > 1}
+    lacking = [
+        f"{r.stage} {r.name}: {r.state} {r.reason}" for r in results if r.state != "complete"
+    ]
+    spent = sum(len(r.scores) for r in results if r.stage in ("explore", "exploit"))
+    found = (
+        (not outcome.finished, "the run is not finished"),
+        (twice, f"images scored twice: {twice}"),
+        (lacking, f"trials without a value: {lacking}"),
+        (len(times) != outcome.images, f"{len(times)} scored, but {outcome.images} count"),
+        (spent != images, f"the search has spent {spent} images of {images}"),
+    )
+    return [what for is_wrong, what in found if is_wrong]
 
 
 def signalled(number: int, what: signal.Signals) -> None:
@@ -177,18 +204,28 @@ def asleep(numbers: list[int], seconds: float) -> None:
         signalled(number, signal.SIGCONT)
 
 
-def print_memory(night: Night) -> None:
+def grown(memory: Mapping[tuple[str, int], Sequence[tuple[float, float]]]) -> list[str]:
+    """The processes that hold more when they are old than when they were young; prints the oldest."""
+    faults = []
     for kind in ("run", "worker"):
-        lives = [told for (of, _), told in night.memory.items() if of == kind]
-        told = [one for one in max(lives, key=lambda told: told[-1][0]) if one[0] > YOUNG_S]
-        if not told:
-            print(f"{kind}: none lived for more than {YOUNG_S:.0f} s")
-            continue
-        (young, first), (old, last) = told[0], told[-1]
-        print(
-            f"{kind}: {first:.0f} MiB after {young / 60:.0f} min, {last:.0f} MiB after "
-            f"{old / 60:.0f} min ({last / first - 1:+.1%})"
-        )
+        lives = [
+            [one for one in told if one[0] > YOUNG_S]
+            for (of, _), told in memory.items()
+            if of == kind
+        ]
+        oldest = ""
+        for told in sorted(filter(None, lives), key=lambda told: told[-1][0]):
+            few = -(-len(told) // 5)
+            first = statistics.median(held for _, held in told[:few])
+            last = statistics.median(held for _, held in told[-few:])
+            oldest = (
+                f"{kind}: {first:.0f} MiB after {told[0][0] / 60:.0f} min, {last:.0f} MiB after "
+                f"{told[-1][0] / 60:.0f} min ({last / first - 1:+.1%})"
+            )
+            if told[-1][0] > OLD_S and last > (1 + MOST_GROWTH) * first:
+                faults.append(f"memory grows: {oldest}")
+        print(oldest or f"{kind}: none lived for more than {YOUNG_S:.0f} s")
+    return faults
 
 
 def main() -> None:
@@ -200,40 +237,55 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.workers < 2:
+        parser.error("--workers must be 2 or more: one works in the leading process")
     chance = random.Random(options.seed)
     end = time.monotonic() + 3600 * options.hours
     n_runs, n_starts = 0, 0
     faults: list[str] = []
-    with tempfile.TemporaryDirectory() as place:
-        night = Night(Path(place), options.workers, chance)
-        while time.monotonic() < end:
-            night.folder = Path(place) / str(n_runs)
-            night.folder.mkdir()
-            code: int | None = None
-            while code != 0 and not night.faults:
-                night.start(n_runs)
-                n_starts += 1
-                due = time.monotonic() + chance.expovariate(1 / options.every)
-                while (code := night.ended()) is None:
-                    night.look()
-                    if time.monotonic() > due:
-                        night.happen()
-                        due = time.monotonic() + chance.expovariate(1 / options.every)
-                    time.sleep(LOOK_S)
-                if code not in (0, 130, -signal.SIGKILL):
-                    said = (night.folder / "said.log").read_text(errors="replace")
-                    night.faults.append(f"exit code {code}: {said.strip().splitlines()[-1]}")
-            if not night.faults:
-                night.audit()
-            faults += [f"run {n_runs}: {fault}" for fault in night.faults]
-            print(*night.faults, sep="\n", end="\n" if night.faults else "", flush=True)
-            night.faults.clear()
-            n_runs += 1
+    place = Path(tempfile.mkdtemp(prefix="bayesian-merger-faults-"))
+    night = Night(place, options.workers, chance)
+    while time.monotonic() < end:
+        night.folder = place / str(n_runs)
+        night.folder.mkdir()
+        night.is_calm = n_runs % 2 == 1
+        n_starts += through(night, n_runs, options.every)
+        print(*night.faults, sep="\n", end="\n" if night.faults else "", flush=True)
+        if night.faults:
+            faults += [f"run {n_runs}: {fault} ({night.folder})" for fault in night.faults]
+        else:
+            shutil.rmtree(night.folder)
+        night.faults.clear()
+        n_runs += 1
     told = ", ".join(f"{name} {n}" for name, n in sorted(night.happened.items()))
     print(f"{n_runs} runs, {n_starts} starts; {told}")
-    print_memory(night)
+    faults += grown(night.memory)
     print(f"{len(faults)} faults", *faults, sep="\n")
+    with contextlib.suppress(OSError):  # there are folders of runs with faults
+        place.rmdir()
     sys.exit(bool(faults))
+
+
+def through(night: Night, turn: int, every_s: float) -> int:
+    """Bring a run to its end, or to a fault, and audit it; how often it was started."""
+    n_starts = 0
+    code: int | None = None
+    while code != 0 and not night.faults:
+        night.start(turn)
+        n_starts += 1
+        due = time.monotonic() + night.chance.expovariate(1 / every_s)
+        while (code := night.ended()) is None:
+            night.look()
+            if time.monotonic() > due:
+                night.happen()
+                due = time.monotonic() + night.chance.expovariate(1 / every_s)
+            time.sleep(LOOK_S)
+        if code not in (0, 130, -signal.SIGKILL):
+            said = (night.folder / "said.log").read_text(errors="replace")
+            night.faults.append(f"exit code {code}: {[*said.splitlines(), ''][-1]}")
+    if not night.faults:
+        night.audit()
+    return n_starts
 
 
 if __name__ == "__main__":
