@@ -486,9 +486,18 @@ def unplug(path: Path) -> None:
     path.rename(path.with_name("away"))
 
 
+def cut_off(path: Path) -> None:
+    shutil.copy(path, path.with_name("away"))
+    os.truncate(path, 0)
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
-    [(touch, "has changed since it was opened"), (unplug, "can no longer be read")],
+    [
+        (touch, "has changed since it was opened"),
+        (unplug, "can no longer be read"),
+        (cut_off, "has changed since it was opened"),
+    ],
 )
 def test_model_that_changes_in_the_run_stops_it_and_fails_no_trial(
     folder: Path, harm: Callable[[Path], None], said: str
@@ -498,18 +507,18 @@ def test_model_that_changes_in_the_run_stops_it_and_fails_no_trial(
 
     class Harming(Failing):
         def load(self, recipe: Recipe, merged: Mapping[str, Tensor]) -> None:
-            super().load(recipe, merged)
             loads.append(recipe)
             if len(loads) == 5:
                 harm(model)
+            super().load(recipe, merged)
 
     ready = begin(folder)
     object.__setattr__(ready, "backend", Harming(ready.backend, lambda recipe, prompts: False))
     with pytest.raises(CheckpointError, match=f"one.safetensors: .*{said}") as told:
         finish(ready, folder)
     assert len(str(told.value).splitlines()) == 1
-    if not model.exists():
-        (folder / "away").rename(model)
+    if (folder / "away").exists():
+        (folder / "away").replace(model)
     outcome, _ = finish(begin(folder), folder)
     assert measured(outcome) == measured(start(folder, into="whole"))
     assert all(result.state == "complete" for result in outcome.results)

@@ -557,11 +557,11 @@ def test_models_that_predict_different_things_are_noted(tmp_path: Path) -> None:
 
 def test_clip_keeps_each_value_between_a_s_and_b_s(tmp_path: Path) -> None:
     merged = one_value(tmp_path, 2.0, 6.0)
+    assert merged(1.5).tolist() == [8.0] * 4
     clipped = replace(recipe(alpha(1.5)), clip=True)
     merger = merger_of(
         tmp_path, {IN01: torch.full((4,), 2.0)}, {IN01: torch.tensor([6.0, 2.0, -1.0, 3.0])}
     )
-    assert merged(1.5).tolist() == [8.0] * 4
     assert merger.merge(clipped)[IN01].tolist() == [6.0, 2.0, -1.0, 3.0]
 
 

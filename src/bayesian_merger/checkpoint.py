@@ -161,7 +161,8 @@ class Checkpoint:
     def require_unchanged(self) -> None:
         """CheckpointError if the file is no longer what was opened.
 
-        Its tensors are the file itself, mapped, so they change with it.
+        Its tensors are the file itself, mapped, so they change with it; where it is cut off, reading
+        them ends the process.
         """
         try:
             now = _mark(self.path.stat())
@@ -176,6 +177,8 @@ class Checkpoint:
             )
 
     def __getitem__(self, name: str) -> Tensor:
+        """A tensor by its name; CheckpointError if the file is no longer what was opened."""
+        self.require_unchanged()
         return self._read(name)
 
 

@@ -268,6 +268,8 @@ class _Aligned:
     def read(self, name: str) -> Tensor:
         """The tensor, which stays on the device while there is room."""
         if name in self._kept:
+            if self._device.type == "cpu":  # where it is the file itself
+                self.checkpoint.require_unchanged()
             return self._kept[name]
         tensor = self.checkpoint[self._own[name]].to(self._device)
         if self._keeps and self._has_room():
