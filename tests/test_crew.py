@@ -577,3 +577,16 @@ def test_workers_on_one_named_gpu_are_refused(folder: Path, device: str) -> None
     with pytest.raises(ConfigError, match=f"2 workers: .* = '{device}' is one GPU, .* leave"):
         hiring(2, path, [], ready, run_dir)
     assert hiring(None, path, [], ready, run_dir) is None
+
+
+def test_time_since_workers_were_told_to_leave_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew, "LEAVE_S", 1.0)
+    deaf = [sys.executable, "-c", "import time; time.sleep(60)"]
+    pool = crew.Pool(deaf, b"", [{}, {}], tmp_path)
+    pool.leave()
+    time.sleep(1.0)  # as a report is written
+    begun = time.monotonic()
+    pool.close()
+    assert time.monotonic() - begun < 0.9

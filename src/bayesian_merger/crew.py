@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import socket
@@ -174,7 +175,7 @@ class Crew:
             return
         self._known.add(trial.key)
         for task in self._board.of(trial.key):
-            # Whoever had it does not work for this process.
+            # Whoever has it took it from a process that led before, and finds that it is gone.
             task.withdraw("the run was begun anew")
         for task in self._board.of(trial.key):  # looked at when nothing can be added any more
             trial.gather(task)
@@ -294,6 +295,7 @@ class Pool:
         logs.mkdir(parents=True, exist_ok=True)
         self._at: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
         self._number = 0
+        self._leave_by = math.inf
         try:
             for place in range(len(places)):
                 self._start(place)
@@ -322,6 +324,8 @@ class Pool:
 
     def leave(self) -> None:
         """Tell them to end, which they do when the image is made that they are at."""
+        # What is done before they are waited for is taken from their time.
+        self._leave_by = min(self._leave_by, time.monotonic() + LEAVE_S)
         for _, process in self._at.values():
             if process.stdin:
                 with suppress(OSError):
@@ -330,10 +334,9 @@ class Pool:
     def close(self) -> None:
         """Have them gone."""
         self.leave()
-        end = time.monotonic() + LEAVE_S
         for _, process in self._at.values():
             try:
-                process.wait(max(0.1, end - time.monotonic()))
+                process.wait(max(0.1, self._leave_by - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
