@@ -260,6 +260,20 @@ class Machine(RuleBasedStateMachine):
             offer.state = "running"
             self.tasks[task.number] = task
 
+    @precondition(has_trials)
+    @rule(pick=picks, n=st.integers(1, 3), score=scores, is_gathered=st.booleans())
+    def pass_on(self, pick: int, n: int, score: float, is_gathered: bool) -> None:
+        """Images go to a worker, which makes some of them: what seldom comes about by single acts."""
+        self.post(pick, None)
+        self.take("w3", None)
+        for task in list(self.tasks.values())[-1:]:
+            offer = self.offers[task.number]
+            for image in offer.items[:n] if offer.state == "running" else ():
+                task.record(image, {"likeness": score}, f"{score}")
+                offer.scores.setdefault(image, score)
+        if is_gathered:
+            self.gather(pick, None)
+
     @precondition(has_tasks)
     @rule(pick=picks, image=images, score=scores)
     def work(self, pick: int, image: int, score: float) -> None:
