@@ -3,7 +3,7 @@
 Each READER of tests/readers.py, where it is told what they promise, gets `--inputs` inputs (default: all
 readers, one after the other); what comes next is chosen by the code that was reached. A finding stops it
 with a trace, and its bytes are left here as fuzz-READER-... . `--corpus` is a folder that keeps what has
-reached new code, for the next time. Needs Linux, and pip install atheris, which has Python 3.11 to 3.13.
+reached new code, for the next time. Needs Linux, and Python 3.11 to 3.13, which atheris has.
 """
 
 from __future__ import annotations
