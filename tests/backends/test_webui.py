@@ -1241,7 +1241,7 @@ def test_something_else_at_the_address_is_said(
         ("backend.url=http://127.0.0.1:9", "nothing answers at http://127.0.0.1:9"),
         ("backend.url=127.0.0.1", "is no address"),
         ("backend.url=http://me:secret@127.0.0.1:7860", "holds a password"),
-        ("backend.url=http://me:secret", "has no number as its port"),
+        ("backend.url=http://me:secret", "has no number from 1 to 65535 as its port"),
         ("backend.auth_env=DATABASE_URL", "a variable that begins with BAYESIAN_MERGER_"),
         ("backend.timeout_s=0", "timeout_s is 0"),
         ("backend.wait_for_server=soon", "write a time as '90s'"),
