@@ -27,7 +27,7 @@ def test_what_would_take_long_to_read_is_refused(text: str, said: str) -> None:
 
 
 def test_text_may_hold_pictures_and_as_many_dots_as_it_likes() -> None:
-    text = "Wait ... " * 100 + "1. One. Two. Three, and 3.14 of v1.2.3"
+    text = "Red. Sky. " * 20 + "Wait ... " * 100 + "1. One. Two. Three, and 3.14 of v1.2.3"
     assert loads(f"a.b.c = '{text}'\nimage = '{'x' * 2_000_000}'")["a"]["b"]["c"] == text
 
 

@@ -14,9 +14,11 @@ else:
 TOMLDecodeError = tomllib.TOMLDecodeError
 _MOST = 2**23  # characters of a file, which may hold pictures
 _MOST_PIECES = 100_000  # lines and commas
-# The reader takes time and memory by the square of the parts of a key.
+# The reader takes time and memory by the square of the parts of a key; twenty words may well follow each
+# other in a text.
 _DOTTED = re.compile(
-    r"""(?<![\w\\-])(?:(?:[\w-]+|"(?:[^"\\\n]|\\.){0,200}"|'[^'\n]{0,200}')[ \t]*\.[ \t]*){20}"""
+    r"""(?:^|[\[{,])[ \t]*(?:(?:[\w-]+|"(?:[^"\\\n]|\\.){0,200}"|'[^'\n]{0,200}')[ \t]*\.[ \t]*){20}""",
+    re.MULTILINE,
 )
 
 
