@@ -87,7 +87,7 @@ def join(folder: Path, server: Server, into: str, *more: str) -> subprocess.Pope
 def tasks(folder: Path, server: Server) -> list[Task]:
     study = open_study(folder / "one" / folder.name, server.url)
     try:
-        return [task for _, task in study.board().some(range(100_000))]
+        return list(study.board().all())
     finally:
         study.close()
 
@@ -99,7 +99,7 @@ def wait_for(folder: Path, server: Server, *, scores: int = 1, processes: int = 
         with contextlib.suppress(ConfigError):  # it has not begun yet
             study = open_study(folder / "one" / folder.name, server.url)
             try:
-                judged = sum(len(task.scores) for _, task in study.board().some(range(10_000)))
+                judged = sum(len(task.scores) for task in study.board().all())
                 if judged >= scores and len(study.seats().taken()) >= processes:
                     return
             finally:
@@ -134,7 +134,7 @@ def require_whole(folder: Path, server: Server, into: str) -> None:
         assert len(counted) == IMAGES
         told = [
             ((task.stage, task.name, index), score)
-            for _, task in study.board().some(range(100_000))
+            for task in study.board().all()
             for index, score in task.scores.items()
         ]
         assert counted == dict(told)
@@ -456,19 +456,22 @@ def test_extension_is_spent_once_by_all_that_were_told_to_extend(
 
 
 def test_leader_that_has_lost_its_seat_stores_nothing_of_a_trial(
-    own_study: Study, own_seats: Seats
+    own_study: Study, own_seats: Seats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(seats, "_SURE_S", -1.0)  # it asks each time
     seat = own_seats.lead("1")
     assert seat
-    own_study.fenced(seat.beat)
     models = (Model("a", "0"), Model("b", "1"))
     recipe = Recipe("weighted_sum", "sd1", models, {"alpha": {"base": 0.5}})
-    trial = own_study.book("baseline", "even", recipe)
+    with own_study.fenced(seat.require):
+        trial = own_study.book("baseline", "even", recipe)
     trial.record(0, {"likeness": 1.0}, "0")
     seat.leave("no sign of life")
     acts: tuple[Callable[[], None], ...] = (
         lambda: trial.record(1, {"likeness": 1.0}, "1"),
         lambda: trial.follow([0], {}),
+        lambda: trial.unfollowed("out of memory"),
+        lambda: trial.spend(merge=1.0),
         lambda: trial.complete(Estimate(1.0, 0.0, 1)),
         lambda: trial.fail("of no use"),
     )

@@ -148,9 +148,8 @@ def _together(
             if more and study.n_judged != n_joined:
                 more = None  # another process has spent them, or was about to
             try:
-                with pulse(seat.beat), storage_errors():
+                with pulse(seat.beat), storage_errors(), study.fenced(seat.require):
                     others = Leading(seats, seat)
-                    study.fenced(seat.require)
                     outcome = _lead(
                         setup,
                         folder,
@@ -164,7 +163,6 @@ def _together(
                 return outcome
             except TakenError:
                 observer.noted(f"{seat} leads the run no more, as another process has taken over")
-                study.fenced(lambda: None)
                 with storage_errors():
                     seat.leave("another process has taken over")
             except BaseException as error:

@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -129,9 +129,14 @@ class Study:
         if isinstance(self._storage, Patient):
             self._storage.tell, self._storage.is_over = tell, is_over
 
-    def fenced(self, require: Callable[[], None]) -> None:
-        """Ask `require` before anything of a trial is stored; it raises if that is for another to do."""
-        self._fence = require
+    @contextmanager
+    def fenced(self, require: Callable[[], None]) -> Iterator[None]:
+        """Meanwhile ask `require` before a trial stores anything; it raises if another leads by now."""
+        before, self._fence = self._fence, require
+        try:
+            yield
+        finally:
+            self._fence = before
 
     def hurries(self) -> None:
         """From now on wait for no server: this process ends."""

@@ -28,7 +28,7 @@ class Trial:
     def __init__(
         self, study: optuna.Study, frozen: FrozenTrial, fence: Callable[[], None] = lambda: None
     ) -> None:
-        """`fence` is asked before anything is stored, and raises if the trial is another's by now."""
+        """`fence` is asked before anything is stored, and raises if that is for another to do."""
         self._study, self._fence = study, fence
         self._trial = optuna.trial.Trial(study, frozen._trial_id)
         self._result = result_of(frozen)
@@ -76,23 +76,22 @@ class Trial:
         The `prompt` of an image that no panel has is stored beside them.
         """
         if index not in self.scores:
-            self._fence()
             told = {"scores": dict(scores), "image": image}
             if prompt:
                 told["prompt"] = dict(prompt)
-            self._trial.set_user_attr(f"{SCORE}{index}", told)
+            self._store(f"{SCORE}{index}", told)
             self.scores[index] = dict(scores)
             self._images[index] = image
 
     def follow(self, items: Sequence[int], slopes: Mapping[str, float]) -> None:
         """Store the derivative of the images' mean value by each parameter; none if it told nothing."""
-        self._fence()
-        self._slopes.append(Slopes(tuple(items), dict(slopes)))
-        self._trial.set_user_attr(*of_slopes(self._slopes[-1]))
+        found = Slopes(tuple(items), dict(slopes))
+        self._store(*of_slopes(found))
+        self._slopes.append(found)
 
     def unfollowed(self, reason: str) -> None:
         """Store why the slopes of some images were not to be had."""
-        self._trial.set_user_attr(UNFOLLOWED, reason)
+        self._store(UNFOLLOWED, reason)
         self._unfollowed = reason
 
     @property
@@ -128,21 +127,23 @@ class Trial:
         """Add to the time spent by phase."""
         for phase, spent in seconds.items():
             self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
-        self._trial.set_user_attr("seconds", self._seconds)
+        self._store("seconds", self._seconds)
 
     def complete(self, value: Estimate) -> None:
         """End the trial with its value."""
-        self._fence()
+        self._store("value", {"mean": value.mean, "se": value.se, "n": value.n})
         self._value, self._state = value, "complete"
-        self._trial.set_user_attr("value", {"mean": value.mean, "se": value.se, "n": value.n})
         self._study.tell(self._trial, value.mean)
 
     def fail(self, reason: str) -> None:
         """End the trial without a value."""
-        self._fence()
+        self._store("reason", reason)
         self._reason, self._state = reason, "failed"
-        self._trial.set_user_attr("reason", reason)
         self._study.tell(self._trial, state=TrialState.FAIL)
+
+    def _store(self, key: str, told: Any) -> None:
+        self._fence()
+        self._trial.set_user_attr(key, told)
 
     def result(self) -> Result:
         """The trial as it stands."""
