@@ -213,7 +213,7 @@ def test_runs_share_a_storage_by_their_names(path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("nonsense", "is no URL of an SQL database or a proxy; write it as"),
+        ("nonsense", "is no URL of an SQL database or a proxy that is known here; write it as"),
         ("redis://me:secret@host", "is no URL of an SQL database"),
         ("postgresql://me:secret@host:port/x", "cannot be opened"),
         ("sqlite:////no/such/{folder}/x.db", "unable to open database file"),
@@ -263,7 +263,9 @@ def test_address_of_a_storage_says_nothing_that_its_driver_would_load(
 
 @pytest.mark.parametrize("given", ["mysql://u@h/x", "mssql+pyodbc://u@h/x", "sqlite+evil:///x"])
 def test_storage_of_a_driver_that_is_not_known_is_not_opened(given: str) -> None:
-    with pytest.raises(ConfigError, match="is no URL of an SQL database or a proxy"):
+    with pytest.raises(
+        ConfigError, match="is no URL of an SQL database or a proxy that is known here"
+    ):
         storage_at(given)
 
 

@@ -55,6 +55,8 @@ PRECISIONS = {
 }
 
 _PICKLED = (".ckpt", ".pt", ".pth")
+SUFFIXES = (".safetensors", *_PICKLED)
+"""By which files of models are known."""
 _WAY_OUT = "convert it to .safetensors in an environment you can throw away"
 
 # What a file is that begins so, and what to do.

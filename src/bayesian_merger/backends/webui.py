@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from bayesian_merger.backends import Merge, backend
+from bayesian_merger.checkpoint import SUFFIXES
 from bayesian_merger.data import Prompt, Recipe, Sample
 from bayesian_merger.delivery import (
     ByFile,
@@ -52,7 +53,6 @@ _log = logging.getLogger(__name__)
 # A field that payloads have since 1.6 of stable-diffusion-webui.
 _OF_1_6 = "refiner_checkpoint"
 # How long a server that is away at the end is waited for; then its guard does so.
-_MODELS = (".safetensors", ".ckpt", ".pt", ".pth")
 _LAST_WAIT_S = 3.0
 # How often an image is begun anew, and why.
 _ROUNDS = 5
@@ -266,7 +266,9 @@ class WebUI:
         # A server elsewhere may name any folder of ours.
         is_own = is_here(urlsplit(self._server.url).hostname or "")
         seen = [Path(file) for file in files if is_own and not is_of_network(Path(file))]
-        folders = [file.parent for file in seen if file.suffix in _MODELS and file.is_file()]
+        folders = [
+            file.parent for file in seen if file.suffix.lower() in SUFFIXES and file.is_file()
+        ]
         if not folders:
             first = f" (it has {files[0]})" if files else ""
             raise ConfigError(

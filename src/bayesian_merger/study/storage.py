@@ -32,7 +32,7 @@ from bayesian_merger.study.patience import ASKED, Patient, reason
 
 SEARCH = "search"
 _NO_URL = (
-    "is no URL of an SQL database or a proxy; write it as sqlite:///FILE, "
+    "is no URL of an SQL database or a proxy that is known here; write it as sqlite:///FILE, "
     "postgresql+psycopg://USER@HOST/DATABASE, mysql+pymysql://USER@HOST/DATABASE or grpc://HOST:PORT"
 )
 _PROXY = "grpc"
