@@ -157,11 +157,7 @@ class Night:
             outcome = read_outcome(run_dir, study)
             stages: tuple[Stage, ...] = ("baseline", "select", "heldout")
             results = [*study.searched(), *(r for s in stages for r in study.judged(s))]
-            scored = [
-                (task.of, index)
-                for _, task in study.board().some(range(10**9))
-                for index in task.scores
-            ]
+            scored = [(task.of, index) for task in study.board().all() for index in task.scores]
         self.faults += audited(outcome, results, scored, IMAGES[self.is_calm])
         print(f"audited: {outcome.images} images, {len(results)} trials", flush=True)
 

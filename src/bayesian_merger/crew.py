@@ -92,17 +92,17 @@ class Team:
     """The workers of this process, by their names, and how many of them have ended in vain."""
 
     def __init__(self, hands: Hands, noted: Callable[[str], None]) -> None:
-        self._hands, self._noted = hands, noted
+        self.hands, self._noted = hands, noted
         self._names: set[str] = set()
         self._n_vain = self._n_found = 0
 
     def has(self, worker: str) -> bool:
         """Whether it is one of these, or was."""
-        return worker in self._names or worker in self._hands.names
+        return worker in self._names or worker in self.hands.names
 
     def lost(self) -> Mapping[str, str]:
         """Those that have ended since it was asked last, and the last thing that they said."""
-        found = self._hands.lost()
+        found = self.hands.lost()
         self._names |= found.keys()
         return found
 
@@ -116,7 +116,7 @@ class Team:
         for name, said in lost.items():
             self._n_vain += 1
             self._noted(f"worker {name} has ended and is replaced: {said}")
-            if self._n_vain > _MOST_VAIN * self._hands.n:
+            if self._n_vain > _MOST_VAIN * self.hands.n:
                 raise RunError(f"workers end as soon as they begin, the last with: {said}")
 
 
@@ -144,7 +144,6 @@ class Crew:
     ) -> None:
         """The workers are hired when there is something to do, beside those of the `others`."""
         self._board, self._hire, self._listener, self._others = board, hire, listener, others
-        self._hands: Hands | None = None
         self._team: Team | None = None
         self._offers: dict[int, _Offer] = {}
         self._known: set[str] = set()
@@ -155,13 +154,13 @@ class Crew:
 
     def leave(self) -> None:
         """Tell the workers to end."""
-        if self._hands:
-            self._hands.leave()
+        if self._team:
+            self._team.hands.leave()
 
     def close(self) -> None:
         """Have the workers gone."""
-        if self._hands:
-            self._hands.close()
+        if self._team:
+            self._team.hands.close()
 
     def wants(self) -> bool:
         """Whether a worker may find nothing to do."""
@@ -182,10 +181,9 @@ class Crew:
         done = trial.judged(follows=follows)
         items = [prompt.index for prompt in panel if prompt.index not in done]
         self._listener.judged(len(panel) - len(items), made=False)
-        if items and not self._hands:
-            self._hands = self._hire()
-            self._team = Team(self._hands, self._listener.noted)
-        n_workers = (self._hands.n if self._hands else 0) + self._others.n_workers()
+        if items and not self._team:
+            self._team = Team(self._hire(), self._listener.noted)
+        n_workers = (self._team.hands.n if self._team else 0) + self._others.n_workers()
         size = max(1, -(-len(items) // max(1, n_workers)))
         for some in (items[i : i + size] for i in range(0, len(items), size)):
             self._post(trial, some, follows)
